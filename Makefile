@@ -1,0 +1,40 @@
+# make demo: everything once on the embedded sample, with a report.   make test: the tests.
+# Both set up .venv first, once. TORCH_SPEC says which torch is installed where .venv has none.
+PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+.PHONY: setup demo test slow lint clean
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/empcause demo
+
+test: $(READY)
+	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest
+
+slow: $(READY)
+	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Built against the torch in .venv: an isolated build would fetch a torch of its own.
+$(READY): $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'empcause needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH_SPEC)'
+	$(BIN)/python -m pip install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,38 @@
+"""`empcause chat`: a conversation in the terminal."""
+
+import argparse
+
+from empcause.cli.respond import add_model_options, generation_options, load_responder
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `empcause`."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk with the model in the terminal",
+        description="Type a message and press Enter; /reset starts a new dialogue, /quit (or Ctrl-D) ends.",
+    )
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Read messages until the end of the input; the dialogue so far is the context of each answer."""
+    from empcause.cli.terminal import console, print_reply
+
+    responder = load_responder(namespace)
+    console.print("Type a message and press Enter; /reset starts a new dialogue, /quit ends.", style="dim")
+    turns: list[str] = []
+    while True:
+        try:
+            message = console.input("[bold]you[/]       ").strip()
+        except EOFError:
+            return 0
+        if message == "/quit":
+            return 0
+        if message == "/reset":
+            turns = []
+        elif message:
+            reply = responder([*turns, message], **generation_options(namespace))
+            print_reply(reply)
+            turns += [message, reply.response or "..."]

@@ -1,0 +1,103 @@
+"""`empcause demo`: the whole pipeline once, on the embedded sample."""
+
+import argparse
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `empcause`."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="train, evaluate and answer on the embedded sample, in minutes",
+        description="Trains a tokenizer, an extractor and a generator from nothing on the embedded sample, evaluates "
+        "both, answers three dialogues and writes a report. The models are tiny: this shows that everything works "
+        "and promises no quality.",
+    )
+    parser.add_argument("--output_dir", default="runs/demo", help="where everything goes (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Run every part once and print the path of the report."""
+    from pathlib import Path
+    from shutil import rmtree
+
+    from transformers import set_seed
+
+    from empcause.cli.terminal import console, print_reply
+    from empcause.data import load_annotations, load_dialogues, train_tokenizer
+    from empcause.evaluation import write_report
+    from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
+    from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
+    from empcause.extractor import load_extractor
+    from empcause.generator import Responder, load_generator
+    from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
+    from empcause.training.generator import GeneratorTrainingArguments, train_generator
+
+    folder = Path(namespace.output_dir)
+    if folder.exists():
+        rmtree(folder)
+    console.print("Tiny models on the embedded sample: this shows that everything works and promises no quality.")
+
+    console.rule("1/5 tokenizer")
+    dialogues = load_dialogues("train", "sample")
+    situations = [annotation.situation for annotation in load_annotations("train", "sample")]
+    texts = situations + [turn for dialogue in dialogues for turn in dialogue.turns]
+    train_tokenizer(texts, vocab_size=2000, output_dir=folder / "encoder-tokenizer", kind="encoder")
+    train_tokenizer(texts, vocab_size=2000, output_dir=folder / "decoder-tokenizer", kind="decoder")
+
+    console.rule("2/5 extractor (stage 1)")
+    set_seed(0)
+    train_extractor(
+        ExtractorTrainingArguments(
+            output_dir=str(folder / "extractor"),
+            data="sample",
+            model_name_or_path=None,
+            model_type="roberta",
+            config_overrides="hidden_size=128,num_hidden_layers=2,num_attention_heads=4,intermediate_size=256",
+            tokenizer_name=str(folder / "encoder-tokenizer"),
+            learning_rate=1e-3,
+            per_device_train_batch_size=16,
+            num_train_epochs=6,
+        )
+    )
+
+    console.rule("3/5 generator (stage 2)")
+    set_seed(0)
+    train_generator(
+        GeneratorTrainingArguments(
+            output_dir=str(folder / "generator"),
+            data="sample",
+            extractor=str(folder / "extractor"),
+            model_name_or_path=None,
+            model_type="gpt2",
+            config_overrides="n_embd=128,n_layer=3,n_head=4,n_positions=256",
+            tokenizer_name=str(folder / "decoder-tokenizer"),
+            learning_rate=1e-3,
+            num_train_epochs=6,
+        )
+    )
+
+    console.rule("4/5 evaluation")
+    extractor_metrics = evaluate_extractor(
+        EvaluateExtractorOptions(
+            model=str(folder / "extractor"), data="sample", output_dir=str(folder / "evaluation" / "extractor")
+        )
+    )
+    generator_metrics = evaluate_generator(
+        EvaluateGeneratorOptions(
+            model=str(folder / "generator"),
+            extractor=str(folder / "extractor"),
+            data="sample",
+            output_dir=str(folder / "evaluation" / "generator"),
+        )
+    )
+
+    console.rule("5/5 three dialogues")
+    responder = Responder(*load_extractor(folder / "extractor"), *load_generator(folder / "generator"))
+    for dialogue in load_dialogues("test", "sample")[:21:10]:
+        print_reply(responder([dialogue.turns[0]], max_new_tokens=30))
+        console.print()
+
+    report = write_report(folder, extractor_metrics, generator_metrics)
+    console.print(f"Report: {report}", soft_wrap=True)
+    return 0

@@ -1,0 +1,36 @@
+"""`empcause evaluate extractor|generator`: metrics with intervals, beside the published figures."""
+
+import argparse
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `empcause`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure a trained model; writes JSON, a Markdown table and figures",
+        description="`empcause evaluate extractor --help` shows the options of one stage.",
+    )
+    parser.add_argument("stage", choices=["extractor", "generator"], help="which of the two models to evaluate")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="--model FOLDER, --option value")
+    parser.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Evaluate and print the headline figures and where the report is."""
+    from empcause.cli.options import parse_options
+    from empcause.cli.terminal import print_metrics
+
+    prog = f"empcause evaluate {namespace.stage}"
+    if namespace.stage == "extractor":
+        from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
+
+        description = "Emotion accuracy and cause recall on EmoCause (Tables 5 and 6)."
+        extractor = parse_options(EvaluateExtractorOptions, namespace.arguments, prog=prog, description=description)
+        print_metrics(evaluate_extractor(extractor), f"report in {extractor.output_dir}")
+    else:
+        from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
+
+        description = "Perplexity, Distinct, BERTScore and emotion accuracy on EmpatheticDialogues (Table 7)."
+        generator = parse_options(EvaluateGeneratorOptions, namespace.arguments, prog=prog, description=description)
+        print_metrics(evaluate_generator(generator), f"report in {generator.output_dir}")
+    return 0

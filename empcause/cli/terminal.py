@@ -1,0 +1,48 @@
+"""What the commands print: metrics as a table, replies with the cause words highlighted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from empcause.generator import Reply
+
+console = Console()
+
+# A word is highlighted from this probability on, strongly from the second.
+CAUSE_THRESHOLDS = (0.25, 0.5)
+
+
+def print_metrics(metrics: Mapping[str, Any], caption: str) -> None:
+    """Print the numbers among `metrics` as a two-column table with `caption` below."""
+    table = Table("metric", "value", caption=caption)
+    table.columns[1].justify = "right"
+    for name, value in metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def highlight(reply: Reply) -> Text:
+    """The dialogue that the extractor read, its cause words marked by their probability."""
+    text = Text(reply.text)
+    for word, probability in reply.causes:
+        if probability >= CAUSE_THRESHOLDS[1]:
+            text.stylize("bold black on yellow", word.start, word.end)
+        elif probability >= CAUSE_THRESHOLDS[0]:
+            text.stylize("underline yellow", word.start, word.end)
+    return text
+
+
+def print_reply(reply: Reply) -> None:
+    """Print emotion with probability, the dialogue with its causes, the causes by probability, and the response."""
+    console.print(
+        Text("emotion   ", style="dim"), Text(reply.emotion, style="bold"), f"({reply.probability:.0%})", sep=""
+    )
+    console.print(Text("dialogue  ", style="dim"), highlight(reply), sep="")
+    ranked = sorted(reply.causes, key=lambda cause: -cause[1])
+    causes = ", ".join(f"{word.text} ({probability:.0%})" for word, probability in ranked[:5])
+    console.print(Text("causes    ", style="dim"), causes, sep="", highlight=False)
+    console.print(Text("response  ", style="dim"), Text(reply.response, style="bold green"), sep="")

@@ -1,0 +1,78 @@
+"""The command as a user meets it: help, exit codes, one sentence per mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import empcause.cli.main as cli
+from empcause.errors import UserError
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {name} " in shown for name in cli.COMMANDS)
+
+
+def test_info_says_what_runs_here(capsys):
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "cpu" in shown
+    assert "reference" in shown
+
+
+@pytest.mark.parametrize("arguments", [["respond", "Hello there"], ["chat"]])
+def test_missing_models_are_one_sentence(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("empcause: error: ")
+    assert "runs/extractor" in shown
+    assert shown.count("\n") == 1
+
+
+def test_empty_turn_is_refused(capsys):
+    assert cli.main(["respond", "  "]) == 2
+    assert "A turn is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (UserError("The file is not there."), 2, "The file is not there."),
+        (
+            OSError(28, "No space left on device", "model.safetensors"),
+            2,
+            "the disk is full (writing model.safetensors)",
+        ),
+        (KeyboardInterrupt(), 130, "--resume_from_checkpoint true"),
+    ],
+)
+def test_failures_become_sentences(failure, code, message, monkeypatch, capsys):
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr("empcause.cli.info.run", fail)
+    assert cli.main(["info"]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("empcause.cli.info.run", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info"])
+
+
+def test_module_and_unknown_option_from_the_shell(tmp_path):
+    command = [sys.executable, "-m", "empcause", "train", "extractor", "--lerning_rate", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 2
+    assert "did you mean --learning_rate?" in done.stderr
+    assert "Traceback" not in done.stderr
