@@ -1,13 +1,14 @@
 """What the commands print: metrics as a table, replies with the cause words highlighted."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from empcause.generator import Reply
+if TYPE_CHECKING:
+    from empcause.generator import Reply
 
 console = Console()
 
@@ -25,7 +26,7 @@ def print_metrics(metrics: Mapping[str, Any], caption: str) -> None:
     console.print(table)
 
 
-def highlight(reply: Reply) -> Text:
+def highlight(reply: "Reply") -> Text:
     """The dialogue that the extractor read, its cause words marked by their probability."""
     text = Text(reply.text)
     for word, probability in reply.causes:
@@ -36,7 +37,7 @@ def highlight(reply: Reply) -> Text:
     return text
 
 
-def print_reply(reply: Reply) -> None:
+def print_reply(reply: "Reply") -> None:
     """Print emotion with probability, the dialogue with its causes, the causes by probability, and the response."""
     console.print(
         Text("emotion   ", style="dim"), Text(reply.emotion, style="bold"), f"({reply.probability:.0%})", sep=""

@@ -1,0 +1,55 @@
+"""`empcause data check|download`."""
+
+import argparse
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser of `empcause`."""
+    parser = subparsers.add_parser("data", help="check or download EmpatheticDialogues and EmoCause")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    check = actions.add_parser(
+        "check",
+        help="count everything and name malformed rows",
+        description="Reads every file, prints the counts, and names malformed rows by file and line.",
+    )
+    check.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="a copy of the data, or `sample`; default: EMPCAUSE_DATA_DIR, otherwise what was downloaded",
+    )
+    check.set_defaults(run=run_check)
+    fetch = actions.add_parser(
+        "download",
+        help="fetch both datasets from their official addresses",
+        description="Fetches both official archives and verifies them; an interrupted download is continued. "
+        "EmpatheticDialogues is under CC BY-NC 4.0.",
+    )
+    fetch.set_defaults(run=run_download)
+
+
+def run_check(namespace: argparse.Namespace) -> int:
+    """Print counts and problems; 1 if there are problems."""
+    from rich.table import Table
+
+    from empcause.cli.terminal import console
+    from empcause.data import check_data
+
+    result = check_data(namespace.data)
+    table = Table("file", "counts")
+    for name, counts in result.counts.items():
+        table.add_row(name, ", ".join(f"{count:,} {unit}" for unit, count in counts.items()))
+    console.print(table)
+    for problem in result.problems:
+        console.print(problem, style="red", soft_wrap=True, markup=False)
+    console.print("No malformed row." if not result.problems else f"{len(result.problems)} malformed rows.")
+    return 1 if result.problems else 0
+
+
+def run_download(_: argparse.Namespace) -> int:
+    """Fetch what is missing and print where it is."""
+    from empcause.cli.terminal import console
+    from empcause.data import EMOCAUSE, EMPATHETIC_DIALOGUES, download
+
+    for dataset in (EMPATHETIC_DIALOGUES, EMOCAUSE):
+        console.print(f"{dataset.name}: {download(dataset)}", soft_wrap=True)
+    return 0

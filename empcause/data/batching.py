@@ -1,0 +1,56 @@
+"""Batches of texts of similar length, in an order that depends on seed and epoch alone."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+# Texts are shuffled, then sorted by length within windows of this many batches.
+_WINDOW = 20
+
+
+class LengthBatchSampler(Sampler[list[int]]):
+    """Yields lists of indices of similar length; little padding, an order that is random yet repeatable.
+
+    Args:
+        lengths: number of tokens per item.
+        batch_size: items per batch (the last of a phase may have fewer).
+        seed: with the epoch, decides the order.
+        phases: index sets trained one after another within each epoch; default is one phase with everything.
+    """
+
+    # accelerate shards batches of varying size over processes where this is None.
+    batch_size = None
+    drop_last = False
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, phases: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        self.items_per_batch = batch_size
+        self.seed = seed
+        self.phases = [np.asarray(phase) for phase in (phases or [range(len(lengths))]) if len(phase)]
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(-(-len(phase) // self.items_per_batch) for phase in self.phases)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        for phase in self.phases:
+            order = random.permutation(phase)
+            batches: list[list[int]] = []
+            window = self.items_per_batch * _WINDOW
+            for start in range(0, len(order), window):
+                part = order[start : start + window]
+                part = part[np.argsort(self.lengths[part], kind="stable")]
+                batches += [
+                    part[place : place + self.items_per_batch].tolist()
+                    for place in range(0, len(part), self.items_per_batch)
+                ]
+            for index in random.permutation(len(batches)):
+                yield batches[index]

@@ -1,0 +1,99 @@
+"""The units of the two datasets: a dialogue, a response to predict, a situation with its annotated causes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from empcause.data.words import Word
+from empcause.errors import UserError
+
+# The 32 emotions of EmpatheticDialogues; an emotion's id is its place here.
+EMOTIONS: tuple[str, ...] = tuple(
+    "afraid angry annoyed anticipating anxious apprehensive ashamed caring confident content devastated disappointed "
+    "disgusted embarrassed excited faithful furious grateful guilty hopeful impressed jealous joyful lonely nostalgic "
+    "prepared proud sad sentimental surprised terrified trusting".split()
+)
+_IDS = {name: index for index, name in enumerate(EMOTIONS)}
+
+# The splits of both datasets.
+SPLITS = ("train", "valid", "test")
+
+# Roles of turns: who tells what happened, and who answers.
+SPEAKER, LISTENER = 0, 1
+
+
+def emotion_id(name: str) -> int:
+    """Index of an emotion in `EMOTIONS`.
+
+    Raises:
+        UserError: `name` is not one of the 32 emotions.
+    """
+    if name not in _IDS:
+        raise UserError(f"Unknown emotion {name!r}; EmpatheticDialogues has these 32: {', '.join(EMOTIONS)}.")
+    return _IDS[name]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation of EmpatheticDialogues.
+
+    Attributes:
+        conv_id: the dataset's identifier.
+        emotion: one of `EMOTIONS`.
+        situation: what happened, in the speaker's words (the `prompt` column).
+        turns: the utterances in order.
+        roles: `SPEAKER` or `LISTENER` per turn.
+    """
+
+    conv_id: str
+    emotion: str
+    situation: str
+    turns: tuple[str, ...]
+    roles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ResponsePair:
+    """A listener's turn and everything said before it.
+
+    Attributes:
+        conv_id: the dialogue it comes from.
+        emotion: one of `EMOTIONS`.
+        context: the turns before the response, oldest first.
+        roles: `SPEAKER` or `LISTENER` per turn of the context.
+        response: the listener's turn.
+    """
+
+    conv_id: str
+    emotion: str
+    context: tuple[str, ...]
+    roles: tuple[int, ...]
+    response: str
+
+
+@dataclass(frozen=True)
+class CauseAnnotation:
+    """One situation of EmoCause.
+
+    Attributes:
+        conv_id: the dialogue of EmpatheticDialogues that the situation belongs to.
+        emotion: one of `EMOTIONS`.
+        situation: the raw text.
+        words: its words with their character spans, as EmoCause splits it.
+        gold: indices into `words` of the words that caused the emotion, in the order of the annotation.
+    """
+
+    conv_id: str
+    emotion: str
+    situation: str
+    words: tuple[Word, ...]
+    gold: tuple[int, ...]
+
+
+def response_pairs(dialogues: Iterable[Dialogue]) -> list[ResponsePair]:
+    """Every listener's turn that answers something, with its context."""
+    return [
+        ResponsePair(dialogue.conv_id, dialogue.emotion, dialogue.turns[:turn], dialogue.roles[:turn], response)
+        for dialogue in dialogues
+        for turn, (response, role) in enumerate(zip(dialogue.turns, dialogue.roles, strict=True))
+        if role == LISTENER and turn > 0
+    ]

@@ -1,0 +1,137 @@
+"""The metrics of the paper, as pure functions of predictions and references."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from empcause.data import CauseAnnotation, is_content_word, split_words
+
+RECALL_CUTS = (1, 3, 5)
+
+
+@dataclass(frozen=True)
+class CauseScores:
+    """Recall per situation: `items["top5_recall"]` and so on, `[n]` float64 each, in the order of the annotations."""
+
+    items: dict[str, NDArray[np.float64]]
+
+    def summary(self) -> dict[str, float]:
+        """Mean over situations of every figure."""
+        return {name: float(values.mean()) for name, values in self.items.items()}
+
+
+def rank_words(words: Sequence[str], probs: ArrayLike, *, filtered: bool = True) -> list[int]:
+    """Indices of words by falling probability, the earlier first among equals.
+
+    Args:
+        words: the words of a text.
+        probs: `[W]` their probabilities.
+        filtered: pass over stop words and punctuation; if nothing else is there, the best one stays.
+    """
+    order = np.argsort(-np.asarray(probs, np.float64), kind="stable").tolist()
+    order = [index for index in order if words[index].strip()]
+    if not filtered:
+        return order
+    return [index for index in order if is_content_word(words[index])] or order[:1]
+
+
+def lenient_recall(predicted: Sequence[str], gold: Sequence[str]) -> float:
+    """The benchmark's own recall: by word, positions ignored, case and repeats kept.
+
+    For each gold word, every predicted word that starts or ends with it counts as that word.
+    """
+    matched = list(predicted)
+    for word in gold:
+        matched = [word if other.startswith(word) or other.endswith(word) else other for other in matched]
+    return sum((Counter(matched) & Counter(gold)).values()) / len(gold)
+
+
+def strict_recall(predicted: Iterable[int], gold: Iterable[int]) -> float:
+    """Share of annotated positions among the predicted positions."""
+    positions = set(gold)
+    return len(positions & set(predicted)) / len(positions)
+
+
+def score_causes(
+    annotations: Sequence[CauseAnnotation], word_probs: Sequence[ArrayLike], k: Sequence[int] = RECALL_CUTS
+) -> CauseScores:
+    """Top-k recall of cause words.
+
+    Args:
+        annotations: situations with their gold words.
+        word_probs: `[W]` per situation, a probability per word of it.
+        k: where the ranking is cut.
+
+    Returns:
+        For each k: `topK_recall` (lenient), `strict_topK_recall` (by position), `unfiltered_topK_recall` (lenient, without
+        the stop-word filter), and `oracle_topK_recall` (what a perfect ranking could reach).
+
+    Raises:
+        ValueError: numbers of situations or words do not fit.
+    """
+    if len(annotations) != len(word_probs):
+        raise ValueError(f"word_probs has {len(word_probs)} entries for {len(annotations)} annotations.")
+    items: dict[str, list[float]] = {}
+    for annotation, probs in zip(annotations, word_probs, strict=True):
+        words = [word.text for word in annotation.words]
+        if np.shape(probs) != (len(words),):
+            raise ValueError(f"{annotation.conv_id}: {np.shape(probs)} probabilities for {len(words)} words.")
+        gold = [words[index] for index in annotation.gold]
+        ranking, everything = rank_words(words, probs), rank_words(words, probs, filtered=False)
+        for cut in k:
+            scores = {
+                "": lenient_recall([words[index] for index in ranking[:cut]], gold),
+                "strict_": strict_recall(ranking[:cut], annotation.gold),
+                "unfiltered_": lenient_recall([words[index] for index in everything[:cut]], gold),
+                "oracle_": min(cut, len(gold)) / len(gold),
+            }
+            for kind, score in scores.items():
+                items.setdefault(f"{kind}top{cut}_recall", []).append(score)
+    return CauseScores({name: np.array(values) for name, values in items.items()})
+
+
+def emotion_correct(emotion_probs: Sequence[ArrayLike], emotion_ids: Sequence[int]) -> NDArray[np.float64]:
+    """1 where the most probable emotion is the right one, else 0: `[n]`; its mean is the accuracy."""
+    predicted = np.array([np.argmax(probs) for probs in emotion_probs], np.int64)
+    return (predicted == np.asarray(emotion_ids)).astype(np.float64)
+
+
+def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
+    """exp(total negative log-likelihood / number of tokens): one figure for the corpus.
+
+    Args:
+        nll: `[n]` summed negative log-likelihood per response, in nats.
+        tokens: `[n]` its number of tokens.
+    """
+    return float(np.exp(np.sum(nll) / np.sum(tokens)))
+
+
+def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float:
+    """Nats per word (`split_words`), which compares over tokenizers."""
+    return float(np.sum(nll) / max(1, sum(len(split_words(text)) for text in responses)))
+
+
+def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float:
+    """Bits per UTF-8 byte, which compares over tokenizers."""
+    return float(np.sum(nll) / np.log(2) / max(1, sum(len(text.encode()) for text in responses)))
+
+
+def distinct_n(responses: Sequence[str], n: int, split: Callable[[str], Sequence[str]] | None = None) -> float:
+    """Unique n-grams of words / all n-grams, over the whole corpus; 0 where there is none.
+
+    Args:
+        responses: generated texts.
+        n: length of the n-grams.
+        split: text to words; default `split_words`, lower case.
+    """
+    split = split or (lambda text: [word.text.lower() for word in split_words(text)])
+    ngrams = [
+        gram
+        for response in responses
+        for words in [split(response)]
+        for gram in zip(*(words[start:] for start in range(n)), strict=False)
+    ]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -1,0 +1,50 @@
+"""Configuration of the emotion cause extractor."""
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from empcause.data import EMOTIONS
+
+
+class CauseExtractorConfig(PreTrainedConfig):
+    """What an extractor is made of, and how its losses are put together.
+
+    Args:
+        encoder: configuration of a transformers encoder (BERT, RoBERTa, XLM-R, ELECTRA, MPNet, DistilBERT, ...).
+        cause_from: where cause probabilities come from: the detection "head" (eq 7), or the "attention" of the first
+            token, scaled to a maximum of 1 per text (the paper's RoBERTa_Att).
+        attention_pooling: how the heads of that attention are put together, "mean" or "max".
+        automatic_top_k: how many words per text the automatic labels mark.
+        emotion_weight, cause_weight, aux_weight: weights of the three losses (eq 9).
+        cause_reduction: cause loss as the "mean" over real tokens, or their "sum" per batch of texts.
+        aux_form: auxiliary loss as the "complement" `1 - <Att, C1>`, or "literal" `<Att, C1>` (eq 8).
+        head_dropout: dropout before both heads.
+        max_length: longest text in tokens that it is trained on and reads.
+    """
+
+    model_type = "empcause_extractor"
+    sub_configs = {"encoder": AutoConfig}
+
+    encoder: dict | PreTrainedConfig | None = None
+    cause_from: Literal["head", "attention"] = "head"
+    attention_pooling: Literal["mean", "max"] = "mean"
+    automatic_top_k: int = 3
+    emotion_weight: float = 1 / 3
+    cause_weight: float = 1.0
+    aux_weight: float = 1.0
+    cause_reduction: Literal["mean", "sum"] = "mean"
+    aux_form: Literal["complement", "literal"] = "complement"
+    head_dropout: float = 0.1
+    max_length: int = 128
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.encoder, dict):
+            values = dict(self.encoder)
+            self.encoder = AutoConfig.for_model(values.pop("model_type"), **values)
+        kwargs.setdefault("id2label", dict(enumerate(EMOTIONS)))
+        kwargs.setdefault("label2id", {name: index for index, name in enumerate(EMOTIONS)})
+        super().__post_init__(**kwargs)
+
+
+AutoConfig.register("empcause_extractor", CauseExtractorConfig)

@@ -1,0 +1,75 @@
+"""Texts as the extractor reads them: token ids, and which word every piece belongs to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from empcause.data import Word, is_content_word
+from empcause.extractor.labels import IGNORED
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, words: Sequence[Word], max_length: int
+) -> dict[str, NDArray[np.int64]]:
+    """Tokenise one text and find the word that each piece belongs to.
+
+    Args:
+        tokenizer: a fast tokenizer (character offsets are needed).
+        text: the raw text.
+        words: its words.
+        max_length: longer texts lose their end, in tokens.
+
+    Returns:
+        `input_ids` `[S]`, `special_tokens_mask` `[S]`, `offsets` `[S, 2]` (characters; empty spans at special tokens),
+        `word_index` `[S]` (index of the first word that a piece overlaps, -1 for none), and `word_ids` `[S]` (the same,
+        with -1 at stop words and punctuation too).
+    """
+    encoded = tokenizer(
+        text, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True
+    )
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    word_index = first_overlap(offsets, words)
+    content = np.array([*(is_content_word(word.text) for word in words), False])
+    return {
+        "input_ids": np.asarray(encoded["input_ids"], np.int64),
+        "special_tokens_mask": np.asarray(encoded["special_tokens_mask"], np.int64),
+        "offsets": offsets,
+        "word_index": word_index,
+        "word_ids": np.where(content[word_index], word_index, -1),
+    }
+
+
+def first_overlap(spans: NDArray[np.int64], words: Sequence[Word]) -> NDArray[np.int64]:
+    """Index of the first word that each character span overlaps, -1 for none: `[n]` from `[n, 2]`."""
+    if not words:
+        return np.full(len(spans), -1, np.int64)
+    starts = np.array([word.start for word in words])
+    ends = np.array([word.end for word in words])
+    overlap = np.maximum(spans[:, :1], starts) < np.minimum(spans[:, 1:], ends)
+    return np.where(overlap.any(1), overlap.argmax(1), -1)
+
+
+def pad_batch(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad `input_ids`, `special_tokens_mask`, `word_ids` and `cause_labels` on the right; stack the rest.
+
+    Returns:
+        Tensors of the keys that `CauseExtractor.forward` names, with `attention_mask` added.
+    """
+    fills = {"input_ids": pad_token_id, "special_tokens_mask": 1, "word_ids": -1, "cause_labels": IGNORED}
+    lengths = [len(item["input_ids"]) for item in items]
+    batch = {}
+    for key in items[0]:
+        if key in fills:
+            padded = np.full((len(items), max(lengths)), fills[key], np.int64)
+            for row, item in zip(padded, items, strict=True):
+                row[: len(item[key])] = item[key]
+            batch[key] = torch.from_numpy(padded)
+        elif key in ("emotion_labels", "automatic"):
+            batch[key] = torch.tensor([item[key] for item in items])
+    batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return batch

@@ -1,0 +1,114 @@
+"""Reading texts with a trained extractor."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from empcause.checkpoints import load_pretrained
+from empcause.data import Word, align_max, split_words
+from empcause.extractor.configuration import CauseExtractorConfig
+from empcause.extractor.encoding import encode_text, pad_batch
+from empcause.extractor.modeling import CauseExtractor
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What the extractor finds in one text.
+
+    Attributes:
+        text: the raw text.
+        emotion_probs: `[32]` float32, in the order of `empcause.data.EMOTIONS`.
+        words: its words.
+        word_probs: `[W]` float32, a word's cause probability is that of its best piece.
+        token_spans: `[T, 2]` character spans of the extractor's own tokens, special tokens left out.
+        token_probs: `[T]` float32 cause probabilities of these.
+    """
+
+    text: str
+    emotion_probs: NDArray[np.float32]
+    words: tuple[Word, ...]
+    word_probs: NDArray[np.float32]
+    token_spans: NDArray[np.int64]
+    token_probs: NDArray[np.float32]
+
+
+def load_extractor(path: str | os.PathLike[str]) -> tuple[CauseExtractor, PreTrainedTokenizerBase]:
+    """Load a trained extractor and its tokenizer, in evaluation mode.
+
+    Raises:
+        UserError: the folder does not exist, holds another kind of model, or a file in it is cut short.
+    """
+    model = load_pretrained(CauseExtractor, path, "extractor", "empcause train extractor", CauseExtractorConfig.model_type)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+@torch.inference_mode()
+def extract(
+    model: CauseExtractor,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    words: Sequence[Sequence[Word]] | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> list[Extraction]:
+    """Find emotion and causes of texts.
+
+    Args:
+        model: the extractor.
+        tokenizer: its tokenizer.
+        texts: raw texts; a text without words has no causes.
+        words: their words if they are split already (EmoCause); default `split_words`.
+        batch_size: texts per batch; batches hold texts of similar length.
+        max_length: longest text in tokens, the rest has probability 0; default is what the encoder can read.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: `words` and `texts` differ in number.
+    """
+    if words is None:
+        words = [split_words(text) for text in texts]
+    if len(words) != len(texts):
+        raise ValueError(f"words has {len(words)} entries for {len(texts)} texts; one list per text is expected.")
+    limit = max_length or longest_input(model, tokenizer)
+    items = [encode_text(tokenizer, text, split, limit) for text, split in zip(texts, words, strict=True)]
+    order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
+    results: dict[int, Extraction] = {}
+    was_training = model.training
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc="extracting causes", disable=not progress):
+        indices = order[start : start + batch_size]
+        batch = pad_batch([items[index] for index in indices], tokenizer.pad_token_id)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        output = model(**batch)
+        emotion_probs = output.emotion_logits.float().softmax(-1).cpu().numpy()
+        if model.config.cause_from == "head":
+            cause_probs = output.cause_logits.float().softmax(-1)[..., 1]
+        else:
+            attention = output.cls_attention * (batch["special_tokens_mask"] == 0)
+            cause_probs = attention / attention.amax(-1, keepdim=True).clamp(min=1e-9)
+        for row, index in enumerate(indices):
+            real = items[index]["special_tokens_mask"] == 0
+            spans = items[index]["offsets"][real]
+            probs = cause_probs[row, : len(real)].cpu().numpy()[real]
+            word_spans = [(word.start, word.end) for word in words[index]]
+            results[index] = Extraction(
+                texts[index], emotion_probs[row], tuple(words[index]), align_max(spans, probs, word_spans), spans, probs
+            )
+    model.train(was_training)
+    return [results[index] for index in range(len(items))]
+
+
+def longest_input(model: CauseExtractor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens that encoder and tokenizer can read."""
+    config = model.encoder.config
+    # RoBERTa's and MPNet's positions count from behind the padding index.
+    offset = config.pad_token_id + 1 if config.model_type not in ("bert", "electra", "distilbert") else 0
+    return min(config.max_position_embeddings - offset, tokenizer.model_max_length)

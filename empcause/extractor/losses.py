@@ -1,0 +1,73 @@
+"""The three losses of the extractor (eq 4, 7, 8) and their sum (eq 9)."""
+
+from torch import Tensor, nn
+
+from empcause.extractor.configuration import CauseExtractorConfig
+from empcause.extractor.labels import IGNORED
+
+
+def cause_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy over two classes per token (eq 7); 0 where no token is labelled.
+
+    Args:
+        logits: `[B, S, 2]`.
+        labels: `[B, S]` 0, 1, or -100 for tokens that do not count.
+        reduction: "mean" over tokens, or "sum".
+    """
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1) if reduction == "mean" else total
+
+
+def aux_loss(attention: Tensor, cause_probs: Tensor, real_tokens: Tensor, form: str) -> Tensor:
+    """Link between attention and detection (eq 8), mean over texts; gradients flow into both.
+
+    Args:
+        attention: `[B, S]` attention of the first token.
+        cause_probs: `[B, S]` probability of the cause class.
+        real_tokens: `[B, S]` bool; the attention is renormalised over these.
+        form: "complement" `1 - <Att, C1>` (default), or "literal" `<Att, C1>`.
+    """
+    weights = attention * real_tokens
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
+    product = (weights * cause_probs).sum(-1).mean()
+    return 1 - product if form == "complement" else product
+
+
+def extractor_losses(
+    config: CauseExtractorConfig,
+    emotion_logits: Tensor,
+    cause_logits: Tensor,
+    attention: Tensor,
+    real_tokens: Tensor,
+    emotion_labels: Tensor,
+    cause_labels: Tensor,
+) -> dict[str, Tensor]:
+    """All losses of a batch; "loss" is their weighted sum (eq 9).
+
+    Texts whose tokens carry no cause label at all take part in the emotion loss only.
+
+    Args:
+        config: weights and forms.
+        emotion_logits: `[B, 32]`.
+        cause_logits: `[B, S, 2]`.
+        attention: `[B, S]` attention of the first token.
+        real_tokens: `[B, S]` bool, False at special tokens and padding.
+        emotion_labels: `[B]`.
+        cause_labels: `[B, S]` 0, 1, or -100.
+    """
+    losses = {"emotion_loss": nn.functional.cross_entropy(emotion_logits.float(), emotion_labels)}
+    labelled = (cause_labels != IGNORED).any(-1)
+    if labelled.any():
+        logits = cause_logits.float()
+        losses["cause_loss"] = cause_loss(logits, cause_labels, config.cause_reduction)
+        cause_probs = logits.softmax(-1)[..., 1]
+        losses["aux_loss"] = aux_loss(
+            attention[labelled], cause_probs[labelled], real_tokens[labelled], config.aux_form
+        )
+    weights = {
+        "emotion_loss": config.emotion_weight,
+        "cause_loss": config.cause_weight,
+        "aux_loss": config.aux_weight,
+    }
+    total = sum((weights[name] * value for name, value in losses.items()), emotion_logits.new_zeros(()))
+    return {"loss": total, **losses}

@@ -1,0 +1,127 @@
+"""The emotion cause extractor: an encoder with an emotion head and a cause head (eq 1-7)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from empcause.data import EMOTIONS
+from empcause.extractor.attention import capture_projections, cls_attention, find_projections
+from empcause.extractor.configuration import CauseExtractorConfig
+from empcause.extractor.labels import IGNORED, automatic_labels
+from empcause.extractor.losses import extractor_losses
+
+
+@dataclass
+class CauseExtractorOutput(ModelOutput):
+    """Result of the extractor.
+
+    Attributes:
+        loss: weighted sum of the losses, if labels were given.
+        emotion_logits: `[B, 32]`.
+        cause_logits: `[B, S, 2]`; class 1 is "caused the emotion".
+        cls_attention: `[B, S]` attention of the first token in the last layer, mean (or max) over heads.
+        emotion_loss, cause_loss, aux_loss: the parts of the loss, unweighted.
+    """
+
+    loss: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    cause_logits: Tensor | None = None
+    cls_attention: Tensor | None = None
+    emotion_loss: Tensor | None = None
+    cause_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class CauseExtractor(PreTrainedModel):
+    """Finds the emotion of a text and the words that caused it.
+
+    Raises:
+        UserError: the encoder's attention cannot be read.
+    """
+
+    config_class = CauseExtractorConfig
+    base_model_prefix = "extractor"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    config: CauseExtractorConfig
+
+    def __init__(self, config: CauseExtractorConfig, encoder: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.encoder = encoder if encoder is not None else AutoModel.from_config(config.encoder, **_no_pooler(config))
+        find_projections(self.encoder)
+        hidden_size = self.encoder.config.hidden_size
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.emotion_head = nn.Linear(hidden_size, len(EMOTIONS))
+        self.cause_head = nn.Linear(hidden_size, 2)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's word embeddings."""
+        return self.encoder.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        special_tokens_mask: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        emotion_labels: Tensor | None = None,
+        cause_labels: Tensor | None = None,
+        automatic: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CauseExtractorOutput:
+        """Predict, and compute the losses if labels are given.
+
+        Args:
+            input_ids: `[B, S]` token ids; the first token of every text is its class token.
+            attention_mask: `[B, S]`, 0 at padding.
+            special_tokens_mask: `[B, S]`, 1 at special tokens; needed for losses.
+            word_ids: `[B, S]` content word of each piece, -1 for none; needed for automatic labels.
+            emotion_labels: `[B]` emotion ids; asks for the losses.
+            cause_labels: `[B, S]` 0, 1, or -100 for tokens without a label (default: all).
+            automatic: `[B]` bool, texts whose cause labels are made here from the attention (Algorithm 1).
+        """
+        with capture_projections(self.encoder) as captured:
+            hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        attention = cls_attention(self.encoder, captured, attention_mask, self.config.attention_pooling)
+        hidden = self.dropout(hidden)
+        output = CauseExtractorOutput(
+            emotion_logits=self.emotion_head(hidden[:, 0]),
+            cause_logits=self.cause_head(hidden),
+            cls_attention=attention,
+        )
+        if emotion_labels is None:
+            return output
+        if special_tokens_mask is None:
+            raise ValueError("special_tokens_mask is needed with emotion_labels: causes are never special tokens.")
+        real_tokens = (attention_mask != 0) & (special_tokens_mask == 0)
+        if cause_labels is None:
+            cause_labels = torch.full_like(input_ids, IGNORED)
+        if automatic is not None and automatic.any():
+            if word_ids is None:
+                raise ValueError("word_ids are needed for automatic labels: whole words are chosen.")
+            made = automatic_labels(attention.detach(), word_ids, real_tokens, self.config.automatic_top_k)
+            cause_labels = torch.where(automatic[:, None], made, cause_labels)
+        losses = extractor_losses(
+            self.config,
+            output.emotion_logits,
+            output.cause_logits,
+            attention,
+            real_tokens,
+            emotion_labels,
+            cause_labels,
+        )
+        return CauseExtractorOutput(**{**output, **losses})
+
+
+def _no_pooler(config: CauseExtractorConfig) -> dict[str, bool]:
+    """Families with a pooling layer that only their own classification heads use leave it out."""
+    pooled = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
+    return {"add_pooling_layer": False} if getattr(config.encoder, "model_type", "") in pooled else {}

@@ -1,0 +1,273 @@
+"""Stage 1: training the emotion cause extractor (Algorithm 1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoModel, TrainerCallback, set_seed
+
+from empcause.data import (
+    EMOTIONS,
+    CauseAnnotation,
+    emotion_id,
+    load_annotations,
+    load_dialogues,
+    split_words,
+)
+from empcause.evaluation.metrics import emotion_correct, score_causes
+from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, pad_batch
+from empcause.extractor.labels import IGNORED
+from empcause.training.common import (
+    StageTrainer,
+    StageTrainingArguments,
+    find_checkpoint,
+    finish,
+    load_config,
+    load_tokenizer,
+    set_environment,
+)
+
+SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
+
+
+@dataclass
+class ExtractorTrainingArguments(StageTrainingArguments):
+    """Options of stage 1; the defaults are the paper's (Table 4)."""
+
+    output_dir: str | None = field(default="runs/extractor", metadata={"help": "where checkpoints and model go"})
+    model_name_or_path: str | None = field(
+        default="roberta-base", metadata={"help": "pretrained encoder, by name or folder; empty: from nothing"}
+    )
+    supervision: str = field(
+        default="semi-supervised",
+        metadata={
+            "help": "semi-supervised (Algorithm 1), supervised (EmoCause alone), unsupervised (automatic labels alone), "
+            "emotion (emotion labels alone)",
+            "choices": list(SUPERVISIONS),
+        },
+    )
+    interleave: bool = field(
+        default=False, metadata={"help": "mix labelled and unlabelled batches; otherwise all labelled ones come first"}
+    )
+    automatic_label_start: int = field(
+        default=0, metadata={"help": "epochs during which unlabelled texts train the emotion alone"}
+    )
+    automatic_top_k: int = field(default=3, metadata={"help": "words per text that automatic labels mark"})
+    stratified_split: bool = field(
+        default=False, metadata={"help": "halve EmoCause's validation split emotion by emotion"}
+    )
+    cause_from: str = field(
+        default="head", metadata={"help": "where causes are read from", "choices": ["head", "attention"]}
+    )
+    attention_pooling: str = field(default="mean", metadata={"help": "over heads", "choices": ["mean", "max"]})
+    aux_form: str = field(
+        default="complement",
+        metadata={"help": "auxiliary loss: 1 - <Att, C1>, or <Att, C1>", "choices": ["complement", "literal"]},
+    )
+    emotion_weight: float = field(default=1 / 3, metadata={"help": "weight of the emotion loss (eq 9)"})
+    cause_weight: float = field(default=1.0, metadata={"help": "weight of the cause loss (eq 9)"})
+    aux_weight: float = field(default=1.0, metadata={"help": "weight of the auxiliary loss (eq 9)"})
+    cause_reduction: str = field(
+        default="mean", metadata={"help": "cause loss over tokens", "choices": ["mean", "sum"]}
+    )
+    max_length: int = field(default=128, metadata={"help": "longest text in tokens"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "texts per batch and device"})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "texts per batch and device in evaluation"})
+    num_train_epochs: float = field(default=20, metadata={"help": "training iterations of Algorithm 1"})
+    metric_for_best_model: str | None = field(
+        default="top5_recall", metadata={"help": "validation figure that early stopping and scheduler watch"}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "whether that figure should rise"})
+
+    def __post_init__(self) -> None:
+        if self.supervision not in SUPERVISIONS:
+            raise ValueError(f"supervision is {self.supervision!r}; expected one of {', '.join(SUPERVISIONS)}.")
+        if self.automatic_top_k < 1:
+            raise ValueError(f"automatic_top_k is {self.automatic_top_k}; expected at least 1.")
+        super().__post_init__()
+
+
+def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
+    """Train an extractor; the best checkpoint ends in `args.output_dir`.
+
+    Returns:
+        Validation figures: accuracy and Top-k recall.
+
+    Raises:
+        UserError: missing or malformed data, model or checkpoint.
+    """
+    set_environment()
+    checkpoint = find_checkpoint(args)
+    labelled, validation = split_annotations(args)
+    dialogues = [] if args.supervision == "supervised" else load_dialogues("train", args.data)
+    tokenizer = load_tokenizer(args)
+    set_seed(args.seed)
+    model = CauseExtractor(*build_encoder(args, tokenizer))
+
+    items: list[dict[str, Any]] = []
+    if args.supervision in ("semi-supervised", "supervised"):
+        items += [encode_annotation(tokenizer, annotation, args.max_length) for annotation in labelled]
+    num_labelled = len(items)
+    for dialogue in dialogues:
+        words = split_words(dialogue.situation)
+        encoded = encode_text(tokenizer, dialogue.situation, words, args.max_length)
+        items.append(
+            encoded
+            | {
+                "emotion_labels": emotion_id(dialogue.emotion),
+                "cause_labels": np.full(len(encoded["input_ids"]), IGNORED),
+                "automatic": args.supervision != "emotion",
+            }
+        )
+    phases = [range(num_labelled), range(num_labelled, len(items))]
+    automatic = AutomaticLabels(args.automatic_label_start)
+    trainer = ExtractorTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=items,
+        eval_dataset=validation,
+        data_collator=lambda batch: automatic.apply(pad_batch(batch, tokenizer.pad_token_id)),
+        lengths=[len(item["input_ids"]) for item in items],
+        phases=None if args.interleave else phases,
+        callbacks=[automatic],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = evaluate_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
+    card = "# Emotion cause extractor\n\nFinds the emotion of a text and the words that caused it."
+    return finish(trainer, metrics, card)
+
+
+def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnotation], list[CauseAnnotation]]:
+    """EmoCause-1 and EmoCause-2, the halves of EmoCause's validation split: labelled training data, and validation.
+
+    The embedded sample is small and has a training split of its own, so there nothing is halved.
+    """
+    if args.data == "sample":
+        return load_annotations("train", "sample"), load_annotations("valid", "sample")
+    annotations = load_annotations("valid", args.data)
+    random = np.random.default_rng(args.seed)
+    order = random.permutation(len(annotations)).tolist()
+    if args.stratified_split:
+        by_emotion = [[index for index in order if annotations[index].emotion == name] for name in EMOTIONS]
+        first = {index for group in by_emotion for index in group[: len(group) // 2]}
+    else:
+        first = set(order[: len(order) // 2])
+    halves: tuple[list[CauseAnnotation], list[CauseAnnotation]] = ([], [])
+    for index in order:
+        halves[index not in first].append(annotations[index])
+    return halves
+
+
+def build_encoder(args: ExtractorTrainingArguments, tokenizer: Any) -> tuple[CauseExtractorConfig, Any]:
+    """The extractor's configuration, and its encoder if that is pretrained (else None)."""
+    encoder_config = load_config(args, tokenizer)
+    encoder = None
+    if args.model_name_or_path:
+        encoder = AutoModel.from_pretrained(args.model_name_or_path)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # only the encoder's own classification heads use it
+        encoder_config = encoder.config
+    config = CauseExtractorConfig(
+        encoder=encoder_config.to_dict(),
+        cause_from=args.cause_from,
+        attention_pooling=args.attention_pooling,
+        automatic_top_k=args.automatic_top_k,
+        emotion_weight=args.emotion_weight,
+        cause_weight=args.cause_weight,
+        aux_weight=args.aux_weight,
+        cause_reduction=args.cause_reduction,
+        aux_form=args.aux_form,
+        max_length=args.max_length,
+    )
+    return config, encoder
+
+
+def encode_annotation(tokenizer: Any, annotation: CauseAnnotation, max_length: int) -> dict[str, Any]:
+    """An annotated situation as a training item: every piece that overlaps a gold word is labelled 1."""
+    encoded = encode_text(tokenizer, annotation.situation, annotation.words, max_length)
+    gold_spans = np.array([annotation.words[index][1:] for index in annotation.gold])
+    return encoded | {
+        "emotion_labels": emotion_id(annotation.emotion),
+        "cause_labels": cause_labels(encoded["offsets"], gold_spans),
+        "automatic": False,
+    }
+
+
+def cause_labels(offsets: NDArray[np.int64], gold_spans: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 for pieces that overlap a gold word, 0 for others, -100 for special tokens (empty spans): `[S]`."""
+    overlap = np.maximum(offsets[:, :1], gold_spans[:, 0]) < np.minimum(offsets[:, 1:], gold_spans[:, 1])
+    is_special = offsets[:, 0] == offsets[:, 1]
+    return np.where(is_special, IGNORED, overlap.any(1))
+
+
+def evaluate_causes(
+    model: CauseExtractor, tokenizer: Any, annotations: Sequence[CauseAnnotation], batch_size: int
+) -> dict[str, float]:
+    """Emotion accuracy and Top-k recall (lenient and strict) on annotated situations."""
+    found = extract(
+        model,
+        tokenizer,
+        [annotation.situation for annotation in annotations],
+        words=[annotation.words for annotation in annotations],
+        batch_size=batch_size,
+    )
+    correct = emotion_correct(
+        [extraction.emotion_probs for extraction in found], [emotion_id(each.emotion) for each in annotations]
+    )
+    recalls = score_causes(annotations, [extraction.word_probs for extraction in found]).summary()
+    kept = {name: value for name, value in recalls.items() if name.startswith(("top", "strict"))}
+    return {"accuracy": float(correct.mean()), **kept}
+
+
+class AutomaticLabels(TrainerCallback):
+    """Switches automatic labels on once their warm-up is over."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.epoch = 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the epoch; `state.epoch` survives a resume."""
+        self.epoch = state.epoch or 0.0
+
+    def apply(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Leave unlabelled texts without labels during the warm-up."""
+        if self.epoch < self.start:
+            batch["automatic"] = batch["automatic"] & False
+        return batch
+
+
+class ExtractorTrainer(StageTrainer):
+    """Logs the three losses, and evaluates by ranking words, as the paper does."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._parts: dict[str, list[float]] = {}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The model's loss; its parts are remembered for the log."""
+        output = model(**inputs)
+        for name in ("emotion_loss", "cause_loss", "aux_loss"):
+            if output[name] is not None:
+                self._parts.setdefault(name, []).append(output[name].detach())
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of each loss since the last log."""
+        if "loss" in logs:
+            logs = logs | {name: float(sum(values)) / len(values) for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Accuracy and recall on the validation situations."""
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = evaluate_causes(
+            model, self.processing_class, eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
+        )
+        return self.report_evaluation(metrics, metric_key_prefix)
