@@ -1,3 +1,7 @@
 """Empathetic conversation generation enhanced by emotion cause."""
 
 __version__ = "0.1.0"
+
+from empcause.ops import biased_attention, biased_attention_varlen, info
+
+__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "info"]

@@ -1,0 +1,27 @@
+// The kernels, compiled once per instruction set: each of the kernels_*.cpp defines EMPCAUSE_ISA and includes this file.
+#include "attention.h"
+
+namespace empcause::cpu {
+
+namespace EMPCAUSE_ISA {
+
+#include "simd.h"
+// The parts build on each other in this order.
+#include "convert.h"
+#include "dropout.h"
+#include "matmul.h"
+#include "forward.h"
+#include "backward.h"
+
+}  // namespace EMPCAUSE_ISA
+
+#define EMPCAUSE_TEXT_OF(name) #name
+#define EMPCAUSE_TEXT(name) EMPCAUSE_TEXT_OF(name)
+#define EMPCAUSE_JOIN_OF(a, b) a##b
+#define EMPCAUSE_JOIN(a, b) EMPCAUSE_JOIN_OF(a, b)
+
+extern const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA);
+const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA) = {EMPCAUSE_TEXT(EMPCAUSE_ISA), EMPCAUSE_ISA::forward,
+                                                       EMPCAUSE_ISA::backward};
+
+}  // namespace empcause::cpu

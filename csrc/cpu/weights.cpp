@@ -1,0 +1,55 @@
+// One rounding rule for the weight on every backend: the product is rounded before the sum. This file is built without
+// contraction to fused multiply-add (see CMakeLists.txt), so C = -1 / strength gives exactly what the other backends give.
+#include "weights.h"
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+namespace empcause::cpu {
+
+namespace {
+
+// Rounding may leave a weight meant as 0 slightly below it.
+constexpr float kSmallestWeight = -1e-6f;
+
+[[noreturn]] void refuse(const WeightArguments& a, int64_t b, int64_t h, int64_t j, float cause, float strength) {
+  std::ostringstream message;
+  message << "cause";
+  if (std::isfinite(cause)) {
+    message << " gives key " << j << " the negative weight 1 + " << strength << " * " << cause;
+  } else {
+    message << " is " << cause << " at key " << j;
+  }
+  message << " (batch " << b << (a.heads > 1 ? ", head " + std::to_string(h) : "")
+          << "); expected finite values with 1 + strength * cause >= 0 wherever key_mask is True";
+  throw std::runtime_error(message.str());
+}
+
+}  // namespace
+
+void compute_weights(const WeightArguments& a, float* weight) {
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const bool* mask = a.key_mask == nullptr ? nullptr : a.key_mask + b * a.keys;
+    for (int64_t h = 0; h < a.heads; ++h, weight += a.keys) {
+      if (a.cause == nullptr) {
+        for (int64_t j = 0; j < a.keys; ++j) weight[j] = mask == nullptr || mask[j] ? 1.0f : 0.0f;
+        continue;
+      }
+      const float* cause = a.cause + b * a.cause_batch + h * a.cause_head;
+      const float strength = a.head_strength == nullptr ? a.strength : a.head_strength[h];
+      for (int64_t j = 0; j < a.keys; ++j) {
+        if (mask != nullptr && !mask[j]) {
+          weight[j] = 0.0f;
+          continue;
+        }
+        const float product = strength * cause[j];
+        const float w = 1.0f + product;
+        if (!(w >= kSmallestWeight) || !std::isfinite(w)) refuse(a, b, h, j, cause[j], strength);
+        weight[j] = w > 0.0f ? w : 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace empcause::cpu

@@ -1,0 +1,344 @@
+"""The operator: argument checks, choice of the backend, autograd in eager mode."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from empcause.ops.backends import choose_backend
+from empcause.ops.reference import SMALLEST_WEIGHT, biased_attention_reference
+from empcause.ops.varlen import biased_attention_varlen_reference
+
+MAX_HEAD_DIM = 256
+
+
+def biased_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None = None,
+    *,
+    strength: float | Tensor = 1.0,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention whose probabilities are multiplied by a weight per key and renormalised (eq 14-18 of the paper).
+
+    `output_i = sum_j b_ij v_j` with `b_ij` proportional to `w_j exp(scale * q_i . k_j)` and
+    `w_j = key_mask_j * (1 + strength * cause_j)`. One pass over the keys, memory linear in their number; gradients of
+    query, key, value and cause. Accumulates in fp32; bitwise deterministic.
+
+    Args:
+        query: `[B, H, Q, D]` fp32, bf16 or fp16 (fp64 on the backend "reference"); any strides. D is at most 256.
+        key, value: `[B, Hkv, K, D]`, Hkv divides H.
+        cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, floating; finite with `1 + strength * cause >= 0` where key_mask is
+            True, ignored elsewhere. None: no bias.
+        strength: a number, or `[H]`, one per head.
+        key_mask: `[B, K]` bool, True = may be attended. None: all.
+        causal: query i sees keys j <= i + query_offset.
+        scale: factor of the logits; default `D ** -0.5`.
+        dropout_p: probability that a renormalised attention probability is dropped, in [0, 1).
+        seed: int or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
+        query_offset: int or 0-d int64 tensor, position of query 0 among the keys; default K - Q. Unused unless causal.
+        backend: "cpu" or "reference"; default is the best one for these tensors.
+
+    Returns:
+        `[B, H, Q, D]`, laid out so that `output.transpose(1, 2)` is contiguous. Rows that see no key are 0.
+
+    Raises:
+        ValueError: an argument of wrong shape, dtype, device or range.
+        RuntimeError: a backend that is not there, or a cause whose value is not allowed.
+    """
+    _check_tensors(query, key, value, packed=False)
+    batch, heads, _, dim = query.shape
+    keys = key.shape[2]
+    _check_options(strength, dropout_p, heads, query.device)
+    _check_cause(cause, [(batch, 1), (heads, 1), (keys,)], "[B or 1, K] or [B or 1, H or 1, K]", query.device)
+    _check_mask(key_mask, (batch, keys), "[B, K]", query.device)
+    scale = dim**-0.5 if scale is None else float(scale)
+    seed = _seed(seed, dropout_p, query.device)
+    offset = None if query_offset is None else _scalar("query_offset", query_offset, query.device)
+    if choose_backend(backend, query) == "reference":
+        check_weights(cause, strength, key_mask)
+        return biased_attention_reference(
+            query,
+            key,
+            value,
+            cause,
+            strength=strength,
+            key_mask=key_mask,
+            causal=causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            query_offset=offset,
+        )[0]
+    cause, strength, head_strength = _kernel_weights(cause, strength)
+    arguments = (query, key, value, cause, strength, head_strength, _contiguous(key_mask), causal, scale, dropout_p, seed)
+    return _apply(_Attention, torch.ops.empcause.attention, (*arguments, offset))
+
+
+def biased_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    strength: float | Tensor = 1.0,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`biased_attention` over packed sequences: no padding, and no sequence sees another.
+
+    Args:
+        query: `[N, H, D]`, all sequences one after another.
+        key, value: `[M, Hkv, D]`.
+        cause: `[M]` or `[H or 1, M]`.
+        cu_seqlens_q, cu_seqlens_k: `[sequences + 1]` int32, where each sequence starts; from 0 to N (M).
+        max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths.
+        key_mask: `[M]` bool.
+        strength, causal, scale, dropout_p, seed, backend: see `biased_attention`. Causal alignment is bottom-right in each
+            sequence; dropout counts batch, rows and keys per sequence, so packing changes nothing.
+
+    Returns:
+        `[N, H, D]`, contiguous.
+
+    Raises:
+        ValueError, RuntimeError: see `biased_attention`.
+    """
+    _check_tensors(query, key, value, packed=True)
+    _, heads, dim = query.shape
+    keys = key.shape[0]
+    _check_options(strength, dropout_p, heads, query.device)
+    _check_cause(cause, [(heads, 1), (keys,)], "[M] or [H or 1, M]", query.device)
+    _check_mask(key_mask, (keys,), "[M]", query.device)
+    for name, sums in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if sums.dtype != torch.int32 or sums.dim() != 1 or sums.shape[0] < 1 or sums.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"{name} must be int32 [sequences + 1], the same length for both, not {sums.dtype} {list(sums.shape)}."
+            )
+    scale = dim**-0.5 if scale is None else float(scale)
+    seed = _seed(seed, dropout_p, query.device)
+    packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
+    if choose_backend(backend, query) == "reference":
+        check_weights(
+            cause if cause is None else cause.reshape(1, -1, keys),
+            strength,
+            None if key_mask is None else key_mask[None],
+        )
+        return biased_attention_varlen_reference(
+            query,
+            key,
+            value,
+            cause,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            strength=strength,
+            key_mask=key_mask,
+            causal=causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+        )[0]
+    cause, strength, head_strength = _kernel_weights(cause, strength)
+    weights = (cause, strength, head_strength, _contiguous(key_mask))
+    return _apply(
+        _AttentionVarlen,
+        torch.ops.empcause.attention_varlen,
+        (query, key, value, *weights, *packing, causal, scale, dropout_p, seed, None),
+    )
+
+
+def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
+    """Refuse a cause that is not finite or makes a weight negative where a key may be attended.
+
+    On CPU the values are looked at here; elsewhere the check runs on the device without waiting for it.
+
+    Raises:
+        RuntimeError: a forbidden value; on a GPU it surfaces as a device-side assertion.
+    """
+    if cause is None:
+        return
+    values = cause.detach().to(torch.float32)
+    values = values[:, None] if values.dim() == 2 else values
+    factor = strength[:, None] if isinstance(strength, Tensor) else strength
+    weight = 1 + factor * values
+    fine = torch.isfinite(weight) & (weight >= SMALLEST_WEIGHT)
+    if key_mask is not None:
+        fine = fine | ~key_mask[:, None]
+    message = "cause must be finite with 1 + strength * cause >= 0 wherever key_mask is True"
+    if cause.is_cpu and not torch.compiler.is_compiling():
+        if not bool(fine.all()):
+            place = torch.nonzero(~fine)[0].tolist()
+            value = float(values.expand(fine.shape)[tuple(place)])
+            raise RuntimeError(f"{message}; it is {value} at batch {place[0]}, key {place[2]}.")
+    else:
+        torch._assert_async(fine.all(), message)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+    form = "[N, H, D]" if packed else "[B, H, Q, D]"
+    key_form = "[M, Hkv, D]" if packed else "[B, Hkv, K, D]"
+    for name, tensor, expected in (("query", query, form), ("key", key, key_form), ("value", value, key_form)):
+        if tensor.dim() != (3 if packed else 4):
+            raise ValueError(f"{name} must be {expected}, not {list(tensor.shape)}.")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"query, key and value must share a dtype; {name} is {tensor.dtype}, query {query.dtype}.")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}.")
+    if not query.is_floating_point():
+        raise ValueError(f"query, key and value must be floating, not {query.dtype}.")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have the same shape, not {list(key.shape)} and {list(value.shape)}.")
+    if key.shape[-1] != query.shape[-1] or not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"query and key must share a head size from 1 to {MAX_HEAD_DIM}, not {query.shape[-1]} and {key.shape[-1]}."
+        )
+    if not packed and key.shape[0] != query.shape[0]:
+        raise ValueError(f"query and key must share the batch, not {query.shape[0]} and {key.shape[0]}.")
+    if key.shape[1] < 1 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"the key heads must divide the query heads; there are {key.shape[1]} and {query.shape[1]}.")
+
+
+def _check_options(strength: float | Tensor, dropout_p: float, heads: int, device: torch.device) -> None:
+    if isinstance(strength, Tensor):
+        if strength.shape != (heads,) or not strength.is_floating_point() or strength.device != device:
+            raise ValueError(
+                f"strength must be a number or a floating tensor [H] = [{heads}] on {device}, "
+                f"not {strength.dtype} {list(strength.shape)} on {strength.device}."
+            )
+    elif not isinstance(strength, Real) or not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number or a tensor [H], not {strength!r}.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}.")
+
+
+def _check_cause(
+    cause: Tensor | None, allowed: list[tuple[int, ...]], expected: str, device: torch.device
+) -> None:
+    """`allowed` lists the sizes of [batch,] heads and keys; heads may be left out."""
+    if cause is None:
+        return
+    without_heads = allowed[:-2] + allowed[-1:]
+    for sizes in (allowed, without_heads):
+        if cause.dim() == len(sizes) and all(size in fine for size, fine in zip(cause.shape, sizes, strict=True)):
+            break
+    else:
+        raise ValueError(f"cause must be {expected} with K = {allowed[-1][0]}, not {list(cause.shape)}.")
+    if not cause.is_floating_point() or cause.device != device:
+        raise ValueError(f"cause must be floating on {device}, not {cause.dtype} on {cause.device}.")
+
+
+def _check_mask(key_mask: Tensor | None, shape: tuple[int, ...], expected: str, device: torch.device) -> None:
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool or key_mask.shape != shape or key_mask.device != device:
+        raise ValueError(
+            f"key_mask must be bool {expected} = {list(shape)} on {device}, "
+            f"not {key_mask.dtype} {list(key_mask.shape)} on {key_mask.device}."
+        )
+
+
+def _scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype != torch.int64:
+            raise ValueError(f"{name} must be an int or a 0-d int64 tensor, not {value.dtype} {list(value.shape)}.")
+        return value.to(device)
+    return torch.scalar_tensor(value, dtype=torch.int64, device=device)
+
+
+def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**62, (), dtype=torch.int64).to(device)
+    return _scalar("seed", seed, device)
+
+
+def _kernel_weights(cause: Tensor | None, strength: float | Tensor) -> tuple[Tensor | None, float, Tensor | None]:
+    """What the raw operators take: fp32 cause, and strength as a number or per head."""
+    cause = None if cause is None else cause.to(torch.float32).contiguous()
+    if isinstance(strength, Tensor):
+        return cause, 1.0, strength.detach().to(torch.float32).contiguous()
+    return cause, float(strength), None
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _apply(function: type[torch.autograd.Function], operator, arguments: tuple) -> Tensor:  # type: ignore[no-untyped-def]
+    """Run a raw operator, recording its gradient if it is needed.
+
+    Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler needs the
+    registered one (`registration.py`).
+    """
+    differentiable = arguments[:4]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _needs_grad(differentiable):
+        return operator(*arguments)[0]
+    return function.apply(*arguments)
+
+
+def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        output, logsumexp = torch.ops.empcause.attention(*arguments)
+        query, key, value, cause, strength, head_strength, key_mask, *options, seed, query_offset = arguments
+        ctx.save_for_backward(
+            query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, query_offset
+        )
+        ctx.strength, ctx.options = strength, options
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
+        wants_cause = cause is not None and ctx.needs_input_grad[3]
+        weights = (cause, ctx.strength, head_strength, key_mask)
+        saved = (grad_output, query, key, value, output, logsumexp)
+        grads = torch.ops.empcause.attention_backward(*saved, *weights, *ctx.options, seed, offset, wants_cause)
+        return (*grads[:3], grads[3] if wants_cause else None, *[None] * 8)
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        output, logsumexp = torch.ops.empcause.attention_varlen(*arguments)
+        query, key, value, cause, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, _ = arguments
+        ctx.save_for_backward(
+            query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed
+        )
+        ctx.strength, ctx.options = strength, options
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
+        wants_cause = cause is not None and ctx.needs_input_grad[3]
+        weights = (cause, ctx.strength, head_strength, key_mask)
+        saved = (grad_output, query, key, value, output, logsumexp)
+        grads = torch.ops.empcause.attention_varlen_backward(
+            *saved, *weights, cu_q, cu_k, *ctx.options, seed, None, wants_cause
+        )
+        return (*grads[:3], grads[3] if wants_cause else None, *[None] * 12)

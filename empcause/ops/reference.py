@@ -1,0 +1,117 @@
+"""The paper's equations in plain torch: the oracle of all tests, and what runs where no kernel does.
+
+    x_ij = scale * q_i . k_j                                            for j <= i + query_offset (causal)
+    p_ij = softmax_j(x_ij)
+    b_ij = p_ij w_j / sum_j' p_ij' w_j',   w_j = key_mask_j (1 + strength * cause_j)        (eq 14-17, sum over keys)
+    o_i  = sum_j b_ij Z_ij v_j                                          Z: dropout factor (eq 18)
+
+It is computed as b = w e / sum(w e) with e = exp(x - m), m the maximum over keys with w > 0: the same numbers, safe for every w.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from empcause.ops.philox import dropout_keep_mask
+
+# Rounding may leave a weight that is meant to be 0 slightly below it.
+SMALLEST_WEIGHT = -1e-6
+
+
+def key_weights(
+    cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None, batch: int, keys: int, like: Tensor
+) -> Tensor:
+    """Weight of every key: `key_mask * (1 + strength * cause)`, values in [-1e-6, 0) counting as 0.
+
+    Args:
+        cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, or None.
+        strength: a number, or `[H]`.
+        key_mask: `[B, K]` bool, or None.
+        batch, keys: B and K.
+        like: gives device and computing dtype.
+
+    Returns:
+        `[B or 1, H or 1, K]`.
+    """
+    weight = like.new_ones((1, 1, keys))
+    if cause is not None:
+        cause = cause.to(like.dtype)
+        cause = cause[:, None] if cause.dim() == 2 else cause
+        factor = strength.to(like.dtype)[:, None] if isinstance(strength, Tensor) else strength
+        # What stands in a masked key, NaN included, is not looked at.
+        product = factor * (cause if key_mask is None else torch.where(key_mask[:, None], cause, 0.0))
+        weight = 1 + product
+        weight = torch.where((weight < 0) & (weight >= SMALLEST_WEIGHT), weight - weight.detach(), weight)
+    if key_mask is not None:
+        weight = torch.where(key_mask[:, None], weight, 0.0)
+    return weight
+
+
+def biased_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None = None,
+    *,
+    strength: float | Tensor = 1.0,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Literal biased attention, differentiable by autograd, on any device, in fp64 too.
+
+    Args:
+        query: `[B, H, Q, D]`.
+        key, value: `[B, Hkv, K, D]`.
+        cause, strength, key_mask, causal, scale, dropout_p, seed, query_offset: see `empcause.biased_attention`.
+        keep: `[B, H, Q, K]` bool, the probabilities that survive dropout; default is what `seed` decides.
+
+    Returns:
+        Output `[B, H, Q, D]` in query's dtype, and the log-sum-exp `[B, H, Q]` of the weighted sum, +inf for rows without a
+        key. fp64 inputs are computed in fp64, others in fp32.
+    """
+    batch, heads, queries, dim = query.shape
+    keys, group = key.shape[2], heads // key.shape[1]
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = dim**-0.5 if scale is None else scale
+    like = torch.empty((), dtype=compute, device=query.device)
+    weight = key_weights(cause, strength, key_mask, batch, keys, like)
+    weight = weight.expand(batch, heads, keys)[:, :, None]
+
+    present = torch.ones_like(weight, dtype=torch.bool) if key_mask is None else key_mask[:, None, None].expand_as(weight)
+    allowed, counted = weight > 0, present  # a key of weight 0 that is not masked still has a gradient of its weight
+    if causal:
+        offset = keys - queries if query_offset is None else query_offset
+        position = torch.arange(queries, device=query.device)[:, None] + offset
+        past = torch.arange(keys, device=query.device) <= position
+        allowed, counted = allowed & past, counted & past
+
+    def sanitised(x: Tensor) -> Tensor:
+        """What stands in a masked key is not looked at, and NaN in a key of weight 0 reaches no result."""
+        x = x.to(compute).repeat_interleave(group, 1)
+        x = torch.where(present[:, :, 0, :, None], x, 0.0)
+        return torch.where(weight[:, :, 0, :, None] > 0, x, torch.nan_to_num(x, 0.0, 0.0, 0.0))
+
+    logits = (query.to(compute) @ sanitised(key).transpose(-1, -2)) * scale
+    masked = torch.where(allowed, logits, float("-inf"))
+    maximum = masked.detach().amax(-1, keepdim=True) if keys else logits.new_full((batch, heads, queries, 1), -math.inf)
+    maximum = torch.where(maximum == float("-inf"), 0.0, maximum)
+    # Keys with weight 0 have an exponential too, for the gradient of the weight; it may be large, so it is capped.
+    exponential = torch.exp(torch.where(counted, logits - maximum, float("-inf")).clamp(max=80.0))
+    weighted = torch.where(counted, weight * exponential, 0.0)
+    total = weighted.sum(-1, keepdim=True)
+    alive = total > 0
+    probability = weighted / torch.where(alive, total, 1.0)
+    if dropout_p > 0:
+        if keep is None:
+            assert seed is not None
+            keep = dropout_keep_mask(seed, dropout_p, batch, heads, queries, keys, query.device)
+        probability = probability * keep / (1 - dropout_p)
+    output = torch.where(alive, probability @ sanitised(value), 0.0)
+    logsumexp = torch.where(alive, maximum + torch.log(torch.where(alive, total, 1.0)), float("inf"))
+    return output.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), logsumexp[..., 0]
