@@ -1,0 +1,108 @@
+"""The attention function that transformers' models call under the name "empcause"."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from empcause.integration.masks import decode_mask
+from empcause.ops import biased_attention
+
+# Features of other models' attention that the operator does not have.
+_REFUSED = {
+    "sliding_window": "a sliding window",
+    "softcap": "soft-capped logits",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+}
+
+
+def layer_strength(module: nn.Module, gamma: float) -> float:
+    """Strength of the bias in a layer: `gamma * l / L`, l counted from 1 (section 3.3 of the paper).
+
+    Raises:
+        ValueError: the attention module does not know its place among the layers.
+    """
+    layer_idx = getattr(module, "layer_idx", None)
+    config = getattr(module, "config", None)
+    if layer_idx is None or config is None:
+        raise ValueError(f"{type(module).__name__} has no layer_idx and config, which the strength of a layer depends on.")
+    return gamma * (layer_idx + 1) / config.num_hidden_layers
+
+
+def empcause_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    cause_probs: Tensor | None = None,
+    cause_gamma: float = 1.0,
+    cause_witness: set[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Biased attention of one layer.
+
+    Args:
+        module: the attention module; its `layer_idx` and `config.num_hidden_layers` decide the strength.
+        query: `[B, H, Q, D]`.
+        key, value: `[B, Hkv, K, D]`.
+        attention_mask: what `biased_attention_mask` made, or None.
+        dropout: probability of dropping an attention probability.
+        scaling: factor of the logits; default `D ** -0.5`.
+        is_causal: overrides the module's own.
+        cause_probs: `[B or 1, n]` cause probability of the first n <= K keys; later keys have 0.
+        cause_gamma: factor of the strength.
+        cause_witness: the layer's index is added to it, so that `steer` sees that the causes arrived.
+
+    Returns:
+        `[B, Q, H, D]` contiguous, and None for the attention weights, which are never formed.
+
+    Raises:
+        ValueError: a feature, mask or shape that is not supported.
+    """
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="empcause" does not do {what} ({name}), which this model asks for.')
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Rotary embeddings leave query and key in fp32 while value is in the autocast dtype.
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    key_mask, query_offset = (None, None) if attention_mask is None else decode_mask(attention_mask)
+    if attention_mask is not None:
+        causal = True  # the mask's offset says what may be seen
+    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    cause, strength = None, 0.0
+    if cause_probs is not None:
+        cause = _fit(cause_probs, query.shape[0], key.shape[2])
+        strength = layer_strength(module, cause_gamma)
+        if cause_witness is not None:
+            cause_witness.add(module.layer_idx)
+    output = biased_attention(
+        query,
+        key,
+        value,
+        cause,
+        strength=strength,
+        key_mask=key_mask,
+        causal=causal,
+        scale=scaling,
+        dropout_p=dropout,
+        query_offset=query_offset,
+    )
+    return output.transpose(1, 2), None
+
+
+def _fit(cause_probs: Tensor, batch: int, keys: int) -> Tensor:
+    """Extend causes of the prompt with 0 for keys that came later."""
+    if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or cause_probs.shape[1] > keys:
+        raise ValueError(
+            f"cause_probs must be [batch, tokens] = [{batch}, at most {keys}], not {list(cause_probs.shape)}."
+        )
+    return nn.functional.pad(cause_probs, (0, keys - cause_probs.shape[1]))
