@@ -23,6 +23,9 @@ from empcause.checkpoints import check_weights
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
 
+# Files of a tokenizer's folder that say of which class it is.
+_NAMING_FILES = ("tokenizer_config", "tokenizer", "config")
+
 DATA_LICENCE = "cc-by-nc-4.0"
 
 
@@ -87,10 +90,13 @@ def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
     """
     name = args.tokenizer_name or args.model_name_or_path
     assert name is not None
+    # A folder with nothing but a vocabulary does not say whose it is; then it is that of the architecture asked for.
+    unnamed = Path(name).is_dir() and not any((Path(name) / f"{kind}.json").exists() for kind in _NAMING_FILES)
+    kind = {"tokenizer_type": args.model_type} if unnamed and args.model_type else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **kind)
     except (OSError, ValueError) as error:
-        raise UserError(f"There is no tokenizer {name!r}: {_first_line(error)}") from error
+        raise UserError(f"There is no tokenizer {name!r}: {_one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer {name!r} has no fast version; character offsets are needed.")
     return tokenizer
@@ -106,7 +112,7 @@ def load_config(args: StageTrainingArguments, tokenizer: PreTrainedTokenizerBase
         try:
             config = AutoConfig.from_pretrained(args.model_name_or_path)
         except (OSError, ValueError) as error:
-            raise UserError(f"There is no model {args.model_name_or_path!r}: {_first_line(error)}") from error
+            raise UserError(f"There is no model {args.model_name_or_path!r}: {_one_line(error)}") from error
         if Path(args.model_name_or_path).is_dir():
             check_weights(args.model_name_or_path)
         return config
@@ -115,12 +121,12 @@ def load_config(args: StageTrainingArguments, tokenizer: PreTrainedTokenizerBase
         config = AutoConfig.for_model(args.model_type, vocab_size=len(tokenizer), **ids)
         config.update_from_string(args.config_overrides or "")
     except ValueError as error:
-        raise UserError(f"Cannot make a model of type {args.model_type!r}: {_first_line(error)}") from error
+        raise UserError(f"Cannot make a model of type {args.model_type!r}: {_one_line(error)}") from error
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class StageTrainer(Trainer):

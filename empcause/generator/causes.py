@@ -1,0 +1,110 @@
+"""Cause probabilities for the generator's tokens, from a frozen extractor, computed once per text."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from empcause.data import SPEAKER, align_max, cache_dir, join_turns
+from empcause.data.sequences import EncodedDialogue
+from empcause.extractor import extract, load_extractor
+
+
+class TextCauses(NamedTuple):
+    """Cause probabilities of one text: `spans` `[T, 2]` characters, `probs` `[T]` float32."""
+
+    spans: NDArray[np.int64]
+    probs: NDArray[np.float32]
+
+
+class CauseCache:
+    """Causes of texts by one extractor, kept in a file so that they are computed once, not once per epoch or run.
+
+    Args:
+        extractor: folder of the extractor; its weights' checksum names the file.
+        folder: where the file lies; default is the cache folder.
+
+    Raises:
+        UserError: there is no extractor.
+    """
+
+    def __init__(self, extractor: str | os.PathLike[str], folder: Path | None = None) -> None:
+        self.model, self.tokenizer = load_extractor(extractor)
+        digest = hashlib.sha256()
+        for file in sorted([*Path(extractor).glob("*.safetensors"), Path(extractor) / "config.json"]):
+            digest.update(file.read_bytes())
+        self.path = (folder or cache_dir() / "causes") / f"{digest.hexdigest()[:32]}.npz"
+        self._known: dict[str, TextCauses] = {}
+        self._load()
+
+    def get(self, texts: Sequence[str], progress: bool = False) -> list[TextCauses]:
+        """Causes of the texts; what is not known yet is extracted and added to the file."""
+        missing = list({text for text in texts if self._key(text) not in self._known})
+        if missing:
+            for found in extract(self.model, self.tokenizer, missing, progress=progress):
+                self._known[self._key(found.text)] = TextCauses(found.token_spans, found.token_probs)
+            self._save()
+        return [self._known[self._key(text)] for text in texts]
+
+    @staticmethod
+    def _key(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _load(self) -> None:
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:
+                bounds = np.cumsum(stored["lengths"])[:-1]
+                spans, probs = np.split(stored["spans"], bounds), np.split(stored["probs"], bounds)
+                self._known = {
+                    str(key): TextCauses(*value) for key, *value in zip(stored["keys"], spans, probs, strict=True)
+                }
+        except (OSError, ValueError, KeyError, EOFError):
+            self._known = {}  # none yet, or damaged: extracted again
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                keys=np.array(list(self._known)),
+                lengths=np.array([len(causes.probs) for causes in self._known.values()]),
+                spans=np.concatenate([causes.spans for causes in self._known.values()]),
+                probs=np.concatenate([causes.probs for causes in self._known.values()]),
+            )
+        temporary.replace(self.path)
+
+
+def token_causes(
+    config: Any, encoded: EncodedDialogue, context: Sequence[str], roles: Sequence[int], causes: TextCauses
+) -> NDArray[np.float32]:
+    """C of the generator's tokens: the largest probability among the extractor's tokens that overlap them.
+
+    Args:
+        config: the generator's; `cause_scope` and `cause_threshold` apply.
+        encoded: the generator's tokens.
+        context: the turns; `causes` belongs to their joined text.
+        roles: the turns' roles.
+        causes: the extractor's.
+
+    Returns:
+        `[S]` float32; 0 at separators and in the response.
+    """
+    probs = causes.probs
+    if config.cause_threshold is not None:
+        probs = (probs >= config.cause_threshold).astype(np.float32)
+    values = align_max(causes.spans, probs, encoded.spans)
+    if config.cause_scope == "context":
+        return values
+    _, turn_spans = join_turns(context)
+    speaker_turns = [index for index, role in enumerate(roles) if role == SPEAKER]
+    allowed = speaker_turns[-1:] if config.cause_scope == "last" else speaker_turns
+    inside = np.zeros(len(values), bool)
+    for index in allowed:
+        start, end = turn_spans[index]
+        inside |= (encoded.spans[:, 0] >= start) & (encoded.spans[:, 1] <= end)
+    return np.where(inside, values, np.float32(0))

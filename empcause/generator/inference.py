@@ -1,0 +1,216 @@
+"""Answering and scoring with a trained generator."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from empcause.checkpoints import load_pretrained, read_config
+from empcause.data import EMOTIONS, LISTENER, SPEAKER, ResponsePair, Word, join_turns
+from empcause.data.collation import pad_dialogues
+from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
+from empcause.errors import UserError
+from empcause.extractor import CauseExtractor, extract
+from empcause.generator.causes import TextCauses, token_causes
+from empcause.generator.modeling import GENERATORS
+
+# Room left for the answer when a context is cut to the model's length.
+_RESPONSE_ROOM = 64
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Answer to a dialogue, and what it is based on.
+
+    Attributes:
+        emotion: the speaker's most probable emotion.
+        probability: its probability.
+        causes: words of the dialogue and their cause probabilities, in order.
+        text: the dialogue as one text; the words' spans refer to it.
+        response: the answer.
+    """
+
+    emotion: str
+    probability: float
+    causes: list[tuple[Word, float]]
+    text: str
+    response: str
+
+
+def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a trained generator and its tokenizer, in evaluation mode, with biased attention.
+
+    Raises:
+        UserError: the folder does not exist, holds another kind of model, or a file in it is cut short.
+    """
+    found = read_config(path, "generator", "empcause train generator").get("model_type")
+    known = {config.model_type: model for config, model in GENERATORS.values()}  # type: ignore[attr-defined]
+    if found not in known:
+        raise UserError(f"{path} holds a model of type {found!r}, not a generator ({', '.join(known)}).")
+    model = load_pretrained(known[found], path, "generator", "empcause train generator", found)
+    model.set_attn_implementation("empcause")
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def longest_sequence(model: PreTrainedModel) -> int:
+    """Number of tokens that the generator can read and write in all."""
+    return int(model.config.max_position_embeddings)
+
+
+def generator_item(
+    model: PreTrainedModel,
+    encoded: EncodedDialogue,
+    context: Sequence[str],
+    roles: Sequence[int],
+    causes: TextCauses | None,
+) -> dict[str, NDArray]:
+    """An encoded dialogue under the names of the model's `forward`; `cause_probs` only where there are causes."""
+    item = {"input_ids": encoded.input_ids, "token_type_ids": encoded.roles, "labels": encoded.labels}
+    if causes is not None:
+        item["cause_probs"] = token_causes(model.config, encoded, context, roles, causes)
+    return item
+
+
+def generate_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[ResponsePair],
+    causes: Sequence[TextCauses | None],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 40,
+    progress: bool = False,
+    **generation: Any,
+) -> list[str]:
+    """Answer contexts; greedy unless `generation` says otherwise.
+
+    Args:
+        model: the generator.
+        tokenizer: its tokenizer.
+        pairs: contexts; their own responses are not looked at.
+        causes: causes of each context's joined text, or None for no bias.
+        batch_size: contexts per batch; batches hold contexts of similar length.
+        max_new_tokens: longest answer in tokens.
+        progress: show a progress bar.
+        **generation: options of `generate`.
+    """
+    limit = longest_sequence(model) - min(max_new_tokens, _RESPONSE_ROOM)
+    items = []
+    for pair, found in zip(pairs, causes, strict=True):
+        encoded = encode_dialogue(tokenizer, pair.context, pair.roles, None, limit)
+        item = generator_item(model, encoded, pair.context, pair.roles, found)
+        del item["labels"]
+        items.append(item)
+    responses: dict[int, str] = {}
+    for indices, batch in _batches(model, tokenizer, items, batch_size, "left", "answering", progress):
+        with torch.inference_mode():
+            output = model.generate(**batch, max_new_tokens=max_new_tokens, **{"do_sample": False} | generation)
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        responses |= dict(zip(indices, (text.strip() for text in texts), strict=True))
+    return [responses[index] for index in range(len(items))]
+
+
+def response_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict[str, NDArray]],
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Negative log-likelihood of responses.
+
+    Args:
+        model: the generator.
+        tokenizer: its tokenizer.
+        items: what `generator_item` made of contexts with responses.
+        batch_size: items per batch.
+        progress: show a progress bar.
+
+    Returns:
+        Per item, the summed NLL in nats `[n]` float64, and the number of response tokens `[n]`, the end token included.
+    """
+    totals, counts = np.zeros(len(items)), np.zeros(len(items), np.int64)
+    was_training = model.training
+    model.eval()
+    for indices, batch in _batches(model, tokenizer, items, batch_size, "right", "scoring", progress):
+        with torch.inference_mode():
+            logits = model(**batch).logits.float()
+        targets = batch["labels"][:, 1:]
+        counted = targets != IGNORED
+        losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none").double().cpu()
+        rows = counted.nonzero()[:, 0].cpu()
+        totals[indices] = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, rows, losses).numpy()
+        counts[indices] = counted.sum(1).cpu().numpy()
+    model.train(was_training)
+    return totals, counts
+
+
+def _batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict[str, NDArray]],
+    batch_size: int,
+    side: str,
+    description: str,
+    progress: bool,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of items of similar length, on the model's device, with the items' indices."""
+    order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
+    for start in tqdm(range(0, len(order), batch_size), desc=description, disable=not progress):
+        indices = order[start : start + batch_size]
+        batch = pad_dialogues([items[index] for index in indices], tokenizer.pad_token_id, side)
+        yield indices, {name: value.to(model.device) for name, value in batch.items()}
+
+
+class Responder:
+    """Answers dialogues: emotion, causes, response.
+
+    Args:
+        extractor: an emotion cause extractor.
+        extractor_tokenizer: its tokenizer.
+        generator: an empathetic generator.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(
+        self,
+        extractor: CauseExtractor,
+        extractor_tokenizer: PreTrainedTokenizerBase,
+        generator: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.extractor, self.extractor_tokenizer = extractor, extractor_tokenizer
+        self.generator, self.tokenizer = generator, tokenizer
+
+    def __call__(self, turns: Sequence[str], **generation: Any) -> Reply:
+        """Answer a dialogue.
+
+        Args:
+            turns: what was said, oldest first, speaker and listener alternating; the last turn is the speaker's.
+            **generation: options of `generate`, such as `max_new_tokens`, `do_sample`, `top_p`.
+
+        Raises:
+            UserError: the dialogue is empty.
+        """
+        turns = [turn.strip() for turn in turns]
+        if not turns or not all(turns):
+            raise UserError("A turn of the dialogue is empty; every turn needs some text.")
+        text, _ = join_turns(turns)
+        found = extract(self.extractor, self.extractor_tokenizer, [text])[0]
+        roles = tuple(SPEAKER if (len(turns) - index) % 2 else LISTENER for index in range(len(turns)))
+        pair = ResponsePair("", EMOTIONS[0], tuple(turns), roles, "")
+        causes = TextCauses(found.token_spans, found.token_probs)
+        response = generate_responses(self.generator, self.tokenizer, [pair], [causes], **generation)[0]
+        best = int(found.emotion_probs.argmax())
+        probs = found.word_probs.tolist()
+        return Reply(
+            EMOTIONS[best], float(found.emotion_probs[best]), list(zip(found.words, probs, strict=True)), text, response
+        )

@@ -1,0 +1,127 @@
+"""The generators: a causal LM with a role embedding (eq 13) and biased attention in every layer (eq 14-18)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from empcause.data.sequences import IGNORED
+from empcause.generator.configuration import EmpatheticGPT2Config, EmpatheticLlamaConfig
+
+NUM_ROLES = 2
+
+
+class EmpatheticMixin:
+    """Makes a causal LM of transformers an empathetic generator. Put it before the model's class.
+
+    Adds a role matrix of its own, read through `token_type_ids`, and `cause_probs`, which reach every attention layer; the model
+    must run with `attn_implementation="empcause"`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.role_embedding = nn.Embedding(NUM_ROLES, config.hidden_size)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if module is getattr(self, "role_embedding", None):
+            nn.init.zeros_(module.weight)  # a role says nothing until it is trained
+
+    def forward(  # noqa: D417
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cause_probs: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, or the loss of the labelled tokens.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, S]`, 0 at padding.
+            token_type_ids: `[B, S]` roles, 0 speaker and 1 listener.
+            cause_probs: `[B, n]` in [0, 1], n <= S (with a cache: the keys so far); later tokens have 0.
+            labels: `[B, S]`, -100 where a token does not count. With labels, logits are computed at the labelled positions
+                alone and returned as `[number of labels, vocabulary]`.
+            num_items_in_batch: what the summed loss is divided by; default is the number of labels.
+            **kwargs: as for the base model.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        if token_type_ids is not None:
+            inputs_embeds = inputs_embeds + self.role_embedding(token_type_ids)
+        if cause_probs is not None:
+            self._check_attention()
+            kwargs |= {"cause_probs": cause_probs, "cause_gamma": self.config.gamma}  # type: ignore[attr-defined]
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        if labels is None:
+            return super().forward(**kwargs)  # type: ignore[misc]
+        hidden = self.base_model(**kwargs).last_hidden_state  # type: ignore[attr-defined]
+        targets = labels[:, 1:]
+        counted = targets != IGNORED
+        logits = self.lm_head(hidden[:, :-1][counted])  # type: ignore[attr-defined]
+        total = nn.functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
+        number = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
+        return CausalLMOutputWithPast(loss=total / number, logits=logits)
+
+    def _check_attention(self) -> None:
+        implementation = self.config._attn_implementation  # type: ignore[attr-defined]
+        if implementation != "empcause":
+            raise ValueError(
+                f"cause_probs was given, but the model runs with attn_implementation={implementation!r}, which would "
+                'ignore it; load the model with attn_implementation="empcause".'
+            )
+
+
+class EmpatheticGPT2LMHeadModel(EmpatheticMixin, GPT2LMHeadModel):
+    """GPT-2 as an empathetic generator (the paper's ECG)."""
+
+    config_class = EmpatheticGPT2Config
+
+
+class EmpatheticLlamaForCausalLM(EmpatheticMixin, LlamaForCausalLM):
+    """A model of the Llama family as an empathetic generator."""
+
+    config_class = EmpatheticLlamaConfig
+
+
+# By the base model's type: the generator's configuration and model.
+GENERATORS: dict[str, tuple[type, type]] = {
+    "gpt2": (EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel),
+    "llama": (EmpatheticLlamaConfig, EmpatheticLlamaForCausalLM),
+}
+
+for _config, _model in GENERATORS.values():
+    AutoModelForCausalLM.register(_config, _model)
+
+
+def add_separator(model: Any, tokenizer: Any) -> None:
+    """Give tokenizer and model a separator token, whose embedding starts at the mean of all word embeddings.
+
+    Nothing happens if the tokenizer has one. Without a padding token, the end token pads (labels are masked by position).
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.sep_token is None:
+        tokenizer.add_special_tokens({"sep_token": "[SEP]"})
+    embeddings = model.get_input_embeddings()
+    old = embeddings.num_embeddings
+    if len(tokenizer) > old:
+        mean = embeddings.weight.detach().mean(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[old:] = mean
+            head = model.get_output_embeddings().weight
+            if head is not model.get_input_embeddings().weight:
+                head[old:] = head[:old].mean(0)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id

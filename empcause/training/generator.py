@@ -1,0 +1,204 @@
+"""Stage 2: training the empathetic conversation generator (Algorithm 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+from empcause.checkpoints import read_config
+from empcause.data import ResponsePair, join_turns, load_dialogues, response_pairs
+from empcause.data.collation import pad_dialogues
+from empcause.data.sequences import encode_dialogue
+from empcause.errors import UserError
+from empcause.evaluation.metrics import perplexity
+from empcause.generator import (
+    GENERATORS,
+    CauseCache,
+    TextCauses,
+    add_separator,
+    generator_item,
+    longest_sequence,
+    response_nll,
+)
+from empcause.training.common import (
+    StageTrainer,
+    StageTrainingArguments,
+    find_checkpoint,
+    finish,
+    load_config,
+    load_tokenizer,
+    set_environment,
+)
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class GeneratorTrainingArguments(StageTrainingArguments):
+    """Options of stage 2; the defaults are the paper's (Table 4)."""
+
+    output_dir: str | None = field(default="runs/generator", metadata={"help": "where checkpoints and model go"})
+    model_name_or_path: str | None = field(
+        default="gpt2", metadata={"help": "pretrained causal LM, by name or folder; empty: from nothing"}
+    )
+    extractor: str | None = field(
+        default="runs/extractor", metadata={"help": "folder of the frozen extractor; not needed with gamma 0"}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "factor of the attention bias; 0: no bias"})
+    cause_scope: str = field(
+        default="context",
+        metadata={"help": "turns that may hold causes", "choices": ["context", "speaker", "last"]},
+    )
+    cause_threshold: float | None = field(
+        default=None, metadata={"help": "turn cause probabilities into 0 and 1 there; default: use them as they are"}
+    )
+    max_length: int = field(default=256, metadata={"help": "longest dialogue in tokens; oldest turns are dropped"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "train on this many responses, drawn by the seed; default: all"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "validate on this many responses, drawn by the seed; default: all"}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "dialogues per batch and device"})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "dialogues per batch in evaluation"})
+    gradient_accumulation_steps: int = field(default=2, metadata={"help": "batches per optimiser step"})
+    num_train_epochs: float = field(default=10, metadata={"help": "passes over the training responses"})
+    metric_for_best_model: str | None = field(
+        default="perplexity", metadata={"help": "validation figure that early stopping and scheduler watch"}
+    )
+    greater_is_better: bool | None = field(default=False, metadata={"help": "whether that figure should rise"})
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0:
+            raise ValueError(f"gamma is {self.gamma}; expected 0 (no bias) or more.")
+        if self.gamma > 0 and not self.extractor:
+            raise ValueError("a bias (gamma > 0) needs an extractor.")
+        super().__post_init__()
+
+
+def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
+    """Train a generator; the best checkpoint ends in `args.output_dir`.
+
+    Returns:
+        Validation figures: perplexity and NLL per token.
+
+    Raises:
+        UserError: missing or malformed data, model, extractor or checkpoint.
+    """
+    set_environment()
+    checkpoint = find_checkpoint(args)
+    if args.gamma > 0:
+        assert args.extractor is not None
+        read_config(args.extractor, "extractor", "empcause train extractor")
+    train_pairs = _draw(response_pairs(load_dialogues("train", args.data)), args.max_train_samples, args.seed)
+    valid_pairs = _draw(response_pairs(load_dialogues("valid", args.data)), args.max_eval_samples, args.seed)
+    set_seed(args.seed)
+    model, tokenizer = build_generator(args)
+    limit = min(args.max_length, longest_sequence(model))
+
+    causes: dict[str, TextCauses] = {}
+    if args.gamma > 0:
+        assert args.extractor is not None
+        texts = [join_turns(pair.context)[0] for pair in (*train_pairs, *valid_pairs)]
+        with args.main_process_first(desc="extracting causes"):
+            causes = dict(zip(texts, CauseCache(args.extractor).get(texts, progress=True), strict=True))
+    train_items = encode_pairs(model, tokenizer, train_pairs, causes, limit)
+    valid_items = encode_pairs(model, tokenizer, valid_pairs, causes, limit)
+
+    trainer = GeneratorTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=train_items,
+        eval_dataset=valid_items,
+        data_collator=lambda batch: pad_dialogues(batch, tokenizer.pad_token_id),
+        lengths=[len(item["input_ids"]) for item in train_items],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = evaluate_perplexity(model, tokenizer, valid_items, args.per_device_eval_batch_size)
+    card = (
+        "# Empathetic conversation generator\n\nAnswers a dialogue; its attention is biased towards the words that caused "
+        f"the speaker's emotion (gamma {args.gamma:g})."
+    )
+    return finish(trainer, metrics, card)
+
+
+def _draw(pairs: list[ResponsePair], number: int | None, seed: int) -> list[ResponsePair]:
+    if number is None or number >= len(pairs):
+        return pairs
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:number]
+    return [pairs[index] for index in chosen]
+
+
+def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The generator that the options describe, pretrained or from nothing, with its tokenizer.
+
+    Raises:
+        UserError: no such model, or a family that has no generator.
+    """
+    tokenizer = load_tokenizer(args)
+    base = load_config(args, tokenizer)
+    kind = base.model_type.removeprefix("empathetic_")
+    if kind not in GENERATORS:
+        raise UserError(f"There is no generator over a model of type {kind!r}; expected one of {', '.join(GENERATORS)}.")
+    config_class, model_class = GENERATORS[kind]
+    values = base.to_dict() | {
+        "gamma": args.gamma,
+        "cause_scope": args.cause_scope,
+        "cause_threshold": args.cause_threshold,
+    }
+    values.pop("model_type")
+    config = config_class(**values)
+    if args.model_name_or_path:
+        model = model_class.from_pretrained(args.model_name_or_path, config=config, attn_implementation="empcause")
+    else:
+        model = model_class._from_config(config, attn_implementation="empcause")
+    model = model.float()  # master weights; bf16 is the Trainer's autocast
+    add_separator(model, tokenizer)
+    return model, tokenizer
+
+
+def encode_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[ResponsePair],
+    causes: dict[str, TextCauses],
+    max_length: int,
+) -> list[dict[str, NDArray]]:
+    """Training items; says how many turns did not fit."""
+    items, dropped = [], 0
+    for pair in pairs:
+        encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, max_length)
+        dropped += encoded.dropped_turns
+        found = causes[join_turns(pair.context)[0]] if causes else None
+        items.append(generator_item(model, encoded, pair.context, pair.roles, found))
+    if dropped:
+        logger.warning(f"{dropped} oldest turns of {len(pairs)} dialogues did not fit into {max_length} tokens.")
+    return items
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, NDArray]], batch_size: int
+) -> dict[str, float]:
+    """Perplexity over all response tokens, and the NLL per token in nats."""
+    nll, tokens = response_nll(model, tokenizer, items, batch_size=batch_size)
+    return {"perplexity": perplexity(nll, tokens), "nll_per_token": float(nll.sum() / tokens.sum())}
+
+
+class GeneratorTrainer(StageTrainer):
+    """Evaluates by the perplexity of the corpus, not the mean of batches."""
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Perplexity on the validation responses."""
+        model = self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager():
+            metrics = evaluate_perplexity(
+                model, self.processing_class, eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
+            )
+        return self.report_evaluation(metrics, metric_key_prefix)
