@@ -1,1 +1,5 @@
+"""Metrics, significance, tables, plots and reports."""
 
+from empcause.evaluation.report import write_report
+
+__all__ = ["write_report"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -73,6 +74,8 @@ class StageTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "reduce_lr_on_plateau" and not self.lr_scheduler_kwargs:
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs = {"mode": mode, "factor": 0.5, "patience": 1}
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise bf16 is refused where there is no GPU
         super().__post_init__()
 
 

@@ -251,8 +251,8 @@ class ExtractorTrainer(StageTrainer):
         """The model's loss; its parts are remembered for the log."""
         output = model(**inputs)
         for name in ("emotion_loss", "cause_loss", "aux_loss"):
-            if output[name] is not None:
-                self._parts.setdefault(name, []).append(output[name].detach())
+            if (part := getattr(output, name)) is not None:
+                self._parts.setdefault(name, []).append(part.detach())
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,128 @@
+"""`empcause evaluate extractor`: Tables 5 and 6."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empcause.data import EMOTIONS, emotion_id, load_annotations
+from empcause.errors import UserError
+from empcause.evaluation.metrics import RECALL_CUTS, emotion_correct, score_causes
+from empcause.evaluation.plots import plot_causes, plot_training
+from empcause.evaluation.significance import Interval, difference_interval, mean_interval
+from empcause.evaluation.tables import (
+    EXTRACTOR_COLUMNS,
+    PUBLISHED_EXTRACTORS,
+    comparison_table,
+    format_figure,
+    markdown_table,
+)
+from empcause.extractor import extract, load_extractor
+
+
+@dataclass
+class EvaluateExtractorOptions:
+    """Options of `empcause evaluate extractor`."""
+
+    model: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    compare: str | None = field(
+        default=None, metadata={"help": "folder of an earlier evaluation; differences get paired intervals"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+    )
+    split: str = field(default="test", metadata={"help": "split of EmoCause", "choices": ["valid", "test"]})
+    output_dir: str = field(default="runs/evaluation/extractor", metadata={"help": "where report and figures go"})
+    batch_size: int = field(default=64, metadata={"help": "texts per batch"})
+
+
+def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
+    """Measure an extractor on EmoCause and write `metrics.json`, `items.json`, `report.md` and figures.
+
+    Returns:
+        Every figure by name, and `intervals`: name to (low, high).
+
+    Raises:
+        UserError: missing data or model.
+    """
+    annotations = load_annotations(options.split, options.data)
+    earlier = _load_items(options.compare)
+    model, tokenizer = load_extractor(options.model)
+    found = extract(
+        model,
+        tokenizer,
+        [annotation.situation for annotation in annotations],
+        words=[annotation.words for annotation in annotations],
+        batch_size=options.batch_size,
+        progress=True,
+    )
+    items = {
+        "accuracy": emotion_correct(
+            [extraction.emotion_probs for extraction in found], [emotion_id(each.emotion) for each in annotations]
+        ),
+        **score_causes(annotations, [extraction.word_probs for extraction in found]).items,
+    }
+    intervals = {name: mean_interval(values) for name, values in items.items()}
+    metrics: dict[str, Any] = {name: interval.value for name, interval in intervals.items()}
+    metrics |= {"situations": len(annotations), "intervals": {name: each[1:] for name, each in intervals.items()}}
+    differences = {}
+    if earlier is not None:
+        differences = {
+            name: difference_interval(items[name], earlier[name]) for name in items if len(earlier[name]) == len(items[name])
+        }
+        metrics["difference"] = {name: list(each) for name, each in differences.items()}
+
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (folder / "items.json").write_text(json.dumps({name: values.tolist() for name, values in items.items()}))
+    curves = plot_training(Path(options.model), "top5_recall", folder / "training.png")
+    example = found[0]
+    emotion = EMOTIONS[int(np.argmax(example.emotion_probs))]
+    title = f"{emotion} ({example.emotion_probs.max():.0%}); annotated: {annotations[0].emotion}"
+    plot_causes(example.text, example.words, example.word_probs.tolist(), title, folder / "causes.png")
+    (folder / "report.md").write_text(
+        _report(options, len(annotations), intervals, differences, curves is not None), encoding="utf-8"
+    )
+    return metrics
+
+
+def _load_items(folder: str | None) -> dict[str, np.ndarray] | None:
+    if folder is None:
+        return None
+    try:
+        stored = json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--compare {folder}: no readable items.json of an earlier evaluation there.") from error
+    return {name: np.array(values) for name, values in stored.items()}
+
+
+def _report(
+    options: EvaluateExtractorOptions,
+    situations: int,
+    intervals: dict[str, Interval],
+    differences: dict[str, Interval],
+    has_curves: bool,
+) -> str:
+    kinds = {"lenient (the benchmark's)": "", "strict": "strict_", "without stop-word filter": "unfiltered_"}
+    kinds |= {"oracle ceiling": "oracle_"}
+    rows = [
+        [name, *(format_figure(intervals[f"{prefix}top{k}_recall"]) for k in RECALL_CUTS)]
+        for name, prefix in kinds.items()
+    ]
+    parts = [
+        "# Emotion cause extractor",
+        f"`{options.model}` on {situations} situations (split {options.split}); 95% bootstrap intervals over situations.",
+        comparison_table("this model", intervals, PUBLISHED_EXTRACTORS, EXTRACTOR_COLUMNS),
+        "Recall by variant:",
+        markdown_table(["variant", *(f"Top-{k}" for k in RECALL_CUTS)], rows),
+    ]
+    if differences:
+        shown = [[name, format_figure(differences[name])] for name in EXTRACTOR_COLUMNS]
+        parts += [f"Difference to `{options.compare}`, paired:", markdown_table(["figure", "difference"], shown)]
+    parts.append("![A situation with its cause words shaded](causes.png)")
+    if has_curves:
+        parts.append("![Training curves](training.png)")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,231 @@
+"""`empcause evaluate generator`: Table 7."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empcause.checkpoints import read_config
+from empcause.data import ResponsePair, emotion_id, join_turns, load_dialogues, response_pairs, split_words
+from empcause.data.sequences import encode_dialogue
+from empcause.errors import UserError
+from empcause.evaluation.metrics import bits_per_byte, distinct_n, emotion_correct, nll_per_word, perplexity
+from empcause.evaluation.plots import plot_causes, plot_training
+from empcause.evaluation.significance import Interval, mean_interval, perplexity_difference, perplexity_interval
+from empcause.evaluation.tables import (
+    GENERATOR_COLUMNS,
+    PUBLISHED_GENERATORS,
+    comparison_table,
+    format_figure,
+    markdown_table,
+)
+from empcause.extractor import extract, load_extractor
+from empcause.generator import (
+    TextCauses,
+    generate_responses,
+    generator_item,
+    load_generator,
+    longest_sequence,
+    response_nll,
+)
+
+
+@dataclass
+class EvaluateGeneratorOptions:
+    """Options of `empcause evaluate generator`."""
+
+    model: str = field(default="runs/generator", metadata={"help": "folder of the generator"})
+    extractor: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    compare: str | None = field(
+        default=None, metadata={"help": "folder of an earlier evaluation; the difference gets a paired interval"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+    )
+    split: str = field(
+        default="test", metadata={"help": "split of EmpatheticDialogues", "choices": ["valid", "test"]}
+    )
+    output_dir: str = field(default="runs/evaluation/generator", metadata={"help": "where report and figures go"})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "score this many responses, drawn by the seed; default: all"}
+    )
+    max_generated: int | None = field(
+        default=None, metadata={"help": "generate this many of them; default: all that are scored"}
+    )
+    max_new_tokens: int = field(default=40, metadata={"help": "longest generated response in tokens"})
+    bertscore_model: str | None = field(
+        default=None, metadata={"help": "encoder for BERTScore, by name or folder; default: no BERTScore"}
+    )
+    bertscore_layer: int | None = field(
+        default=None, metadata={"help": "its layer; default: what bert-score has chosen for it"}
+    )
+    batch_size: int = field(default=16, metadata={"help": "dialogues per batch"})
+    seed: int = field(default=0, metadata={"help": "seed of the drawing"})
+
+
+def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
+    """Measure a generator and write `metrics.json`, `items.json`, `responses.json`, `report.md` and figures.
+
+    Returns:
+        Every figure by name, and `intervals`: name to (low, high).
+
+    Raises:
+        UserError: missing data or model.
+    """
+    read_config(options.extractor, "extractor", "empcause train extractor")
+    earlier = _load_items(options.compare)
+    pairs = response_pairs(load_dialogues(options.split, options.data))
+    if options.max_samples is not None:
+        chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.max_samples]
+        pairs = [pairs[index] for index in chosen]
+    model, tokenizer = load_generator(options.model)
+    texts = [join_turns(pair.context)[0] for pair in pairs]
+    extractor, extractor_tokenizer = load_extractor(options.extractor)
+    found = extract(extractor, extractor_tokenizer, texts, progress=True)
+    causes: list[TextCauses | None] = [
+        TextCauses(each.token_spans, each.token_probs) if model.config.gamma else None for each in found
+    ]
+
+    items = []
+    for pair, cause in zip(pairs, causes, strict=True):
+        encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, longest_sequence(model))
+        items.append(generator_item(model, encoded, pair.context, pair.roles, cause))
+    nll, tokens = response_nll(model, tokenizer, items, batch_size=options.batch_size, progress=True)
+
+    number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
+    responses = generate_responses(
+        model,
+        tokenizer,
+        pairs[:number],
+        causes[:number],
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        progress=True,
+    )
+    correct = emotion_correct([each.emotion_probs for each in found], [emotion_id(pair.emotion) for pair in pairs])
+
+    references = [pair.response for pair in pairs]
+    intervals = {
+        "perplexity": perplexity_interval(nll, tokens),
+        "emotion_accuracy": mean_interval(correct),
+    }
+    metrics: dict[str, Any] = {
+        "perplexity": perplexity(nll, tokens),
+        "nll_per_word": nll_per_word(nll, references),
+        "bits_per_byte": bits_per_byte(nll, references),
+        "emotion_accuracy": float(correct.mean()),
+        "distinct_1": distinct_n(responses, 1),
+        "distinct_2": distinct_n(responses, 2),
+        "words_per_response": float(np.mean([len(split_words(response)) for response in responses])),
+        "scored_responses": len(pairs),
+        "generated_responses": number,
+    }
+    if options.bertscore_model:
+        scores, description = bertscore(responses, references[:number], options.bertscore_model, options.bertscore_layer)
+        for name, values in scores.items():
+            intervals[name] = mean_interval(values)
+            metrics[name] = intervals[name].value
+        metrics["bertscore_model"] = description
+    metrics["intervals"] = {name: each[1:] for name, each in intervals.items()}
+    difference = None
+    if earlier is not None:
+        if earlier["tokens"] != tokens.tolist():
+            raise UserError(f"--compare {options.compare}: that evaluation scored other responses or another tokenizer.")
+        difference = perplexity_difference(nll, earlier["nll"], tokens)
+        metrics["perplexity_difference"] = list(difference)
+
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (folder / "items.json").write_text(json.dumps({"nll": nll.tolist(), "tokens": tokens.tolist()}))
+    dialogues = [
+        {"context": pair.context, "emotion": pair.emotion, "reference": pair.response, "response": response}
+        for pair, response in zip(pairs, responses, strict=False)
+    ]
+    (folder / "responses.json").write_text(json.dumps(dialogues, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    curves = plot_training(Path(options.model), "perplexity", folder / "training.png")
+    plot_causes(texts[0], found[0].words, found[0].word_probs.tolist(), f"annotated: {pairs[0].emotion}", folder / "causes.png")
+    figures = metrics | {name: each for name, each in intervals.items()}
+    (folder / "report.md").write_text(
+        _report(options, figures, difference, pairs, responses, curves is not None), encoding="utf-8"
+    )
+    return metrics
+
+
+def bertscore(
+    responses: Sequence[str], references: Sequence[str], model: str, layer: int | None
+) -> tuple[dict[str, np.ndarray], str]:
+    """BERTScore precision, recall and F per response; an empty response scores 0.
+
+    Rescaled with the library's baseline for `roberta-large` (as the published figures), raw for other encoders, which have none.
+
+    Returns:
+        Arrays `bertscore_p`, `bertscore_r`, `bertscore_f`, and the library's description of the setting.
+
+    Raises:
+        UserError: bert-score is not installed.
+    """
+    try:
+        from bert_score import BERTScorer
+    except ImportError as error:
+        raise UserError("BERTScore needs bert-score: pip install 'empcause[evaluation]'.") from error
+    rescale = model == "roberta-large"
+    if layer is None and not rescale:
+        raise UserError("--bertscore_layer is needed with an encoder other than roberta-large.")
+    scorer = BERTScorer(
+        model_type=model, num_layers=layer, lang="en" if rescale else None, rescale_with_baseline=rescale
+    )
+    values = {name: np.zeros(len(responses)) for name in ("bertscore_p", "bertscore_r", "bertscore_f")}
+    filled = [index for index, response in enumerate(responses) if response.strip()]
+    if filled:
+        scores = scorer.score([responses[index] for index in filled], [references[index] for index in filled])
+        for array, score in zip(values.values(), scores, strict=True):
+            array[filled] = score.numpy()
+    scale = "rescaled with the baseline" if rescale else "raw, no baseline for this encoder"
+    return values, f"{Path(model).name}, layer {scorer.num_layers}, {scale}"
+
+
+def _load_items(folder: str | None) -> dict[str, list] | None:
+    if folder is None:
+        return None
+    try:
+        return json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--compare {folder}: no readable items.json of an earlier evaluation there.") from error
+
+
+def _report(
+    options: EvaluateGeneratorOptions,
+    figures: dict[str, Any],
+    difference: Interval | None,
+    pairs: Sequence[ResponsePair],
+    responses: Sequence[str],
+    has_curves: bool,
+) -> str:
+    others = ("nll_per_word", "bits_per_byte", "emotion_accuracy", "words_per_response")
+    parts = [
+        "# Empathetic conversation generator",
+        f"`{options.model}` on {figures['scored_responses']} responses (split {options.split}), "
+        f"{figures['generated_responses']} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
+        "different tokenizers do not compare; bits per byte do.",
+        comparison_table("this model", figures, PUBLISHED_GENERATORS, GENERATOR_COLUMNS),
+        markdown_table(["figure", "value"], [[name.replace("_", " "), format_figure(figures[name])] for name in others]),
+    ]
+    if "bertscore_model" in figures:
+        parts.append(f"BERTScore: {figures['bertscore_model']}.")
+    if difference is not None:
+        parts.append(f"Perplexity minus that of `{options.compare}`, paired: {difference}.")
+    parts += ["![A dialogue with its cause words shaded](causes.png)"]
+    if has_curves:
+        parts.append("![Training curves](training.png)")
+    shown = [
+        [" / ".join(pair.context), pair.response, response or "(empty)"]
+        for pair, response in zip(pairs[:10], responses, strict=False)
+    ]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in shown]
+    header = "| context | reference | response |\n|---|---|---|\n"
+    parts.append(header + "\n".join("| " + " | ".join(row) + " |" for row in cells))
+    return "\n\n".join(parts) + "\n"

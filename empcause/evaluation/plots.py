@@ -1,0 +1,109 @@
+"""Figures of a report: training curves, and the causes found in a text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empcause.data import Word
+from empcause.errors import UserError
+
+MISSING = "Figures need matplotlib: pip install 'empcause[evaluation]'."
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(MISSING) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_training(model_dir: Path, watched: str, path: Path) -> Path | None:
+    """Loss and the watched validation figure over the steps of a training.
+
+    Args:
+        model_dir: folder of a trained model, with its `trainer_state.json`.
+        watched: name of the validation figure.
+        path: PNG that is written.
+
+    Returns:
+        `path`, or None where the folder has no training history.
+    """
+    state = model_dir / "trainer_state.json"
+    if not state.exists():
+        return None
+    pyplot = _pyplot()
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    figure, left = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if loss:
+        left.plot(*zip(*loss, strict=True), color="#4C72B0", label="training loss")
+    left.set(xlabel="optimiser step", ylabel="training loss")
+    right = left.twinx()
+    values = [(entry["step"], entry[f"eval_{watched}"]) for entry in history if f"eval_{watched}" in entry]
+    if values:
+        right.plot(*zip(*values, strict=True), color="#DD8452", marker="o", label=f"validation {watched}")
+    right.set_ylabel(f"validation {watched.replace('_', ' ')}")
+    lines = [*left.get_lines(), *right.get_lines()]
+    left.legend(lines, [line.get_label() for line in lines], loc="best", frameon=False)
+    left.spines["top"].set_visible(False)
+    right.spines["top"].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def plot_causes(text: str, words: Sequence[Word], probs: Sequence[float], title: str, path: Path) -> Path:
+    """A text whose words are shaded by their cause probability.
+
+    Args:
+        text: the raw text (gives the layout).
+        words: its words.
+        probs: `[W]` their probabilities.
+        title: above it.
+        path: PNG that is written.
+    """
+    pyplot = _pyplot()
+    columns, line_height = 72, 0.42
+    lines: list[list[tuple[int, Word, float]]] = [[]]
+    column = 0
+    for index, (word, probability) in enumerate(zip(words, probs, strict=True)):
+        space = 1 if index and words[index - 1].end < word.start else 0
+        if column + space + len(word.text) > columns:
+            lines.append([])
+            column, space = 0, 0
+        lines[-1].append((column + space, word, float(probability)))
+        column += space + len(word.text)
+    height = line_height * len(lines) + 1.0
+    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+    axes.set(xlim=(0, columns), ylim=(len(lines), -0.3), title=title)
+    axes.axis("off")
+    shades = pyplot.get_cmap("YlOrRd")
+    for row, line in enumerate(lines):
+        for start, word, probability in line:
+            shade = shades(0.85 * min(1.0, max(0.0, probability)))
+            axes.barh(row + 0.5, len(word.text), left=start, height=0.8, color=shade, zorder=0)
+            dark = np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.45
+            axes.text(
+                start + len(word.text) / 2,
+                row + 0.5,
+                word.text.replace("$", r"\$"),
+                family="monospace",
+                fontsize=9,
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+            )
+    mappable = pyplot.cm.ScalarMappable(norm=pyplot.Normalize(0, 1 / 0.85), cmap=shades)
+    bar = figure.colorbar(mappable, ax=axes, orientation="horizontal", fraction=0.08, aspect=50, pad=0.02)
+    bar.set_label("cause probability")
+    bar.ax.set_xlim(0, 1)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,43 @@
+"""One report over both stages."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from empcause.evaluation.tables import markdown_table
+
+
+def write_report(
+    folder: Path, extractor_metrics: Mapping[str, Any], generator_metrics: Mapping[str, Any], note: str = ""
+) -> Path:
+    """Write `report.md` and `metrics.json` over `folder/evaluation/{extractor,generator}`.
+
+    Args:
+        folder: where the evaluations of both stages are, and where the report goes.
+        extractor_metrics, generator_metrics: what `evaluate_extractor` and `evaluate_generator` returned.
+        note: a sentence above the figures.
+
+    Returns:
+        Path of the Markdown report.
+    """
+    stages = {"extractor": extractor_metrics, "generator": generator_metrics}
+    (folder / "metrics.json").write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
+    parts = ["# empcause: report", note] if note else ["# empcause: report"]
+    for stage, metrics in stages.items():
+        rows = [
+            [name.replace("_", " "), f"{value:.4g}"]
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        source = f"evaluation/{stage}"
+        parts += [f"## {stage.capitalize()}", f"Beside the published figures: [{source}/report.md]({source}/report.md)"]
+        parts.append(markdown_table(["figure", "value"], rows))
+        parts += [
+            f"![{caption}]({source}/{name}.png)"
+            for name, caption in (("training", "Training curves"), ("causes", "Cause words of a text"))
+            if (folder / source / f"{name}.png").exists()
+        ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,77 @@
+"""Paired bootstrap: how sure a figure, or the difference between two systems on the same items, is."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A figure with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    statistic: Callable[..., NDArray[np.float64]],
+    *items: ArrayLike,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over items; several arrays are resampled together, so a difference is paired.
+
+    Args:
+        statistic: figures of resampled sums: called with one `[r]` array of sums per item array, gives `[r]` figures. (Means
+            are sums / n; a perplexity is exp(sum of NLL / sum of tokens).)
+        *items: `[n]` each, one value per test item.
+        resamples: how often the items are drawn with replacement.
+        confidence: coverage of the interval.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: no items, or arrays of different length.
+    """
+    values = np.stack([np.asarray(array, np.float64) for array in items])
+    number = values.shape[1]
+    if number == 0:
+        raise ValueError("a bootstrap needs at least one item.")
+    random = np.random.default_rng(seed)
+    sums = np.empty((len(values), resamples))
+    for start in range(0, resamples, 250):  # few at a time: [resamples, n] would not fit in memory
+        rows = min(250, resamples - start)
+        draws = random.integers(number, size=(rows, number))
+        sums[:, start : start + rows] = values[:, draws].sum(-1)
+    low, high = np.quantile(statistic(*sums), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(statistic(*values.sum(1, keepdims=True))[0]), float(low), float(high))
+
+
+def mean_interval(items: ArrayLike, **options: float) -> Interval:
+    """Mean of `[n]` items with its interval."""
+    number = len(np.asarray(items))
+    return bootstrap(lambda sums: sums / number, items, **options)  # type: ignore[arg-type]
+
+
+def difference_interval(first: ArrayLike, second: ArrayLike, **options: float) -> Interval:
+    """Mean of `first - second`, item by item, with its interval."""
+    number = len(np.asarray(first))
+    return bootstrap(lambda a, b: (a - b) / number, first, second, **options)  # type: ignore[arg-type]
+
+
+def perplexity_interval(nll: ArrayLike, tokens: ArrayLike, **options: float) -> Interval:
+    """Corpus perplexity of `[n]` summed NLLs and token counts, with its interval."""
+    return bootstrap(lambda a, b: np.exp(a / b), nll, tokens, **options)  # type: ignore[arg-type]
+
+
+def perplexity_difference(first: ArrayLike, second: ArrayLike, tokens: ArrayLike, **options: float) -> Interval:
+    """Difference of two corpus perplexities on the same items and tokens, with its paired interval."""
+    return bootstrap(lambda a, b, n: np.exp(a / n) - np.exp(b / n), first, second, tokens, **options)  # type: ignore[arg-type]
