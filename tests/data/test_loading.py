@@ -1,0 +1,301 @@
+"""Files in, dialogues and annotations out; every mistake named by file and line."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import tarfile
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from empcause.cli import main
+from empcause.data import (
+    EMOTIONS,
+    EMPATHETIC_DIALOGUES,
+    check_data,
+    download,
+    emotion_id,
+    load_annotations,
+    load_dialogues,
+    response_pairs,
+)
+from empcause.errors import UserError
+
+HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\n"
+ROWS = (
+    'c:1,1,sad,My dog_comma_ "Rex"_comma_ died.,9,He was old.,,\n'
+    "c:1,2,sad,My dog_comma_ \"Rex\"_comma_ died.,4,I'm sorry_comma_ truly.,,\n"
+    "c:1,3,sad,My dog_comma_ \"Rex\"_comma_ died.,9,Thanks.,,\n"
+    "c:2,1,joyful,We won!,1,We won the cup!,,,candidate|other\n"
+    "c:2,2,joyful,We won!,2,Great!,,\n"
+)
+RECORD = {
+    "original_situation": "My dog died.",
+    "tokenized_situation": ["My", "dog", "died", "."],
+    "emotion": "__sad__",
+    "conv_id": "c:1",
+    "annotation": [["dog", 1], ["died", 2]],
+    "labels": ["dog", "died"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("empatheticdialogues", "emocause"):
+        (tmp_path / name).mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "empatheticdialogues" / f"{split}.csv").write_text(HEADER + ROWS)
+    for split in ("valid", "test"):
+        (tmp_path / "emocause" / f"{split}.json").write_text(json.dumps([RECORD]))
+    return tmp_path
+
+
+def test_rows_become_dialogues(folder):
+    first, second = load_dialogues("train", folder)
+    assert first.situation == 'My dog, "Rex", died.', "quotes are letters, _comma_ is a comma"
+    assert first.turns == ("He was old.", "I'm sorry, truly.", "Thanks.")
+    assert first.roles == (0, 1, 0), "parity of utterance_idx, not speaker_idx"
+    assert (second.emotion, second.conv_id) == ("joyful", "c:2")
+
+
+def test_response_pairs(folder):
+    pairs = response_pairs(load_dialogues("train", folder))
+    assert [(pair.context, pair.response) for pair in pairs] == [
+        (("He was old.",), "I'm sorry, truly."),
+        (("We won the cup!",), "Great!"),
+    ]
+
+
+def test_annotations(folder):
+    (annotation,) = load_annotations("test", folder)
+    assert annotation.emotion == "sad"
+    assert [annotation.words[index].text for index in annotation.gold] == ["dog", "died"]
+    assert annotation.words[1] == ("dog", 3, 6)
+
+
+@pytest.mark.parametrize("packing", ["gz", "xz", "tar.gz", "archive file"])
+def test_packings(folder, packing):
+    plain = load_dialogues("valid", folder)
+    source = folder / "empatheticdialogues"
+    if packing in ("gz", "xz"):
+        opener = gzip.open if packing == "gz" else lzma.open
+        for file in list(source.glob("*.csv")):
+            with opener(f"{file}.{packing}", "wb") as packed:
+                packed.write(file.read_bytes())
+            file.unlink()
+        assert load_dialogues("valid", folder) == plain
+        return
+    archive = folder / "empatheticdialogues.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(source, "empatheticdialogues")
+    for file in source.glob("*.csv"):
+        file.unlink()
+    assert load_dialogues("valid", archive if packing == "archive file" else folder) == plain
+
+
+def test_variable_and_missing_folder(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("EMPCAUSE_DATA_DIR", str(folder))
+    assert load_dialogues("test")
+    with pytest.raises(UserError, match="does not exist"):
+        load_dialogues("test", tmp_path / "nowhere")
+    monkeypatch.delenv("EMPCAUSE_DATA_DIR")
+    monkeypatch.setenv("EMPCAUSE_CACHE_DIR", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="empcause data download"):
+        load_dialogues("test")
+    with pytest.raises(UserError, match="Unknown split 'dev'"):
+        load_dialogues("dev", folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("c:3,1,sad,Text.,1\n", "5 fields; expected 8"),
+        ("c:3,1,sad,Text, with a comma, and more,1,Hello.,,\n", "fields; expected 8"),
+        ("c:3,x,sad,Text.,1,Hello.,,\n", "utterance_idx is 'x'"),
+        ("c:3,1,gloomy,Text.,1,Hello.,,\n", "unknown emotion 'gloomy'"),
+        ("c:3,1,sad, ,1,Hello.,,\n", "situation"),
+        ("c:3,1,sad,Text.,1,,,\n", "utterance is empty"),
+        (",1,sad,Text.,1,Hello.,,\n", "conv_id is empty"),
+        ("c:2,2,joyful,We won!,2,Again!,,\n", "must grow"),
+        ("c:2,3,sad,We won!,2,Again!,,\n", "earlier in the same conversation"),
+    ],
+)
+def test_malformed_rows_are_named(folder, row, message):
+    file = folder / "empatheticdialogues" / "train.csv"
+    file.write_text(HEADER + ROWS + row)
+    with pytest.raises(UserError, match=rf"train\.csv:7: .*{message}"):
+        load_dialogues("train", folder)
+
+
+def test_missing_column_and_empty_file(folder):
+    file = folder / "empatheticdialogues" / "train.csv"
+    file.write_text(HEADER.replace("prompt,", "") + ROWS)
+    with pytest.raises(UserError, match=r"train\.csv:1: the header lacks prompt"):
+        load_dialogues("train", folder)
+    file.write_text(HEADER)
+    with pytest.raises(UserError, match="holds no dialogue"):
+        load_dialogues("train", folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"emotion": "__gloomy__"}, "unknown emotion"),
+        ({"original_situation": " "}, "situation is empty"),
+        ({"annotation": [["cat", 1]]}, "does not point at that word"),
+        ({"annotation": [["dog", 9]]}, "does not point at that word"),
+        ({"tokenized_situation": ["My", "bird"]}, "'bird' does not occur"),
+        ({"conv_id": None, "drop": "conv_id"}, "lacks conv_id"),
+    ],
+)
+def test_malformed_records_are_named(folder, change, message):
+    record = RECORD | change
+    record.pop(record.pop("drop", ""), None)
+    (folder / "emocause" / "test.json").write_text(json.dumps([RECORD, record]))
+    with pytest.raises(UserError, match=rf"test\.json, record 2: .*{message}"):
+        load_annotations("test", folder)
+
+
+def test_damaged_files(folder):
+    (folder / "emocause" / "test.json").write_text("[{]")
+    with pytest.raises(UserError, match=r"test\.json:1: not valid JSON"):
+        load_annotations("test", folder)
+    packed = folder / "empatheticdialogues" / "train.csv.gz"
+    packed.write_bytes(gzip.compress((HEADER + ROWS * 1).encode())[:-20])
+    (folder / "empatheticdialogues" / "train.csv").unlink()
+    with pytest.raises(UserError, match="cut short"):
+        load_dialogues("train", folder)
+
+
+def test_check_counts_and_names_every_problem(folder, capsys):
+    assert main(["data", "check", "--data", str(folder)]) == 0
+    assert "No malformed row" in capsys.readouterr().out
+    file = folder / "empatheticdialogues" / "valid.csv"
+    file.write_text(HEADER + ROWS + "c:3,1,gloomy,Text.,1,Hello.,,\nshort\n")
+    result = check_data(folder)
+    assert [problem.split(": ")[0].rsplit("/", 1)[1] for problem in result.problems] == ["valid.csv:7", "valid.csv:8"]
+    assert result.counts["EmpatheticDialogues valid"]["conversations"] == 2
+    assert main(["data", "check", "--data", str(folder)]) == 1
+
+
+def test_unknown_emotion():
+    assert emotion_id("afraid") == 0
+    with pytest.raises(UserError, match="Unknown emotion 'glum'"):
+        emotion_id("glum")
+
+
+def test_the_facts_of_the_real_data(real_data):
+    result = check_data(real_data)
+    assert not result.problems
+    facts = {split: list(result.counts[f"EmpatheticDialogues {split}"].values()) for split in ("train", "valid", "test")}
+    assert facts == {
+        "train": [19533, 84169, 40254, 32],
+        "valid": [2770, 12078, 5738, 32],
+        "test": [2547, 10973, 5259, 32],
+    }
+    assert result.counts["EmoCause valid"]["situations"] == 2247
+    assert result.counts["EmoCause test"]["situations"] == 2366
+    own = {split: {dialogue.conv_id for dialogue in load_dialogues(split, real_data)} for split in ("valid", "test")}
+    for split, ids in own.items():
+        assert all(annotation.conv_id in ids for annotation in load_annotations(split, real_data))
+
+
+class TestSample:
+    def test_size_and_balance(self):
+        dialogues = [dialogue for split in ("train", "valid", "test") for dialogue in load_dialogues(split, "sample")]
+        counts = [sum(dialogue.emotion == emotion for dialogue in dialogues) for emotion in EMOTIONS]
+        assert min(counts) >= 10
+        assert all(2 <= len(dialogue.turns) <= 6 for dialogue in dialogues)
+        assert len({dialogue.conv_id for dialogue in dialogues}) == len(dialogues)
+
+    def test_every_situation_is_annotated(self):
+        for split in ("train", "valid", "test"):
+            situations = {dialogue.conv_id: dialogue.situation for dialogue in load_dialogues(split, "sample")}
+            annotations = load_annotations(split, "sample")
+            assert {annotation.conv_id for annotation in annotations} == set(situations)
+            assert all(situations[annotation.conv_id] == annotation.situation for annotation in annotations)
+
+    def test_it_is_varied(self):
+        situations = [dialogue.situation for split in ("train", "valid", "test") for dialogue in load_dialogues(split, "sample")]
+        openings = [" ".join(situation.split()[:3]).lower() for situation in situations]
+        assert len(set(openings)) > 0.9 * len(openings)
+        words = {word.lower() for situation in situations for word in situation.split()}
+        assert len(words) > 2000
+
+    def test_check(self):
+        assert not check_data("sample").problems
+
+
+class Server:
+    """Serves one body at any path, with ranges; may break off after some bytes."""
+
+    def __init__(self, body, break_after=None):
+        outer = self
+        self.body, self.break_after, self.starts = body, break_after, []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                start = int(self.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
+                outer.starts.append(start)
+                if start >= len(outer.body):
+                    self.send_response(416)
+                    self.end_headers()
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(outer.body) - start))
+                self.end_headers()
+                part = outer.body[start:]
+                self.wfile.write(part if outer.break_after is None else part[: outer.break_after])
+
+            def log_message(self, *_):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_port}/data.tar.gz"
+
+
+def archive_bytes():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for split in ("train", "valid", "test"):
+            content = (HEADER + ROWS).encode()
+            info = tarfile.TarInfo(f"empatheticdialogues/{split}.csv")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class TestDownload:
+    def test_interrupted_download_goes_on(self, tmp_path):
+        body = archive_bytes()
+        server = Server(body, break_after=100)
+        dataset = replace(EMPATHETIC_DIALOGUES, url=server.url, sha256=hashlib.sha256(body).hexdigest())
+        with pytest.raises(UserError, match="goes on from there"):
+            download(dataset, tmp_path)
+        assert not (tmp_path / dataset.archive).exists()
+        server.break_after = None
+        path = download(dataset, tmp_path)
+        assert server.starts == [0, 100]
+        assert load_dialogues("train", tmp_path)
+        assert download(dataset, tmp_path) == path
+        assert server.starts == [0, 100], "a verified file is not fetched again"
+
+    def test_wrong_checksum_is_removed(self, tmp_path):
+        server = Server(b"something else")
+        dataset = replace(EMPATHETIC_DIALOGUES, url=server.url)
+        with pytest.raises(UserError, match="SHA-256"):
+            download(dataset, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_no_connection(self, tmp_path):
+        dataset = replace(EMPATHETIC_DIALOGUES, url="http://127.0.0.1:9/data.tar.gz")
+        with pytest.raises(UserError, match="failed"):
+            download(dataset, tmp_path)

@@ -1,0 +1,268 @@
+"""The generator: its sequences, roles, causes, losses and answers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from empcause.data import EMOTIONS, ResponsePair, join_turns
+from empcause.data.collation import pad_dialogues
+from empcause.data.sequences import encode_dialogue
+from empcause.errors import UserError
+from empcause.extractor import CauseExtractor, CauseExtractorConfig
+from empcause.generator import (
+    GENERATORS,
+    CauseCache,
+    Responder,
+    TextCauses,
+    add_separator,
+    generate_responses,
+    generator_item,
+    load_generator,
+    response_nll,
+    token_causes,
+)
+
+PAIR = ResponsePair("c", "sad", ("My dog died.", "I'm sorry.", "He was old."), (0, 1, 0), "Did you have him long?")
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def generator(request, tiny_gpt2_dir, tiny_llama_dir):
+    folder = {"gpt2": tiny_gpt2_dir, "llama": tiny_llama_dir}[request.param]
+    config_class, model_class = GENERATORS[request.param]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.sep_token = None
+    config = config_class.from_pretrained(folder, gamma=1.0)
+    model = model_class.from_pretrained(folder, config=config, attn_implementation="empcause").eval()
+    add_separator(model, tokenizer)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def extractor_dir(tiny_encoder_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extractor")
+    torch.manual_seed(0)
+    encoder = AutoModel.from_pretrained(tiny_encoder_dir, add_pooling_layer=False)
+    CauseExtractor(CauseExtractorConfig(encoder=encoder.config.to_dict()), encoder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder_dir).save_pretrained(folder)
+    return folder
+
+
+def causes_of(pair, probability=0.9, word="dog"):
+    text, _ = join_turns(pair.context)
+    start = text.index(word)
+    return TextCauses(np.array([[start, start + len(word)]]), np.array([probability], np.float32))
+
+
+class TestSequence:
+    def test_layout(self, generator):
+        _, tokenizer = generator
+        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
+        separator, end = tokenizer.sep_token_id, tokenizer.eos_token_id
+        turns = [tokenizer(turn, add_special_tokens=False)["input_ids"] for turn in PAIR.context]
+        answer = [*tokenizer(PAIR.response, add_special_tokens=False)["input_ids"], end]
+        expected = [token for turn in turns for token in [*turn, separator]]
+        assert encoded.input_ids.tolist() == expected + answer
+        assert encoded.labels.tolist() == [-100] * len(expected) + answer
+        roles = [0] * len(turns[0]) + [1] + [1] * len(turns[1]) + [0] + [0] * len(turns[2]) + [1]
+        assert encoded.roles.tolist() == roles + [1] * len(answer)
+
+    def test_spans_refer_to_the_joined_text(self, generator):
+        _, tokenizer = generator
+        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, None, 100)
+        text, _ = join_turns(PAIR.context)
+        pieces = "".join(text[start:end] for start, end in encoded.spans)
+        assert pieces.replace(" ", "") == text.replace(" ", "")
+
+    def test_oldest_turns_are_dropped(self, generator):
+        _, tokenizer = generator
+        whole = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
+        shorter = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, len(whole.input_ids) - 1)
+        assert shorter.dropped_turns == 1
+        assert len(shorter.input_ids) <= len(whole.input_ids) - 1
+        text, _ = join_turns(PAIR.context)
+        assert text[shorter.spans[0][0] :].startswith("I'm sorry")
+
+    def test_one_turn_that_is_too_long_loses_its_beginning(self, generator):
+        _, tokenizer = generator
+        encoded = encode_dialogue(tokenizer, ["one two three four five " * 20 + "end"], [0], "Yes.", 30)
+        assert len(encoded.input_ids) <= 30
+        assert "end" in tokenizer.decode(encoded.input_ids)
+
+    def test_empty_context_is_refused(self, generator):
+        with pytest.raises(UserError, match="empty"):
+            encode_dialogue(generator[1], [" "], [0], "Yes.", 30)
+
+
+class TestCauses:
+    def test_reach_exactly_the_overlapping_tokens(self, generator):
+        model, tokenizer = generator
+        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
+        values = token_causes(model.config, encoded, PAIR.context, PAIR.roles, causes_of(PAIR))
+        text, _ = join_turns(PAIR.context)
+        marked = "".join(text[a:b] for (a, b), value in zip(encoded.spans, values, strict=True) if value)
+        assert marked.strip() == "dog"
+        assert values.max() == np.float32(0.9)
+        assert not values[encoded.labels != -100].any(), "the response has no causes"
+        assert not values[encoded.input_ids == tokenizer.sep_token_id].any()
+
+    @pytest.mark.parametrize(("scope", "word", "kept"), [
+        ("context", "sorry", True), ("speaker", "sorry", False), ("speaker", "dog", True),
+        ("last", "dog", False), ("last", "old", True),
+    ])  # fmt: skip
+    def test_scopes(self, generator, scope, word, kept):
+        encoded = encode_dialogue(generator[1], PAIR.context, PAIR.roles, None, 100)
+        config = SimpleNamespace(cause_scope=scope, cause_threshold=None)
+        assert token_causes(config, encoded, PAIR.context, PAIR.roles, causes_of(PAIR, word=word)).any() == kept
+
+    @pytest.mark.parametrize(("probability", "expected"), [(0.4, 0.0), (0.6, 1.0)])
+    def test_threshold(self, generator, probability, expected):
+        encoded = encode_dialogue(generator[1], PAIR.context, PAIR.roles, None, 100)
+        config = SimpleNamespace(cause_scope="context", cause_threshold=0.5)
+        values = token_causes(config, encoded, PAIR.context, PAIR.roles, causes_of(PAIR, probability))
+        assert values.max() == expected
+
+    def test_computed_once(self, extractor_dir, tmp_path, monkeypatch):
+        texts = ["My dog died.", "We won!", "My dog died."]
+        cache = CauseCache(extractor_dir, tmp_path)
+        first = cache.get(texts)
+        assert len(first) == 3
+        again = CauseCache(extractor_dir, tmp_path)
+        monkeypatch.setattr("empcause.generator.causes.extract", lambda *_, **__: pytest.fail("extracted again"))
+        for before, after in zip(first, again.get(texts), strict=True):
+            assert np.array_equal(before.spans, after.spans)
+            assert np.array_equal(before.probs, after.probs)
+
+    def test_damaged_cache_is_made_again(self, extractor_dir, tmp_path):
+        cache = CauseCache(extractor_dir, tmp_path)
+        cache.get(["We won!"])
+        cache.path.write_bytes(cache.path.read_bytes()[:50])
+        assert len(CauseCache(extractor_dir, tmp_path).get(["We won!"])) == 1
+
+
+class TestModel:
+    def test_new_rows_start_neutral(self, generator):
+        model, tokenizer = generator
+        assert not model.role_embedding.weight.any()
+        embeddings = model.get_input_embeddings().weight
+        torch.testing.assert_close(embeddings[tokenizer.sep_token_id], embeddings[: tokenizer.sep_token_id].mean(0))
+
+    def test_roles_have_a_matrix_of_their_own(self, generator):
+        model, _ = generator
+        ids = torch.randint(5, 100, (2, 9))
+        roles = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 1]] * 2)
+        plain = model(ids).logits
+        torch.testing.assert_close(model(ids, token_type_ids=roles).logits, plain)
+        with torch.no_grad():
+            model.role_embedding.weight[1] += 1.0
+        changed = model(ids, token_type_ids=roles).logits
+        torch.testing.assert_close(changed[:, :3], plain[:, :3])
+        assert not torch.allclose(changed[:, 3:], plain[:, 3:], atol=1e-3)
+        embeds = model.get_input_embeddings()(ids) + model.role_embedding(roles)
+        torch.testing.assert_close(changed, model(inputs_embeds=embeds).logits)
+
+    def test_gamma_zero_is_no_bias(self, generator):
+        model, _ = generator
+        ids, causes = torch.randint(5, 100, (2, 9)), torch.rand(2, 9)
+        plain = model(ids).logits
+        assert not torch.allclose(model(ids, cause_probs=causes).logits, plain, atol=1e-5)
+        model.config.gamma = 0.0
+        torch.testing.assert_close(model(ids, cause_probs=causes).logits, plain)
+
+    def test_causes_need_the_implementation(self, generator):
+        model, _ = generator
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="which would ignore it"):
+            model(torch.randint(5, 100, (1, 4)), cause_probs=torch.rand(1, 4))
+
+    def test_loss_is_the_mean_over_labels(self, generator):
+        model, _ = generator
+        ids = torch.randint(5, 100, (2, 9))
+        labels = ids.clone()
+        labels[:, :5] = -100
+        output = model(ids, labels=labels)
+        logits = model(ids).logits[:, 4:-1].flatten(0, 1)
+        torch.testing.assert_close(output.logits, logits)
+        torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(logits, ids[:, 5:].flatten()))
+        torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=16).loss, output.loss / 2)
+
+    def test_save_and_load(self, generator, tmp_path):
+        model, tokenizer = generator
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        loaded, _ = load_generator(tmp_path)
+        ids, causes = torch.randint(5, 100, (1, 9)), torch.rand(1, 9)
+        torch.testing.assert_close(
+            loaded(ids, cause_probs=causes).logits, model(ids, cause_probs=causes).logits
+        )
+        assert loaded.config.gamma == 1.0
+
+
+class TestAnswers:
+    def test_nll_equals_the_loss(self, generator):
+        model, tokenizer = generator
+        other = ResponsePair("d", "sad", ("Hello you there.",), (0,), "Hi!")
+        items = []
+        for pair in (PAIR, other):
+            encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, 100)
+            items.append(generator_item(model, encoded, pair.context, pair.roles, causes_of(pair, word=pair.context[0][:5])))
+        nll, tokens = response_nll(model, tokenizer, items, batch_size=2)
+        for item, total, number in zip(items, nll, tokens, strict=True):
+            batch = pad_dialogues([item], tokenizer.pad_token_id)
+            assert float(model(**batch).loss) == pytest.approx(total / number, rel=1e-4)
+            assert number == (item["labels"] != -100).sum()
+
+    def test_batching_and_padding_change_nothing(self, generator):
+        model, tokenizer = generator
+        pairs = [PAIR, ResponsePair("d", "sad", ("Hi dog.",), (0,), "?"), ResponsePair("e", "sad", PAIR.context[:1], (0,), "?")]
+        causes = [causes_of(pair) for pair in pairs]
+        together = generate_responses(model, tokenizer, pairs, causes, batch_size=3, max_new_tokens=8)
+        alone = [
+            generate_responses(model, tokenizer, [pair], [cause], max_new_tokens=8)[0]
+            for pair, cause in zip(pairs, causes, strict=True)
+        ]
+        assert together == alone
+
+    def test_generated_tokens_continue_the_listeners_role(self, generator, monkeypatch):
+        model, tokenizer = generator
+        seen = []
+        original = type(model).forward
+
+        def spy(self, *args, **kwargs):
+            seen.append((kwargs["token_type_ids"][0].tolist(), kwargs["cause_probs"].shape[1]))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(model), "forward", spy)
+        generate_responses(model, tokenizer, [PAIR], [causes_of(PAIR)], max_new_tokens=3, min_new_tokens=3)
+        prompt = len(seen[0][0])
+        assert seen[0][0][-1] == 1
+        assert [roles for roles, _ in seen[1:]] == [[1], [1]]
+        assert {number for _, number in seen} == {prompt}, "causes stay at the prompt's length"
+
+    @pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "top_p": 0.8}], ids=str)
+    def test_other_decodings(self, generator, options):
+        model, tokenizer = generator
+        torch.manual_seed(0)
+        answers = generate_responses(model, tokenizer, [PAIR] * 2, [causes_of(PAIR)] * 2, max_new_tokens=5, **options)
+        assert len(answers) == 2
+
+    def test_responder(self, generator, extractor_dir):
+        from empcause.extractor import load_extractor
+
+        responder = Responder(*load_extractor(extractor_dir), *generator)
+        reply = responder(["My dog died.", "I'm sorry.", " He was old. "], max_new_tokens=5)
+        assert reply.emotion in EMOTIONS
+        assert 0 < reply.probability <= 1
+        assert [word.text for word, _ in reply.causes][:3] == ["My", "dog", "died"]
+        assert all(reply.text[word.start : word.end] == word.text for word, _ in reply.causes)
+        with pytest.raises(UserError, match="empty"):
+            responder(["Hello", " "])
+
+
+def test_folders_that_are_not_generators(tiny_encoder_dir, tmp_path):
+    with pytest.raises(UserError, match="not a generator"):
+        load_generator(tiny_encoder_dir)
+    with pytest.raises(UserError, match="does not exist"):
+        load_generator(tmp_path / "nowhere")

@@ -1,0 +1,172 @@
+"""Arguments, errors, and what torch's own machinery expects of an operator."""
+
+import math
+
+import pytest
+import torch
+from ops.cases import Case, measured
+
+import empcause
+from empcause.ops import biased_attention, biased_attention_varlen
+
+HAS_CPU = empcause.info().backends[0].runs
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the CPU kernels are not built")
+
+
+def tensors(**options):
+    return Case(**options).make()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.randn(2, 4, 33)}, r"query must be \[B, H, Q, D\]"),
+        ({"key": torch.randn(2, 3, 33, 16), "value": torch.randn(2, 3, 33, 16)}, "must divide the query heads"),
+        ({"value": torch.randn(2, 2, 30, 16)}, "same shape"),
+        ({"key": torch.randn(2, 2, 33, 16).half()}, "share a dtype"),
+        ({"key": torch.randn(3, 2, 33, 16), "value": torch.randn(3, 2, 33, 16)}, "share the batch"),
+        ({"cause": torch.rand(2, 32)}, r"cause must be \[B or 1, K\]"),
+        ({"cause": torch.ones(2, 33, dtype=torch.long)}, "cause must be floating"),
+        ({"key_mask": torch.ones(2, 33)}, "key_mask must be bool"),
+        ({"key_mask": torch.ones(2, 30, dtype=torch.bool)}, r"key_mask must be bool \[B, K\] = \[2, 33\]"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\)"),
+        ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\)"),
+        ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\)"),
+        ({"strength": math.inf}, "finite number"),
+        ({"strength": torch.rand(3)}, r"\[H\] = \[4\]"),
+        ({"query_offset": torch.tensor(1.0)}, "query_offset must be an int"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1])}, "seed must be an int"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    query, key, value, cause = tensors()
+    arguments = {"query": query, "key": key, "value": value, "cause": cause} | change
+    with pytest.raises(ValueError, match=message):
+        biased_attention(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -3.0])
+def test_values_of_cause_are_checked_where_attended(backend, bad):
+    query, key, value, cause = tensors()
+    cause = cause.abs()
+    cause[1, 7] = bad
+    with pytest.raises(RuntimeError, match="cause"):
+        biased_attention(query, key, value, cause, backend=backend)
+    mask = torch.ones(2, 33, dtype=torch.bool)
+    mask[1, 7] = False
+    assert biased_attention(query, key, value, cause, key_mask=mask, backend=backend).isfinite().all()
+
+
+def test_unknown_and_unfit_backends():
+    query, key, value, _ = tensors()
+    with pytest.raises(RuntimeError, match="Unknown backend 'gpu'"):
+        biased_attention(query, key, value, backend="gpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this"):
+        biased_attention(query.double(), key.double(), value.double(), backend="cpu")
+    assert biased_attention(query.double(), key.double(), value.double()).dtype == torch.float64
+
+
+def test_varlen_arguments_are_checked():
+    query = torch.randn(5, 2, 8)
+    sums = torch.tensor([0, 5])
+    with pytest.raises(ValueError, match="cu_seqlens_q must be int32"):
+        biased_attention_varlen(
+            query, query, query, cu_seqlens_q=sums, cu_seqlens_k=sums, max_seqlen_q=5, max_seqlen_k=5
+        )
+
+
+@needs_cpu
+@pytest.mark.parametrize("sums", [[0, 4], [1, 5], [0, 3, 2, 5], [0, 9]])
+def test_varlen_refuses_sums_that_do_not_fit(sums):
+    query = torch.randn(5, 2, 8)
+    sums = torch.tensor(sums, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        biased_attention_varlen(
+            query, query, query, cu_seqlens_q=sums, cu_seqlens_k=sums, max_seqlen_q=9, max_seqlen_k=9
+        )
+
+
+@needs_cpu
+def test_int_and_tensor_scalars_agree():
+    arguments = tensors(dropout_p=0.3)
+    as_ints = biased_attention(*arguments, dropout_p=0.3, seed=4, query_offset=2)
+    as_tensors = biased_attention(*arguments, dropout_p=0.3, seed=torch.tensor(4), query_offset=torch.tensor(2))
+    assert torch.equal(as_ints, as_tensors)
+
+
+@needs_cpu
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    query, key, value, cause = (tensor.detach().requires_grad_(requires_grad) for tensor in tensors(queries=7, keys=9))
+    mask = torch.rand(2, 9) > 0.2
+    seed = torch.tensor(3)
+    options = (0.7, None, mask, True, 0.25, 0.1, seed, None)
+    torch.library.opcheck(torch.ops.empcause.attention, (query, key, value, cause, *options))
+    sums = torch.tensor([0, 3, 7], dtype=torch.int32)
+    packed = [torch.randn(7, heads, 16).requires_grad_(requires_grad) for heads in (4, 2, 2)]
+    packed_cause = torch.rand(7).requires_grad_(requires_grad)
+    torch.library.opcheck(
+        torch.ops.empcause.attention_varlen,
+        (*packed, packed_cause, 0.7, None, None, sums, sums, 4, 4, True, 0.25, 0.0, None, None),
+    )
+
+
+@needs_cpu
+def test_compiles_into_one_graph_with_at_most_one_recompilation():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def run(query, key, value, cause):
+        return biased_attention(query, key, value, cause, strength=0.5).sum()
+
+    for length in (11, 17, 23, 40, 64):
+        query, key, value, cause = tensors(queries=length, keys=length)
+        expected = biased_attention(query, key, value, cause, strength=0.5).sum()
+        torch.testing.assert_close(run(query, key, value, cause), expected)
+    assert counter.frame_count <= 2
+
+
+@needs_cpu
+def test_compiled_gradients_equal_eager_ones():
+    torch._dynamo.reset()
+    leaves = [tensor.detach().requires_grad_(True) for tensor in tensors(dropout_p=0.2)]
+
+    def call(*arguments):
+        return biased_attention(*arguments, strength=0.5, dropout_p=0.2, seed=6)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    eager_grads = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    compiled_grads = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    for eager, other in zip(eager_grads, compiled_grads, strict=True):
+        torch.testing.assert_close(other, eager)
+
+
+def test_bf16_cause_is_computed_in_fp32():
+    query, key, value, cause = tensors()
+    rounded = cause.bfloat16()
+    expected = biased_attention(query, key, value, rounded.float())
+    assert torch.equal(biased_attention(query, key, value, rounded), expected)
+
+
+@needs_cpu
+def test_no_gradient_for_what_needs_none():
+    query, key, value, cause = tensors()
+    query.requires_grad_(True)
+    output = biased_attention(query, key, value, cause)
+    output.sum().backward()
+    assert query.grad is not None
+    assert cause.grad is None
+
+
+def test_info_names_the_backends():
+    text = str(empcause.info())
+    assert "cpu" in text
+    assert "reference" in text
+
+
+def test_helpers_are_sound():
+    assert len(measured(Case(cause_shape=None), "reference")) == 4

@@ -1,0 +1,306 @@
+"""Both stages on the embedded sample: they learn, resume after a kill, and split over processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from empcause.cli import main
+from empcause.data.batching import LengthBatchSampler
+from empcause.errors import UserError
+from empcause.training.common import find_checkpoint
+from empcause.training.extractor import ExtractorTrainingArguments, cause_labels, split_annotations, train_extractor
+from empcause.training.generator import GeneratorTrainingArguments, train_generator
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("EMPCAUSE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def extractor_arguments(encoder, output_dir, **options):
+    defaults = {"num_train_epochs": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 16, "seed": 1}
+    return ExtractorTrainingArguments(
+        output_dir=str(output_dir), data="sample", model_name_or_path=str(encoder), **(defaults | options)
+    )
+
+
+@pytest.fixture(scope="module")
+def trained_extractor(tiny_encoder_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "extractor"
+    metrics = train_extractor(extractor_arguments(tiny_encoder_dir, folder))
+    return folder, metrics
+
+
+def generator_arguments(model, extractor, output_dir, **options):
+    defaults = {
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "max_train_samples": 96,
+        "max_eval_samples": 24,
+        "max_length": 96,
+        "logging_steps": 1,
+        "seed": 1,
+    }
+    return GeneratorTrainingArguments(
+        output_dir=str(output_dir),
+        data="sample",
+        model_name_or_path=str(model),
+        extractor=str(extractor),
+        **(defaults | options),
+    )
+
+
+def losses(folder):
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+class TestBatches:
+    def test_every_item_once_phases_in_order_lengths_alike(self):
+        lengths = np.random.default_rng(0).integers(5, 80, 103)
+        sampler = LengthBatchSampler(lengths, 8, seed=3, phases=[range(20), range(20, 103)])
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(sum(batches, [])) == list(range(103))
+        assert all(index < 20 for batch in batches[:3] for index in batch)
+        assert all(index >= 20 for batch in batches[3:] for index in batch)
+        spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
+        assert spread < 25
+
+    def test_order_depends_on_seed_and_epoch_alone(self):
+        first, second = (LengthBatchSampler([1] * 40, 4, seed=3) for _ in range(2))
+        assert list(first) == list(second)
+        second.set_epoch(1)
+        assert list(first) != list(second)
+        second.set_epoch(0)
+        assert list(first) == list(second)
+
+
+class TestExtractor:
+    def test_a_finished_run(self, trained_extractor):
+        folder, metrics = trained_extractor
+        assert {"accuracy", "top1_recall", "top5_recall", "strict_top3_recall"} <= set(metrics)
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+        assert {"model.safetensors", "config.json", "README.md", "metrics.json", "trainer_state.json"} <= names
+        assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl"))}, "no pickles"
+        card = (folder / "README.md").read_text()
+        assert "license: apache-2.0" in card
+        assert "top5_recall" in card
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        assert any({"cause_loss", "aux_loss", "emotion_loss"} <= set(entry) for entry in history)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"supervision": "supervised"},
+            {"supervision": "unsupervised"},
+            {"supervision": "emotion", "cause_from": "attention"},
+            {"aux_weight": 0.0, "interleave": True},
+            {"aux_form": "literal", "cause_reduction": "sum", "attention_pooling": "max", "automatic_label_start": 1},
+        ],
+        ids=lambda options: "-".join(map(str, options.values())),
+    )
+    def test_every_variant_trains(self, options, tiny_encoder_dir, tmp_path):
+        arguments = extractor_arguments(tiny_encoder_dir, tmp_path, max_steps=3, eval_strategy="no", save_strategy="no",
+                                        lr_scheduler_type="constant", load_best_model_at_end=False, logging_steps=1, **options)  # fmt: skip
+        assert 0 <= train_extractor(arguments)["top5_recall"] <= 1
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["cause_from"] == options.get("cause_from", "head")
+        history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+        has_cause_loss = any("cause_loss" in entry for entry in history)
+        assert has_cause_loss == (options.get("supervision") != "emotion")
+
+    def test_it_learns(self, tiny_encoder_dir, tmp_path):
+        arguments = extractor_arguments(
+            tiny_encoder_dir, tmp_path, supervision="supervised", num_train_epochs=12, learning_rate=3e-3, logging_steps=5
+        )
+        train_extractor(arguments)
+        history = losses(tmp_path)
+        assert np.mean(history[-3:]) < 0.8 * np.mean(history[:3])
+
+    def test_the_plateau_scheduler_watches_recall_upwards(self, tiny_encoder_dir, tmp_path):
+        arguments = extractor_arguments(tiny_encoder_dir, tmp_path)
+        assert arguments.lr_scheduler_kwargs == {"mode": "max", "factor": 0.5, "patience": 1}
+        assert generator_arguments("gpt2", "x", tmp_path).lr_scheduler_kwargs["mode"] == "min"
+
+    def test_cause_labels(self):
+        offsets = np.array([[0, 0], [0, 2], [2, 5], [6, 9], [0, 0]])
+        assert cause_labels(offsets, np.array([[3, 5]])).tolist() == [-100, 0, 1, 0, -100]
+
+    def test_halves_of_the_validation_split(self, real_data, tiny_encoder_dir, tmp_path):
+        for stratified in (False, True):
+            arguments = ExtractorTrainingArguments(
+                output_dir=str(tmp_path), data=str(real_data), model_name_or_path=str(tiny_encoder_dir), stratified_split=stratified
+            )
+            first, second = split_annotations(arguments)
+            assert len(first) + len(second) == 2247
+            assert abs(len(first) - len(second)) < 40
+            assert not {each.conv_id for each in first} & {each.conv_id for each in second}
+
+
+class TestGenerator:
+    @pytest.mark.parametrize("family", ["gpt2", "llama"])
+    def test_a_finished_run(self, family, tiny_gpt2_dir, tiny_llama_dir, trained_extractor, tmp_path):
+        model = {"gpt2": tiny_gpt2_dir, "llama": tiny_llama_dir}[family]
+        metrics = train_generator(generator_arguments(model, trained_extractor[0], tmp_path, num_train_epochs=3))
+        assert metrics["perplexity"] == pytest.approx(np.exp(metrics["nll_per_token"]))
+        history = losses(tmp_path)
+        assert history[-1] < history[0]
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["model_type"] == f"empathetic_{family}"
+        assert config["gamma"] == 1.0
+
+    def test_gamma_zero_needs_no_extractor(self, tiny_gpt2_dir, tmp_path):
+        metrics = train_generator(generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path, gamma=0.0, max_steps=2))
+        assert metrics["perplexity"] > 1
+
+    def test_bf16_and_from_nothing(self, tiny_gpt2_dir, trained_extractor, tmp_path):
+        arguments = GeneratorTrainingArguments(
+            output_dir=str(tmp_path),
+            data="sample",
+            model_name_or_path=None,
+            model_type="gpt2",
+            config_overrides="n_embd=32,n_layer=2,n_head=2,n_positions=96",
+            tokenizer_name=str(tiny_gpt2_dir),
+            extractor=str(trained_extractor[0]),
+            max_steps=3,
+            bf16=True,
+            max_train_samples=48,
+            max_eval_samples=8,
+        )
+        assert train_generator(arguments)["perplexity"] > 1
+
+
+def command(model, extractor, folder, *more):
+    return [
+        "train", "generator", "--data", "sample", "--model_name_or_path", str(model), "--extractor", str(extractor),
+        "--output_dir", str(folder), "--max_train_samples", "96", "--max_eval_samples", "8", "--logging_steps", "1",
+        "--seed", "1", "--learning_rate", "1e-3", "--save_strategy", "steps", "--save_steps", "2",
+        "--eval_strategy", "steps", "--eval_steps", "2", "--save_total_limit", "20", *more,
+    ]  # fmt: skip
+
+
+def test_killed_run_resumes_to_the_same_losses(tiny_gpt2_dir, trained_extractor, tmp_path):
+    """SIGKILL in the middle, dropout on, an incomplete checkpoint left behind: the losses are those of an unbroken run."""
+    extractor = trained_extractor[0]
+    assert main(command(tiny_gpt2_dir, extractor, tmp_path / "whole", "--num_train_epochs", "2")) == 0
+    expected = losses(tmp_path / "whole")
+
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "empcause", *command(tiny_gpt2_dir, extractor, broken, "--num_train_epochs", "2")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "metrics.json").exists()
+    cut = broken / "checkpoint-900"  # a checkpoint whose writing was interrupted
+    cut.mkdir()
+    (cut / "trainer_state.json").write_text("{")
+
+    options = ("--num_train_epochs", "2", "--resume_from_checkpoint", "true")
+    assert main(command(tiny_gpt2_dir, extractor, broken, *options)) == 0
+    assert losses(broken) == expected
+    whole, resumed = (
+        torch.load(folder / "checkpoint-12" / "optimizer.pt", weights_only=True)["state"][0]["exp_avg"]
+        for folder in (tmp_path / "whole", broken)
+    )
+    assert torch.equal(whole, resumed)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_twice_the_accumulation(tiny_gpt2_dir, trained_extractor, tmp_path):
+    model = tmp_path / "model"
+    from transformers import GPT2LMHeadModel, AutoTokenizer
+
+    silent = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    silent.save_pretrained(model)
+    AutoTokenizer.from_pretrained(tiny_gpt2_dir).save_pretrained(model)
+    options = ("--num_train_epochs", "1", "--per_device_train_batch_size", "4")
+    single = command(model, trained_extractor[0], tmp_path / "one", *options, "--gradient_accumulation_steps", "2")
+    assert main(single) == 0
+    double = command(model, trained_extractor[0], tmp_path / "two", *options, "--gradient_accumulation_steps", "1")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    done = subprocess.run(
+        [*launcher, "-m", "empcause", *double, "--use_cpu", "true"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+
+
+class TestMistakes:
+    """Each ends in one clear sentence before any work is done."""
+
+    def say(self, capsys, *arguments):
+        assert main(["train", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    def test_model_path(self, capsys, tmp_path):
+        error = self.say(capsys, "extractor", "--data", "sample", "--model_name_or_path", str(tmp_path / "none"))
+        assert "does not exist" in error
+
+    def test_missing_extractor(self, capsys, tiny_gpt2_dir, tmp_path):
+        error = self.say(
+            capsys, "generator", "--data", "sample", "--model_name_or_path", str(tiny_gpt2_dir),
+            "--extractor", str(tmp_path / "none"), "--output_dir", str(tmp_path),
+        )  # fmt: skip
+        assert "There is no extractor at" in error
+
+    def test_family_without_generator(self, capsys, tiny_encoder_dir, tmp_path):
+        error = self.say(
+            capsys, "generator", "--data", "sample", "--model_name_or_path", str(tiny_encoder_dir), "--gamma", "0",
+            "--output_dir", str(tmp_path),
+        )  # fmt: skip
+        assert "no generator over a model of type 'roberta'" in error
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--supervision", "none"], "supervision"),
+            (["--automatic_top_k", "0"], "at least 1"),
+            (["--model_name_or_path", ""], "model_type"),
+            (["--config_overrides", "n_layer=2"], "leave model_name_or_path empty"),
+        ],
+    )
+    def test_options(self, arguments, message, capsys):
+        assert message in self.say(capsys, "extractor", "--data", "sample", *arguments)
+
+    def test_negative_gamma(self, capsys):
+        assert "gamma is -1" in self.say(capsys, "generator", "--gamma", "-1")
+
+    def test_truncated_pretrained_weights(self, capsys, tiny_encoder_dir, tmp_path):
+        import shutil
+
+        shutil.copytree(tiny_encoder_dir, tmp_path / "cut")
+        weights = tmp_path / "cut" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-50])
+        error = self.say(capsys, "extractor", "--data", "sample", "--model_name_or_path", str(tmp_path / "cut"))
+        assert "damaged or cut short" in error
+
+    def test_checkpoint_to_resume_from(self, tiny_encoder_dir, tmp_path):
+        arguments = extractor_arguments(tiny_encoder_dir, tmp_path, resume_from_checkpoint=str(tmp_path / "none"))
+        with pytest.raises(UserError, match="does not exist"):
+            find_checkpoint(arguments)
+        (tmp_path / "none").mkdir()
+        with pytest.raises(UserError, match="no weights"):
+            find_checkpoint(arguments)
