@@ -62,6 +62,7 @@ def _tokenizer(sentence_pair_markers: bool) -> PreTrainedTokenizerFast:
         cls_token="<s>",
         sep_token="</s>",
         mask_token="<mask>",
+        model_max_length=128,
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class CauseCache:
                 self._known = {
                     str(key): TextCauses(*value) for key, *value in zip(stored["keys"], spans, probs, strict=True)
                 }
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             self._known = {}  # none yet, or damaged: extracted again
 
     def _save(self) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Cache, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from empcause.data.sequences import IGNORED
@@ -37,7 +37,11 @@ class EmpatheticMixin:
         token_type_ids: Tensor | None = None,
         cause_probs: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -50,8 +54,9 @@ class EmpatheticMixin:
             cause_probs: `[B, n]` in [0, 1], n <= S (with a cache: the keys so far); later tokens have 0.
             labels: `[B, S]`, -100 where a token does not count. With labels, logits are computed at the labelled positions
                 alone and returned as `[number of labels, vocabulary]`.
+            position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model
+                (`generate` gives those that it finds named here).
             num_items_in_batch: what the summed loss is divided by; default is the number of labels.
-            **kwargs: as for the base model.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
@@ -60,9 +65,15 @@ class EmpatheticMixin:
         if cause_probs is not None:
             self._check_attention()
             kwargs |= {"cause_probs": cause_probs, "cause_gamma": self.config.gamma}  # type: ignore[attr-defined]
-        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
         if labels is None:
-            return super().forward(**kwargs)  # type: ignore[misc]
+            return super().forward(**kwargs, logits_to_keep=logits_to_keep)  # type: ignore[misc]
         hidden = self.base_model(**kwargs).last_hidden_state  # type: ignore[attr-defined]
         targets = labels[:, 1:]
         counted = targets != IGNORED

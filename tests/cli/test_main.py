@@ -1,13 +1,15 @@
 """The command as a user meets it: help, exit codes, one sentence per mistake."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import empcause.cli.main as cli
 from empcause.errors import UserError
+
+cli = importlib.import_module("empcause.cli.main")  # the package exports the function of the same name
 
 
 def test_help_names_every_command(capsys):

@@ -1,5 +1,6 @@
 """The generator: its sequences, roles, causes, losses and answers."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,7 +157,7 @@ class TestModel:
         plain = model(ids).logits
         torch.testing.assert_close(model(ids, token_type_ids=roles).logits, plain)
         with torch.no_grad():
-            model.role_embedding.weight[1] += 1.0
+            model.role_embedding.weight[1].normal_()
         changed = model(ids, token_type_ids=roles).logits
         torch.testing.assert_close(changed[:, :3], plain[:, :3])
         assert not torch.allclose(changed[:, 3:], plain[:, 3:], atol=1e-3)
@@ -230,6 +231,7 @@ class TestAnswers:
         seen = []
         original = type(model).forward
 
+        @functools.wraps(original)
         def spy(self, *args, **kwargs):
             seen.append((kwargs["token_type_ids"][0].tolist(), kwargs["cause_probs"].shape[1]))
             return original(self, *args, **kwargs)

@@ -220,7 +220,7 @@ def test_bf16_autocast(config, inputs):
 
 def test_losses_of_twenty_steps_equal_the_literal_formula(config):
     torch.manual_seed(2)
-    ids, cause = torch.randint(3, 120, (20, 4, 16)), torch.rand(20, 4, 16)
+    ids, cause = torch.randint(3, 12, (20, 4, 16)), torch.rand(20, 4, 16)
     histories = []
     for use_kernel in (True, False):
         model = make(config)
@@ -240,7 +240,7 @@ def test_losses_of_twenty_steps_equal_the_literal_formula(config):
             losses.append(float(loss.detach()))
         histories.append(losses)
     assert histories[0] == pytest.approx(histories[1], rel=2e-4)
-    assert histories[0][-1] != pytest.approx(histories[0][0], rel=1e-3), "it learned something"
+    assert histories[0][-1] < histories[0][0] - 0.5, "it learned something"
 
 
 class TestRefusals:
