@@ -55,7 +55,9 @@ def check_weights(path: str | os.PathLike[str]) -> None:
             raise UserError(f"{file} is damaged or cut short ({error}); use another checkpoint.") from error
 
 
-def load_pretrained(model_class: type[Model], path: str | os.PathLike[str], what: str, how: str, model_type: str) -> Model:
+def load_pretrained(
+    model_class: type[Model], path: str | os.PathLike[str], what: str, how: str, model_type: str
+) -> Model:
     """`model_class.from_pretrained(path)` after checks.
 
     Raises:

@@ -57,7 +57,7 @@ def run(namespace: argparse.Namespace) -> int:
             tokenizer_name=str(folder / "encoder-tokenizer"),
             learning_rate=1e-3,
             per_device_train_batch_size=16,
-            num_train_epochs=6,
+            num_train_epochs=15,
         )
     )
 
@@ -73,7 +73,7 @@ def run(namespace: argparse.Namespace) -> int:
             config_overrides="n_embd=128,n_layer=3,n_head=4,n_positions=256",
             tokenizer_name=str(folder / "decoder-tokenizer"),
             learning_rate=1e-3,
-            num_train_epochs=6,
+            num_train_epochs=20,
         )
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import requests
 from tqdm.auto import tqdm
@@ -141,7 +141,7 @@ def _open_binary(path: Path, member: str) -> tuple[IO[bytes], str]:
                     return io.BytesIO(archive_zip.read(name)), f"{path}:{name}"
         raise UserError(f"{path} holds no {member}.")
     if path.suffix == ".gz":
-        return gzip.open(path), str(path)
+        return cast("IO[bytes]", gzip.open(path)), str(path)
     if path.suffix == ".xz":
         return lzma.open(path), str(path)
     return path.open("rb"), str(path)

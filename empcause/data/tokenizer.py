@@ -50,7 +50,8 @@ def train_tokenizer(
     )
     extra = {}
     if kind == "encoder":
-        ends = [(token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>")]
+        ids = tokenizer.get_vocab()
+        ends = ("</s>", ids["</s>"]), ("<s>", ids["<s>"])
         tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
         extra = {"cls_token": "<s>", "sep_token": "</s>"}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS, **extra)

@@ -19,7 +19,9 @@ class Word(NamedTuple):
 # Letters with their combining marks, digits; a contraction's ending is a word of its own ("do|n't", "I|'m"), as in
 # EmoCause; anything else (punctuation, emoji) is one word per user-perceived character.
 _LETTERS = r"[\p{L}\p{M}\p{N}_]"
-_WORD = regex.compile(rf"n['’]t\b|['’](?:s|m|re|ve|d|ll)\b|{_LETTERS}+?(?=n['’]t\b)|{_LETTERS}+|(?!\s)\X", regex.IGNORECASE)
+_WORD = regex.compile(
+    rf"n['’]t\b|['’](?:s|m|re|ve|d|ll)\b|{_LETTERS}+?(?=n['’]t\b)|{_LETTERS}+|(?!\s)\X", regex.IGNORECASE
+)
 _LETTER = regex.compile(r"[\p{L}\p{N}]")
 
 # Function words, which carry no content that could cause an emotion.

@@ -70,7 +70,9 @@ def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
     differences = {}
     if earlier is not None:
         differences = {
-            name: difference_interval(items[name], earlier[name]) for name in items if len(earlier[name]) == len(items[name])
+            name: difference_interval(items[name], earlier[name])
+            for name in items
+            if len(earlier[name]) == len(items[name])
         }
         metrics["difference"] = {name: list(each) for name, each in differences.items()}
 

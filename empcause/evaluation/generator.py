@@ -45,9 +45,7 @@ class EvaluateGeneratorOptions:
     data: str | None = field(
         default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
     )
-    split: str = field(
-        default="test", metadata={"help": "split of EmpatheticDialogues", "choices": ["valid", "test"]}
-    )
+    split: str = field(default="test", metadata={"help": "split of EmpatheticDialogues", "choices": ["valid", "test"]})
     output_dir: str = field(default="runs/evaluation/generator", metadata={"help": "where report and figures go"})
     max_samples: int | None = field(
         default=None, metadata={"help": "score this many responses, drawn by the seed; default: all"}
@@ -124,7 +122,9 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         "generated_responses": number,
     }
     if options.bertscore_model:
-        scores, description = bertscore(responses, references[:number], options.bertscore_model, options.bertscore_layer)
+        scores, description = bertscore(
+            responses, references[:number], options.bertscore_model, options.bertscore_layer
+        )
         for name, values in scores.items():
             intervals[name] = mean_interval(values)
             metrics[name] = intervals[name].value
@@ -133,7 +133,9 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     difference = None
     if earlier is not None:
         if earlier["tokens"] != tokens.tolist():
-            raise UserError(f"--compare {options.compare}: that evaluation scored other responses or another tokenizer.")
+            raise UserError(
+                f"--compare {options.compare}: that evaluation scored other responses or another tokenizer."
+            )
         difference = perplexity_difference(nll, earlier["nll"], tokens)
         metrics["perplexity_difference"] = list(difference)
 
@@ -147,7 +149,9 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     ]
     (folder / "responses.json").write_text(json.dumps(dialogues, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     curves = plot_training(Path(options.model), "perplexity", folder / "training.png")
-    plot_causes(texts[0], found[0].words, found[0].word_probs.tolist(), f"annotated: {pairs[0].emotion}", folder / "causes.png")
+    plot_causes(
+        texts[0], found[0].words, found[0].word_probs.tolist(), f"annotated: {pairs[0].emotion}", folder / "causes.png"
+    )
     figures = metrics | {name: each for name, each in intervals.items()}
     (folder / "report.md").write_text(
         _report(options, figures, difference, pairs, responses, curves is not None), encoding="utf-8"
@@ -212,7 +216,9 @@ def _report(
         f"{figures['generated_responses']} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
         "different tokenizers do not compare; bits per byte do.",
         comparison_table("this model", figures, PUBLISHED_GENERATORS, GENERATOR_COLUMNS),
-        markdown_table(["figure", "value"], [[name.replace("_", " "), format_figure(figures[name])] for name in others]),
+        markdown_table(
+            ["figure", "value"], [[name.replace("_", " "), format_figure(figures[name])] for name in others]
+        ),
     ]
     if "bertscore_model" in figures:
         parts.append(f"BERTScore: {figures['bertscore_model']}.")

@@ -73,7 +73,7 @@ def cls_attention(encoder: nn.Module, captured: dict[str, Tensor], attention_mas
     Returns:
         `[B, S]` float32; rows sum to 1 for "mean".
     """
-    num_heads = encoder.config.num_attention_heads
+    num_heads = encoder.config.num_attention_heads  # type: ignore[union-attr]
     query = captured["query"][:, :1].unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
     key = captured["key"].unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5

@@ -1,6 +1,6 @@
 """Configuration of the emotion cause extractor."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -24,7 +24,7 @@ class CauseExtractorConfig(PreTrainedConfig):
     """
 
     model_type = "empcause_extractor"
-    sub_configs = {"encoder": AutoConfig}
+    sub_configs: ClassVar = {"encoder": AutoConfig}
 
     encoder: dict | PreTrainedConfig | None = None
     cause_from: Literal["head", "attention"] = "head"

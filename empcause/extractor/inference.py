@@ -44,7 +44,9 @@ def load_extractor(path: str | os.PathLike[str]) -> tuple[CauseExtractor, PreTra
     Raises:
         UserError: the folder does not exist, holds another kind of model, or a file in it is cut short.
     """
-    model = load_pretrained(CauseExtractor, path, "extractor", "empcause train extractor", CauseExtractorConfig.model_type)
+    model = load_pretrained(
+        CauseExtractor, path, "extractor", "empcause train extractor", CauseExtractorConfig.model_type
+    )
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 

@@ -92,11 +92,8 @@ class CauseExtractor(PreTrainedModel):
             hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         attention = cls_attention(self.encoder, captured, attention_mask, self.config.attention_pooling)
         hidden = self.dropout(hidden)
-        output = CauseExtractorOutput(
-            emotion_logits=self.emotion_head(hidden[:, 0]),
-            cause_logits=self.cause_head(hidden),
-            cls_attention=attention,
-        )
+        emotion_logits, cause_logits = self.emotion_head(hidden[:, 0]), self.cause_head(hidden)
+        output = CauseExtractorOutput(emotion_logits=emotion_logits, cause_logits=cause_logits, cls_attention=attention)
         if emotion_labels is None:
             return output
         if special_tokens_mask is None:
@@ -110,13 +107,7 @@ class CauseExtractor(PreTrainedModel):
             made = automatic_labels(attention.detach(), word_ids, real_tokens, self.config.automatic_top_k)
             cause_labels = torch.where(automatic[:, None], made, cause_labels)
         losses = extractor_losses(
-            self.config,
-            output.emotion_logits,
-            output.cause_logits,
-            attention,
-            real_tokens,
-            emotion_labels,
-            cause_labels,
+            self.config, emotion_logits, cause_logits, attention, real_tokens, emotion_labels, cause_labels
         )
         return CauseExtractorOutput(**{**output, **losses})
 

@@ -50,8 +50,8 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     Raises:
         UserError: the folder does not exist, holds another kind of model, or a file in it is cut short.
     """
-    found = read_config(path, "generator", "empcause train generator").get("model_type")
-    known = {config.model_type: model for config, model in GENERATORS.values()}  # type: ignore[attr-defined]
+    found = str(read_config(path, "generator", "empcause train generator").get("model_type"))
+    known: dict[str, type[PreTrainedModel]] = {config.model_type: model for config, model in GENERATORS.values()}
     if found not in known:
         raise UserError(f"{path} holds a model of type {found!r}, not a generator ({', '.join(known)}).")
     model = load_pretrained(known[found], path, "generator", "empcause train generator", found)
@@ -72,7 +72,11 @@ def generator_item(
     causes: TextCauses | None,
 ) -> dict[str, NDArray]:
     """An encoded dialogue under the names of the model's `forward`; `cause_probs` only where there are causes."""
-    item = {"input_ids": encoded.input_ids, "token_type_ids": encoded.roles, "labels": encoded.labels}
+    item: dict[str, NDArray] = {
+        "input_ids": encoded.input_ids,
+        "token_type_ids": encoded.roles,
+        "labels": encoded.labels,
+    }
     if causes is not None:
         item["cause_probs"] = token_causes(model.config, encoded, context, roles, causes)
     return item

@@ -30,7 +30,7 @@ class EmpatheticMixin:
         if module is getattr(self, "role_embedding", None):
             nn.init.zeros_(module.weight)  # a role says nothing until it is trained
 
-    def forward(  # noqa: D417
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -104,7 +104,7 @@ class EmpatheticLlamaForCausalLM(EmpatheticMixin, LlamaForCausalLM):
 
 
 # By the base model's type: the generator's configuration and model.
-GENERATORS: dict[str, tuple[type, type]] = {
+GENERATORS: dict[str, tuple[Any, Any]] = {
     "gpt2": (EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel),
     "llama": (EmpatheticLlamaConfig, EmpatheticLlamaForCausalLM),
 }

@@ -26,7 +26,9 @@ def layer_strength(module: nn.Module, gamma: float) -> float:
     layer_idx = getattr(module, "layer_idx", None)
     config = getattr(module, "config", None)
     if layer_idx is None or config is None:
-        raise ValueError(f"{type(module).__name__} has no layer_idx and config, which the strength of a layer depends on.")
+        raise ValueError(
+            f"{type(module).__name__} has no layer_idx and config, which the strength of a layer depends on."
+        )
     return gamma * (layer_idx + 1) / config.num_hidden_layers
 
 
@@ -74,16 +76,15 @@ def empcause_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
     key_mask, query_offset = (None, None) if attention_mask is None else decode_mask(attention_mask)
-    if attention_mask is not None:
-        causal = True  # the mask's offset says what may be seen
-    else:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(is_causal) or attention_mask is not None  # with a mask, its offset says what may be seen
     cause, strength = None, 0.0
     if cause_probs is not None:
         cause = _fit(cause_probs, query.shape[0], key.shape[2])
         strength = layer_strength(module, cause_gamma)
         if cause_witness is not None:
-            cause_witness.add(module.layer_idx)
+            cause_witness.add(int(module.layer_idx))  # type: ignore[arg-type]
     output = biased_attention(
         query,
         key,

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 def steer(model: PreTrainedModel, cause_probs: Tensor, gamma: float = 1.0) -> Iterator[None]:
     """Make a model attend more to some tokens while the context lasts, without subclassing it.
 
-    Every attention layer l of L multiplies its probabilities by `1 + gamma * (l / L) * cause_probs` and renormalises. It holds for
-    calls of the model, `generate` (beams repeat the causes; generated tokens have 0), and for gradient checkpointing, whose
-    recomputation gets the same causes.
+    Every attention layer l of L multiplies its probabilities by `1 + gamma * (l / L) * cause_probs` and renormalises. It
+    holds for calls of the model, `generate` (beams repeat the causes; generated tokens have 0), and for gradient
+    checkpointing, whose recomputation gets the same causes.
 
     Args:
         model: runs with `attn_implementation="empcause"`.
@@ -37,7 +37,7 @@ def steer(model: PreTrainedModel, cause_probs: Tensor, gamma: float = 1.0) -> It
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         batch = cause_probs.shape[0] if tokens is None else tokens.shape[0]
-        expanded = cause_probs.to(module.device)
+        expanded = cause_probs.to(model.device)
         if cause_probs.shape[0] not in (1, batch):
             if batch % cause_probs.shape[0]:
                 raise ValueError(f"cause_probs has {cause_probs.shape[0]} rows, the model's input {batch}.")
@@ -48,7 +48,7 @@ def steer(model: PreTrainedModel, cause_probs: Tensor, gamma: float = 1.0) -> It
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        layers = module.config.get_text_config().num_hidden_layers
+        layers = model.config.get_text_config().num_hidden_layers
         if len(witness) != layers:
             raise RuntimeError(
                 f"{type(module).__name__} handed cause_probs to {len(witness)} of its {layers} layers: it cannot be steered."

@@ -81,7 +81,19 @@ def biased_attention(
             query_offset=offset,
         )[0]
     cause, strength, head_strength = _kernel_weights(cause, strength)
-    arguments = (query, key, value, cause, strength, head_strength, _contiguous(key_mask), causal, scale, dropout_p, seed)
+    arguments = (
+        query,
+        key,
+        value,
+        cause,
+        strength,
+        head_strength,
+        _contiguous(key_mask),
+        causal,
+        scale,
+        dropout_p,
+        seed,
+    )
     return _apply(_Attention, torch.ops.empcause.attention, (*arguments, offset))
 
 
@@ -228,9 +240,7 @@ def _check_options(strength: float | Tensor, dropout_p: float, heads: int, devic
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}.")
 
 
-def _check_cause(
-    cause: Tensor | None, allowed: list[tuple[int, ...]], expected: str, device: torch.device
-) -> None:
+def _check_cause(cause: Tensor | None, allowed: list[tuple[int, ...]], expected: str, device: torch.device) -> None:
     """`allowed` lists the sizes of [batch,] heads and keys; heads may be left out."""
     if cause is None:
         return
@@ -303,9 +313,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
         output, logsumexp = torch.ops.empcause.attention(*arguments)
         query, key, value, cause, strength, head_strength, key_mask, *options, seed, query_offset = arguments
-        ctx.save_for_backward(
-            query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, query_offset
-        )
+        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, query_offset)
         ctx.strength, ctx.options = strength, options
         return output
 
@@ -325,9 +333,7 @@ class _AttentionVarlen(torch.autograd.Function):
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
         output, logsumexp = torch.ops.empcause.attention_varlen(*arguments)
         query, key, value, cause, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, _ = arguments
-        ctx.save_for_backward(
-            query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed
-        )
+        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed)
         ctx.strength, ctx.options = strength, options
         return output
 

@@ -83,7 +83,9 @@ def biased_attention_reference(
     weight = key_weights(cause, strength, key_mask, batch, keys, like)
     weight = weight.expand(batch, heads, keys)[:, :, None]
 
-    present = torch.ones_like(weight, dtype=torch.bool) if key_mask is None else key_mask[:, None, None].expand_as(weight)
+    present = (
+        torch.ones_like(weight, dtype=torch.bool) if key_mask is None else key_mask[:, None, None].expand_as(weight)
+    )
     allowed, counted = weight > 0, present  # a key of weight 0 that is not masked still has a gradient of its weight
     if causal:
         offset = keys - queries if query_offset is None else query_offset

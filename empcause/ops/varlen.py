@@ -29,9 +29,7 @@ def biased_attention_varlen_reference(
     """
     outputs, sums = [query[:0]], [query.new_zeros((query.shape[1], 0), dtype=torch.float32)]
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for index, (q0, q1, k0, k1) in enumerate(
-        zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)
-    ):
+    for index, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
         keep = None
         if dropout_p > 0:
             assert seed is not None

@@ -73,7 +73,7 @@ class StageTrainingArguments(TrainingArguments):
             _check_local(name, getattr(self, name))
         if self.lr_scheduler_type == "reduce_lr_on_plateau" and not self.lr_scheduler_kwargs:
             mode = "max" if self.greater_is_better else "min"
-            self.lr_scheduler_kwargs = {"mode": mode, "factor": 0.5, "patience": 1}
+            self.lr_scheduler_kwargs: Any = {"mode": mode, "factor": 0.5, "patience": 1}
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 is refused where there is no GPU
         super().__post_init__()
@@ -141,9 +141,7 @@ class StageTrainer(Trainer):
         **kwargs: see `transformers.Trainer`.
     """
 
-    def __init__(
-        self, *, lengths: Sequence[int], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, lengths: Sequence[int], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.batches = LengthBatchSampler(
             lengths, self.args.per_device_train_batch_size, self.args.data_seed or self.args.seed, phases
@@ -166,7 +164,7 @@ class StageTrainer(Trainer):
         """Log figures of an evaluation under `prefix_` and tell the callbacks, as `Trainer.evaluate` does."""
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
 

@@ -144,7 +144,9 @@ def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, 
     base = load_config(args, tokenizer)
     kind = base.model_type.removeprefix("empathetic_")
     if kind not in GENERATORS:
-        raise UserError(f"There is no generator over a model of type {kind!r}; expected one of {', '.join(GENERATORS)}.")
+        raise UserError(
+            f"There is no generator over a model of type {kind!r}; expected one of {', '.join(GENERATORS)}."
+        )
     config_class, model_class = GENERATORS[kind]
     values = base.to_dict() | {
         "gamma": args.gamma,

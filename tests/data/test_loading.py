@@ -30,8 +30,8 @@ from empcause.errors import UserError
 HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\n"
 ROWS = (
     'c:1,1,sad,My dog_comma_ "Rex"_comma_ died.,9,He was old.,,\n'
-    "c:1,2,sad,My dog_comma_ \"Rex\"_comma_ died.,4,I'm sorry_comma_ truly.,,\n"
-    "c:1,3,sad,My dog_comma_ \"Rex\"_comma_ died.,9,Thanks.,,\n"
+    'c:1,2,sad,My dog_comma_ "Rex"_comma_ died.,4,I\'m sorry_comma_ truly.,,\n'
+    'c:1,3,sad,My dog_comma_ "Rex"_comma_ died.,9,Thanks.,,\n'
     "c:2,1,joyful,We won!,1,We won the cup!,,,candidate|other\n"
     "c:2,2,joyful,We won!,2,Great!,,\n"
 )
@@ -193,7 +193,9 @@ def test_unknown_emotion():
 def test_the_facts_of_the_real_data(real_data):
     result = check_data(real_data)
     assert not result.problems
-    facts = {split: list(result.counts[f"EmpatheticDialogues {split}"].values()) for split in ("train", "valid", "test")}
+    facts = {
+        split: list(result.counts[f"EmpatheticDialogues {split}"].values()) for split in ("train", "valid", "test")
+    }
     assert facts == {
         "train": [19533, 84169, 40254, 32],
         "valid": [2770, 12078, 5738, 32],

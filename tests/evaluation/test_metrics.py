@@ -67,9 +67,7 @@ class TestRecall:
     def test_scores_of_two_situations(self):
         first = annotation("My dog died in Norway yesterday", ["dog", "died"])
         second = annotation("The exam went badly", ["exam"])
-        scores = score_causes(
-            [first, second], [[0.9, 0.8, 0.1, 0.0, 0.7, 0.6], [0.9, 0.2, 0.3, 0.4]]
-        ).summary()
+        scores = score_causes([first, second], [[0.9, 0.8, 0.1, 0.0, 0.7, 0.6], [0.9, 0.2, 0.3, 0.4]]).summary()
         assert scores["top1_recall"] == pytest.approx((0.5 + 0) / 2)
         assert scores["top3_recall"] == pytest.approx((0.5 + 1) / 2)
         assert scores["top5_recall"] == pytest.approx(1.0)
@@ -123,7 +121,9 @@ class TestSignificance:
         stats = pytest.importorskip("scipy.stats")
         values = np.random.default_rng(0).normal(0.4, 0.2, 300)
         ours = mean_interval(values)
-        theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+        theirs = stats.bootstrap(
+            (values,), np.mean, method="percentile", rng=np.random.default_rng(1)
+        ).confidence_interval
         assert ours.value == pytest.approx(values.mean())
         assert ours.low == pytest.approx(theirs.low, abs=2e-3)
         assert ours.high == pytest.approx(theirs.high, abs=2e-3)

@@ -195,9 +195,7 @@ class TestModel:
         tokenizer.save_pretrained(tmp_path)
         loaded, _ = load_generator(tmp_path)
         ids, causes = torch.randint(5, 100, (1, 9)), torch.rand(1, 9)
-        torch.testing.assert_close(
-            loaded(ids, cause_probs=causes).logits, model(ids, cause_probs=causes).logits
-        )
+        torch.testing.assert_close(loaded(ids, cause_probs=causes).logits, model(ids, cause_probs=causes).logits)
         assert loaded.config.gamma == 1.0
 
 
@@ -208,7 +206,9 @@ class TestAnswers:
         items = []
         for pair in (PAIR, other):
             encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, 100)
-            items.append(generator_item(model, encoded, pair.context, pair.roles, causes_of(pair, word=pair.context[0][:5])))
+            items.append(
+                generator_item(model, encoded, pair.context, pair.roles, causes_of(pair, word=pair.context[0][:5]))
+            )
         nll, tokens = response_nll(model, tokenizer, items, batch_size=2)
         for item, total, number in zip(items, nll, tokens, strict=True):
             batch = pad_dialogues([item], tokenizer.pad_token_id)
@@ -217,7 +217,11 @@ class TestAnswers:
 
     def test_batching_and_padding_change_nothing(self, generator):
         model, tokenizer = generator
-        pairs = [PAIR, ResponsePair("d", "sad", ("Hi dog.",), (0,), "?"), ResponsePair("e", "sad", PAIR.context[:1], (0,), "?")]
+        pairs = [
+            PAIR,
+            ResponsePair("d", "sad", ("Hi dog.",), (0,), "?"),
+            ResponsePair("e", "sad", PAIR.context[:1], (0,), "?"),
+        ]
         causes = [causes_of(pair) for pair in pairs]
         together = generate_responses(model, tokenizer, pairs, causes, batch_size=3, max_new_tokens=8)
         alone = [

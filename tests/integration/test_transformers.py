@@ -245,7 +245,10 @@ def test_losses_of_twenty_steps_equal_the_literal_formula(config):
 
 class TestRefusals:
     def test_steering_another_implementation(self, config):
-        with pytest.raises(ValueError, match="would ignore the causes"), empcause.steer(make(config, "sdpa"), torch.rand(1, 3)):
+        with (
+            pytest.raises(ValueError, match="would ignore the causes"),
+            empcause.steer(make(config, "sdpa"), torch.rand(1, 3)),
+        ):
             pass
 
     @pytest.mark.parametrize(
@@ -270,7 +273,11 @@ class TestRefusals:
     def test_steering_inside_steering(self, config, inputs):
         model = make(config)
         cause = torch.rand(3, 11)
-        with empcause.steer(model, cause), empcause.steer(model, cause), pytest.raises(ValueError, match="inside steer"):
+        with (
+            empcause.steer(model, cause),
+            empcause.steer(model, cause),
+            pytest.raises(ValueError, match="inside steer"),
+        ):
             model(**inputs)
 
     def test_a_model_that_loses_the_causes(self, inputs):

@@ -38,7 +38,23 @@ if not CPU.runs and os.environ.get("EMPCAUSE_REQUIRE_CPU") != "1":
     layout=st.sampled_from(["BHND", "BNHD", "BHDN"]),
     seed=st.integers(0, 5),
 )
-def test_case_matrix(batch, group, key_heads, queries, keys, dim, dtype, causal, dropout_p, cause_shape, masked, per_head, offset, layout, seed):
+def test_case_matrix(
+    batch,
+    group,
+    key_heads,
+    queries,
+    keys,
+    dim,
+    dtype,
+    causal,
+    dropout_p,
+    cause_shape,
+    masked,
+    per_head,
+    offset,
+    layout,
+    seed,
+):
     case = Case(
         batch=batch,
         heads=group * key_heads,
@@ -126,7 +142,9 @@ def test_removed_key(backend):
     torch.testing.assert_close(removed, expected, rtol=0, atol=0 if backend == "cpu" else 1e-6)
 
     def loss(c):
-        return biased_attention(query.double(), key.double(), value.double(), c, strength=strength, backend="reference").sum()
+        return biased_attention(
+            query.double(), key.double(), value.double(), c, strength=strength, backend="reference"
+        ).sum()
 
     step = torch.zeros(1, 12, dtype=torch.float64)
     step[0, 4] = 1e-6
@@ -287,6 +305,8 @@ def test_case_bound_can_fail():
     """The comparison itself notices a wrong result."""
     case = Case()
     wrong = replace(case, extra={"strength": 0.9})
-    with pytest.raises(AssertionError):
-        for expected, got in zip(exact(case), measured(wrong, "cpu"), strict=True):
-            assert float((got.double() - expected).abs().max()) < 1e-4
+    errors = [
+        float((got.double() - expected).abs().max())
+        for expected, got in zip(exact(case), measured(wrong, "cpu"), strict=True)
+    ]
+    assert min(errors) > 1e-3

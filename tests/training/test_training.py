@@ -69,7 +69,7 @@ class TestBatches:
         sampler = LengthBatchSampler(lengths, 8, seed=3, phases=[range(20), range(20, 103)])
         batches = list(sampler)
         assert len(batches) == len(sampler)
-        assert sorted(sum(batches, [])) == list(range(103))
+        assert sorted(index for batch in batches for index in batch) == list(range(103))
         assert all(index < 20 for batch in batches[:3] for index in batch)
         assert all(index >= 20 for batch in batches[3:] for index in batch)
         spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
@@ -109,8 +109,9 @@ class TestExtractor:
         ids=lambda options: "-".join(map(str, options.values())),
     )
     def test_every_variant_trains(self, options, tiny_encoder_dir, tmp_path):
-        arguments = extractor_arguments(tiny_encoder_dir, tmp_path, max_steps=3, eval_strategy="no", save_strategy="no",
-                                        lr_scheduler_type="constant", load_best_model_at_end=False, logging_steps=1, **options)  # fmt: skip
+        unwatched = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        unwatched |= {"lr_scheduler_type": "constant", "max_steps": 3, "logging_steps": 1}
+        arguments = extractor_arguments(tiny_encoder_dir, tmp_path, **unwatched, **options)
         assert 0 <= train_extractor(arguments)["top5_recall"] <= 1
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["cause_from"] == options.get("cause_from", "head")
@@ -120,7 +121,12 @@ class TestExtractor:
 
     def test_it_learns(self, tiny_encoder_dir, tmp_path):
         arguments = extractor_arguments(
-            tiny_encoder_dir, tmp_path, supervision="supervised", num_train_epochs=12, learning_rate=3e-3, logging_steps=5
+            tiny_encoder_dir,
+            tmp_path,
+            supervision="supervised",
+            num_train_epochs=12,
+            learning_rate=3e-3,
+            logging_steps=5,
         )
         train_extractor(arguments)
         history = losses(tmp_path)
@@ -138,7 +144,10 @@ class TestExtractor:
     def test_halves_of_the_validation_split(self, real_data, tiny_encoder_dir, tmp_path):
         for stratified in (False, True):
             arguments = ExtractorTrainingArguments(
-                output_dir=str(tmp_path), data=str(real_data), model_name_or_path=str(tiny_encoder_dir), stratified_split=stratified
+                output_dir=str(tmp_path),
+                data=str(real_data),
+                model_name_or_path=str(tiny_encoder_dir),
+                stratified_split=stratified,
             )
             first, second = split_annotations(arguments)
             assert len(first) + len(second) == 2247
@@ -225,7 +234,7 @@ def test_killed_run_resumes_to_the_same_losses(tiny_gpt2_dir, trained_extractor,
 @pytest.mark.slow
 def test_two_processes_equal_twice_the_accumulation(tiny_gpt2_dir, trained_extractor, tmp_path):
     model = tmp_path / "model"
-    from transformers import GPT2LMHeadModel, AutoTokenizer
+    from transformers import AutoTokenizer, GPT2LMHeadModel
 
     silent = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     silent.save_pretrained(model)
