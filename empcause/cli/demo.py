@@ -2,6 +2,8 @@
 
 import argparse
 
+NOTE = "Tiny models on the embedded sample: this shows that everything works and promises no quality."
+
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `empcause`."""
@@ -36,7 +38,7 @@ def run(namespace: argparse.Namespace) -> int:
     folder = Path(namespace.output_dir)
     if folder.exists():
         rmtree(folder)
-    console.print("Tiny models on the embedded sample: this shows that everything works and promises no quality.")
+    console.print(NOTE)
 
     console.rule("1/5 tokenizer")
     dialogues = load_dialogues("train", "sample")
@@ -98,6 +100,6 @@ def run(namespace: argparse.Namespace) -> int:
         print_reply(responder([dialogue.turns[0]], max_new_tokens=30))
         console.print()
 
-    report = write_report(folder, extractor_metrics, generator_metrics)
+    report = write_report(folder, extractor_metrics, generator_metrics, NOTE)
     console.print(f"Report: {report}", soft_wrap=True)
     return 0
