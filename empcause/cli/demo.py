@@ -25,7 +25,7 @@ def run(namespace: argparse.Namespace) -> int:
 
     from transformers import set_seed
 
-    from empcause.cli.terminal import console, print_reply
+    from empcause.cli.terminal import console, hide_file_progress, print_reply
     from empcause.data import load_annotations, load_dialogues, train_tokenizer
     from empcause.evaluation import write_report
     from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
@@ -38,6 +38,7 @@ def run(namespace: argparse.Namespace) -> int:
     folder = Path(namespace.output_dir)
     if folder.exists():
         rmtree(folder)
+    hide_file_progress()
     console.print(NOTE)
 
     console.rule("1/5 tokenizer")

@@ -18,8 +18,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(namespace: argparse.Namespace) -> int:
     """Evaluate and print the headline figures and where the report is."""
     from empcause.cli.options import parse_options
-    from empcause.cli.terminal import print_metrics
+    from empcause.cli.terminal import hide_file_progress, print_metrics
 
+    hide_file_progress()
     prog = f"empcause evaluate {namespace.stage}"
     if namespace.stage == "extractor":
         from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor

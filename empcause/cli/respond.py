@@ -40,9 +40,11 @@ def load_responder(namespace: argparse.Namespace) -> "Responder":
     """
     from transformers import set_seed
 
+    from empcause.cli.terminal import hide_file_progress
     from empcause.extractor import load_extractor
     from empcause.generator import Responder, load_generator
 
+    hide_file_progress()
     set_seed(namespace.seed)
     return Responder(*load_extractor(namespace.extractor), *load_generator(namespace.generator))
 

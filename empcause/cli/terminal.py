@@ -16,6 +16,13 @@ console = Console()
 CAUSE_THRESHOLDS = (0.25, 0.5)
 
 
+def hide_file_progress() -> None:
+    """Show the progress of work alone, not transformers' bars for reading and writing weight files."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def print_metrics(metrics: Mapping[str, Any], caption: str) -> None:
     """Print the numbers among `metrics` as a two-column table with `caption` below."""
     table = Table("metric", "value", caption=caption)

@@ -19,8 +19,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(namespace: argparse.Namespace) -> int:
     """Train and print where the model is and how good it is."""
     from empcause.cli.options import parse_options
-    from empcause.cli.terminal import print_metrics
+    from empcause.cli.terminal import hide_file_progress, print_metrics
 
+    hide_file_progress()
     prog = f"empcause train {namespace.stage}"
     if namespace.stage == "extractor":
         from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
