@@ -49,18 +49,25 @@ def fused(query, key, value, cause):
 PEERS = {"empcause": fused, "eager formula": eager_formula, "sdpa with log bias": sdpa_log_bias}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+CASES = [
+    pytest.param(peer, direction, shape, dtype, id=f"{peer}|{direction}|{shape}|{name}")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    for shape in SHAPES
+    for direction in ("forward", "forward+backward")
+    for peer in PEERS
+]
+
+
+@pytest.mark.parametrize(("peer", "direction", "shape", "dtype"), CASES)
 def test_attention(benchmark, peer, direction, shape, dtype):
-    batch, heads, key_heads, length, dim = shape
+    call = PEERS[peer]
+    batch, heads, key_heads, length, dim = SHAPES[shape]
     torch.manual_seed(0)
     query = torch.randn(batch, heads, length, dim).to(dtype)
     key, value = (torch.randn(batch, key_heads, length, dim).to(dtype) for _ in range(2))
     cause = torch.rand(batch, length)
     expected = biased_attention_reference(query.double(), key.double(), value.double(), cause, strength=STRENGTH)[0]
-    error = float((peer(query, key, value, cause).double() - expected).abs().max())
+    error = float((call(query, key, value, cause).double() - expected).abs().max())
     assert error < (1e-4 if dtype == torch.float32 else 0.05)
     leaves = [tensor.requires_grad_(True) for tensor in (query, key, value)]
     grad_output = torch.randn(batch, heads, length, dim).to(dtype)
@@ -68,9 +75,9 @@ def test_attention(benchmark, peer, direction, shape, dtype):
     def run():
         if direction == "forward":
             with torch.no_grad():
-                peer(query, key, value, cause)
+                call(query, key, value, cause)
         else:
-            torch.autograd.grad(peer(query, key, value, cause), leaves, grad_output)
+            torch.autograd.grad(call(query, key, value, cause), leaves, grad_output)
 
     benchmark.group = f"{direction}, {dtype}, {shape}"
     benchmark.extra_info["error"] = error

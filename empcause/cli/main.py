@@ -49,13 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_disk_full(error):
             raise
-        return _fail(f"the disk is full (writing {error.filename or 'a file'}); what was saved before is kept.")
+        return _fail("the disk is full; what was saved before is kept. Make room, then run the same command again.")
     except KeyboardInterrupt:
         _fail("interrupted; a training goes on from its last checkpoint with --resume_from_checkpoint true.")
         return 130
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Libraries that write weights wrap the system's error in their own, so its text counts too."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full)
 
 
 def _fail(message: str) -> int:

@@ -1,11 +1,13 @@
 """Configurations of the generators: their base model's, and how causes are used."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 
-class EmpatheticConfigMixin:
+@dataclass(kw_only=True)
+class CauseFields:
     """What a generator adds to its base configuration.
 
     Attributes:
@@ -19,24 +21,16 @@ class EmpatheticConfigMixin:
     cause_threshold: float | None = None
 
 
-class EmpatheticGPT2Config(EmpatheticConfigMixin, GPT2Config):
-    """`GPT2Config` with the fields of `EmpatheticConfigMixin`."""
+class EmpatheticGPT2Config(CauseFields, GPT2Config):
+    """`GPT2Config` with `CauseFields`."""
 
     model_type = "empathetic_gpt2"
 
-    gamma: float = 1.0
-    cause_scope: Literal["context", "speaker", "last"] = "context"
-    cause_threshold: float | None = None
 
-
-class EmpatheticLlamaConfig(EmpatheticConfigMixin, LlamaConfig):
-    """`LlamaConfig` with the fields of `EmpatheticConfigMixin`."""
+class EmpatheticLlamaConfig(CauseFields, LlamaConfig):
+    """`LlamaConfig` with `CauseFields`."""
 
     model_type = "empathetic_llama"
-
-    gamma: float = 1.0
-    cause_scope: Literal["context", "speaker", "last"] = "context"
-    cause_threshold: float | None = None
 
 
 AutoConfig.register("empathetic_gpt2", EmpatheticGPT2Config)

@@ -40,7 +40,7 @@ def biased_attention(
         key, value: `[B, Hkv, K, D]`, Hkv divides H.
         cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, floating; finite with `1 + strength * cause >= 0` where key_mask is
             True, ignored elsewhere. None: no bias.
-        strength: a number, or `[H]`, one per head.
+        strength: a number, or `[H]`, one per head; it gets no gradient.
         key_mask: `[B, K]` bool, True = may be attended. None: all.
         causal: query i sees keys j <= i + query_offset.
         scale: factor of the logits; default `D ** -0.5`.

@@ -171,7 +171,7 @@ class StageTrainer(Trainer):
 def find_checkpoint(args: StageTrainingArguments) -> str | None:
     """What to resume from: `--resume_from_checkpoint true` (the newest whole one in output_dir), a folder, or None.
 
-    A checkpoint whose writing was interrupted is passed over.
+    A checkpoint whose writing was interrupted is passed over; its folder is renamed to `interrupted-...`.
 
     Raises:
         UserError: the named checkpoint is missing or damaged.
@@ -185,7 +185,6 @@ def find_checkpoint(args: StageTrainingArguments) -> str | None:
         check_weights(wanted)
         return str(wanted)
     folder = Path(args.output_dir)
-    broken: list[Path] = []
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
         try:
             if not (Path(newest) / "trainer_state.json").exists():
@@ -194,7 +193,6 @@ def find_checkpoint(args: StageTrainingArguments) -> str | None:
             check_weights(newest)
             return newest
         except (UserError, json.JSONDecodeError):
-            broken.append(Path(newest))
             Path(newest).rename(Path(newest).with_name("interrupted-" + Path(newest).name))
     return None
 

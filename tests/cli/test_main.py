@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from empcause.errors import UserError
 
@@ -49,8 +50,9 @@ def test_empty_turn_is_refused(capsys):
         (
             OSError(28, "No space left on device", "model.safetensors"),
             2,
-            "the disk is full (writing model.safetensors)",
+            "the disk is full",
         ),
+        (SafetensorError("Error while serializing: No space left on device (os error 28)"), 2, "the disk is full"),
         (KeyboardInterrupt(), 130, "--resume_from_checkpoint true"),
     ],
 )
