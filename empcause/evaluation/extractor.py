@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from empcause.data import EMOTIONS, emotion_id, load_annotations
-from empcause.errors import UserError
 from empcause.evaluation.metrics import RECALL_CUTS, emotion_correct, score_causes
 from empcause.evaluation.plots import plot_causes, plot_training
+from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, difference_interval, mean_interval
 from empcause.evaluation.tables import (
     EXTRACTOR_COLUMNS,
@@ -48,7 +48,7 @@ def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
         UserError: missing data or model.
     """
     annotations = load_annotations(options.split, options.data)
-    earlier = _load_items(options.compare)
+    earlier = read_items(options.compare, "accuracy", len(annotations))
     model, tokenizer = load_extractor(options.model)
     found = extract(
         model,
@@ -69,11 +69,7 @@ def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
     metrics |= {"situations": len(annotations), "intervals": {name: each[1:] for name, each in intervals.items()}}
     differences = {}
     if earlier is not None:
-        differences = {
-            name: difference_interval(items[name], earlier[name])
-            for name in items
-            if len(earlier[name]) == len(items[name])
-        }
+        differences = {name: difference_interval(items[name], earlier[name]) for name in items}
         metrics["difference"] = {name: list(each) for name, each in differences.items()}
 
     folder = Path(options.output_dir)
@@ -89,16 +85,6 @@ def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
         _report(options, len(annotations), intervals, differences, curves is not None), encoding="utf-8"
     )
     return metrics
-
-
-def _load_items(folder: str | None) -> dict[str, np.ndarray] | None:
-    if folder is None:
-        return None
-    try:
-        stored = json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--compare {folder}: no readable items.json of an earlier evaluation there.") from error
-    return {name: np.array(values) for name, values in stored.items()}
 
 
 def _report(

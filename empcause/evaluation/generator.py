@@ -14,6 +14,7 @@ from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.evaluation.metrics import bits_per_byte, distinct_n, emotion_correct, nll_per_word, perplexity
 from empcause.evaluation.plots import plot_causes, plot_training
+from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, mean_interval, perplexity_difference, perplexity_interval
 from empcause.evaluation.tables import (
     GENERATOR_COLUMNS,
@@ -74,11 +75,11 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         UserError: missing data or model.
     """
     read_config(options.extractor, "extractor", "empcause train extractor")
-    earlier = _load_items(options.compare)
     pairs = response_pairs(load_dialogues(options.split, options.data))
     if options.max_samples is not None:
         chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.max_samples]
         pairs = [pairs[index] for index in chosen]
+    earlier = read_items(options.compare, "tokens", len(pairs))
     model, tokenizer = load_generator(options.model)
     texts = [join_turns(pair.context)[0] for pair in pairs]
     extractor, extractor_tokenizer = load_extractor(options.extractor)
@@ -134,7 +135,7 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     if earlier is not None:
         if earlier["tokens"] != tokens.tolist():
             raise UserError(
-                f"--compare {options.compare}: that evaluation scored other responses or another tokenizer."
+                f"--compare {options.compare}: that evaluation scored other responses, or with another tokenizer."
             )
         difference = perplexity_difference(nll, earlier["nll"], tokens)
         metrics["perplexity_difference"] = list(difference)
@@ -167,7 +168,7 @@ def bertscore(
     Rescaled with the library's baseline for `roberta-large` (as the published figures), raw for other encoders, which have none.
 
     Returns:
-        Arrays `bertscore_p`, `bertscore_r`, `bertscore_f`, and the library's description of the setting.
+        Arrays `bertscore_p`, `bertscore_r`, `bertscore_f`, and the library's hash of the setting (model, layer, versions).
 
     Raises:
         UserError: bert-score is not installed.
@@ -189,16 +190,7 @@ def bertscore(
         for array, score in zip(values.values(), scores, strict=True):
             array[filled] = score.numpy()
     scale = "rescaled with the baseline" if rescale else "raw, no baseline for this encoder"
-    return values, f"{Path(model).name}, layer {scorer.num_layers}, {scale}"
-
-
-def _load_items(folder: str | None) -> dict[str, list] | None:
-    if folder is None:
-        return None
-    try:
-        return json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--compare {folder}: no readable items.json of an earlier evaluation there.") from error
+    return values, f"{scorer.hash.replace(model, Path(model).name)}, {scale}"
 
 
 def _report(

@@ -5,7 +5,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from empcause.errors import UserError
 from empcause.evaluation.tables import markdown_table
+
+
+def read_items(folder: str | None, name: str, number: int) -> dict[str, list] | None:
+    """Figures per test item that an earlier evaluation left, for a paired difference.
+
+    Args:
+        folder: its output folder, or None: there is nothing to compare with.
+        name: a figure that must be there.
+        number: how many items it must have.
+
+    Raises:
+        UserError: there are none, or other ones.
+    """
+    if folder is None:
+        return None
+    try:
+        items = json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--compare {folder}: no readable items.json of an earlier evaluation there.") from error
+    if len(items.get(name, [])) != number:
+        raise UserError(f"--compare {folder}: that evaluation has {len(items.get(name, []))} items, this one {number}.")
+    return items
 
 
 def write_report(

@@ -64,5 +64,8 @@ def test_evaluation_with_a_paired_difference(demo, capsys, tmp_path):
     assert main(["evaluate", "extractor", *extractor, "--compare", str(demo / "evaluation" / "extractor")]) == 0
     assert "paired" in (tmp_path / "e" / "report.md").read_text()
     capsys.readouterr()
+    other_kind = ["--compare", str(earlier)]
+    assert main(["evaluate", "extractor", *extractor, *other_kind]) == 2
+    assert "has 0 items, this one 64" in capsys.readouterr().err
     assert main(["evaluate", "extractor", *extractor, "--compare", str(tmp_path / "none")]) == 2
     assert "--compare" in capsys.readouterr().err
