@@ -25,7 +25,7 @@ from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
 
 # Files of a tokenizer's folder that say of which class it is.
-_NAMING_FILES = ("tokenizer_config", "tokenizer", "config")
+_NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 DATA_LICENCE = "cc-by-nc-4.0"
 
@@ -94,10 +94,10 @@ def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name or args.model_name_or_path
     assert name is not None
     # A folder with nothing but a vocabulary does not say whose it is; then it is that of the architecture asked for.
-    unnamed = Path(name).is_dir() and not any((Path(name) / f"{kind}.json").exists() for kind in _NAMING_FILES)
-    kind = {"tokenizer_type": args.model_type} if unnamed and args.model_type else {}
+    unnamed = Path(name).is_dir() and not any((Path(name) / file).exists() for file in _NAMING_FILES)
+    options = {"tokenizer_type": args.model_type} if unnamed and args.model_type else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **kind)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"There is no tokenizer {name!r}: {_one_line(error)}") from error
     if not tokenizer.is_fast:
