@@ -8,6 +8,7 @@
 
 #include "cpu/attention.h"
 
+using namespace empcause;
 using namespace empcause::cpu;
 
 namespace {
@@ -50,14 +51,11 @@ double check(const Kernels& kernels, const Shape& s) {
   a.num_heads = s.heads;
   a.num_key_heads = s.key_heads;
   a.head_dim = s.dim;
-  a.num_queries = s.queries;
-  a.num_keys = s.keys;
+  a.num_queries = a.total_queries = s.queries;
+  a.num_keys = a.total_keys = s.keys;
   a.causal = s.causal;
-  a.bottom_right = true;
-  a.query_offset = 0;
   a.scale = 0.5f;
   a.dropout_p = 0.0;
-  a.seed = 0;
   a.dtype = DType::kFloat32;
   a.query = view(query, s.heads, s.queries, s.dim);
   a.key = view(key, s.key_heads, s.keys, s.dim);

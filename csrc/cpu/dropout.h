@@ -12,8 +12,12 @@ struct Dropout {
   Dropout(const Attention& a, int64_t batch, int64_t head)
       : threshold(static_cast<uint32_t>(__builtin_floor(a.dropout_p * 65536.0 + 0.5))),
         kept_factor(static_cast<float>(1.0 / (1.0 - a.dropout_p))),
-        key{static_cast<uint32_t>(a.seed), static_cast<uint32_t>(a.seed >> 32)},
+        key{seed_word(a, 0), seed_word(a, 32)},
         batch_head(static_cast<uint32_t>(batch * a.num_heads + head)) {}
+
+  static uint32_t seed_word(const Attention& a, int shift) {
+    return a.seed == nullptr ? 0 : static_cast<uint32_t>(static_cast<uint64_t>(*a.seed) >> shift);
+  }
 
   bool active() const { return threshold != 0; }
 

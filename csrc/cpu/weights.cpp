@@ -10,10 +10,7 @@ namespace empcause::cpu {
 
 namespace {
 
-// Rounding may leave a weight meant as 0 slightly below it.
-constexpr float kSmallestWeight = -1e-6f;
-
-[[noreturn]] void refuse(const WeightArguments& a, int64_t b, int64_t h, int64_t j, float cause, float strength) {
+[[noreturn]] void refuse(const KeyWeights& a, int64_t b, int64_t h, int64_t j, float cause, float strength) {
   std::ostringstream message;
   message << "cause";
   if (std::isfinite(cause)) {
@@ -28,7 +25,8 @@ constexpr float kSmallestWeight = -1e-6f;
 
 }  // namespace
 
-void compute_weights(const WeightArguments& a, float* weight) {
+void compute_weights(const KeyWeights& a) {
+  float* weight = a.weight;
   for (int64_t b = 0; b < a.batch; ++b) {
     const bool* mask = a.key_mask == nullptr ? nullptr : a.key_mask + b * a.keys;
     for (int64_t h = 0; h < a.heads; ++h, weight += a.keys) {
@@ -48,6 +46,18 @@ void compute_weights(const WeightArguments& a, float* weight) {
         if (!(w >= kSmallestWeight) || !std::isfinite(w)) refuse(a, b, h, j, cause[j], strength);
         weight[j] = w > 0.0f ? w : 0.0f;
       }
+    }
+  }
+}
+
+void reduce_grad_cause(const GradCause& a) {
+  for (int64_t i = 0; i < a.cause_batch * a.cause_heads * a.keys; ++i) a.grad_cause[i] = 0.0f;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const float strength = a.head_strength == nullptr ? a.strength : a.head_strength[h];
+      const float* grad_weight = a.grad_weight + (b * a.heads + h) * a.keys;
+      const int64_t row = (a.cause_batch == 1 ? 0 : b) * a.cause_heads + (a.cause_heads == 1 ? 0 : h);
+      for (int64_t j = 0; j < a.keys; ++j) a.grad_cause[row * a.keys + j] += strength * grad_weight[j];
     }
   }
 }

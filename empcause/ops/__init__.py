@@ -2,9 +2,5 @@
 
 from empcause.ops.attention import biased_attention, biased_attention_varlen
 from empcause.ops.backends import BackendInfo, Info, info
-from empcause.ops.registration import register
-
-if info().backends[0].built:
-    register()
 
 __all__ = ["BackendInfo", "Info", "biased_attention", "biased_attention_varlen", "info"]

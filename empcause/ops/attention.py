@@ -2,6 +2,7 @@
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def biased_attention(
         dropout_p: probability that a renormalised attention probability is dropped, in [0, 1).
         seed: int or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
         query_offset: int or 0-d int64 tensor, position of query 0 among the keys; default K - Q. Unused unless causal.
-        backend: "cpu" or "reference"; default is the best one for these tensors.
+        backend: "cpu", "triton", "cuda" or "reference"; default is the best one for these tensors.
 
     Returns:
         `[B, H, Q, D]`, laid out so that `output.transpose(1, 2)` is contiguous. Rows that see no key are 0.
@@ -65,7 +66,8 @@ def biased_attention(
     scale = dim**-0.5 if scale is None else float(scale)
     seed = _seed(seed, dropout_p, query.device)
     offset = None if query_offset is None else _scalar("query_offset", query_offset, query.device)
-    if choose_backend(backend, query) == "reference":
+    backend = choose_backend(backend, query)
+    if backend == "reference":
         check_weights(cause, strength, key_mask)
         return biased_attention_reference(
             query,
@@ -80,21 +82,9 @@ def biased_attention(
             seed=seed,
             query_offset=offset,
         )[0]
-    cause, strength, head_strength = _kernel_weights(cause, strength)
-    arguments = (
-        query,
-        key,
-        value,
-        cause,
-        strength,
-        head_strength,
-        _contiguous(key_mask),
-        causal,
-        scale,
-        dropout_p,
-        seed,
-    )
-    return _apply(_Attention, torch.ops.empcause.attention, (*arguments, offset))
+    weights = _kernel_weights(cause, strength, key_mask)
+    arguments = (query, key, value, *weights, causal, scale, dropout_p, seed, offset)
+    return _apply(_Attention, _operators(backend), arguments)
 
 
 def biased_attention_varlen(
@@ -147,7 +137,8 @@ def biased_attention_varlen(
     scale = dim**-0.5 if scale is None else float(scale)
     seed = _seed(seed, dropout_p, query.device)
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
-    if choose_backend(backend, query) == "reference":
+    backend = choose_backend(backend, query)
+    if backend == "reference":
         check_weights(
             cause if cause is None else cause.reshape(1, -1, keys),
             strength,
@@ -167,13 +158,9 @@ def biased_attention_varlen(
             dropout_p=dropout_p,
             seed=seed,
         )[0]
-    cause, strength, head_strength = _kernel_weights(cause, strength)
-    weights = (cause, strength, head_strength, _contiguous(key_mask))
-    return _apply(
-        _AttentionVarlen,
-        torch.ops.empcause.attention_varlen,
-        (query, key, value, *weights, *packing, causal, scale, dropout_p, seed, None),
-    )
+    weights = _kernel_weights(cause, strength, key_mask)
+    arguments = (query, key, value, *weights, *packing, causal, scale, dropout_p, seed, None)
+    return _apply(_AttentionVarlen, _operators(backend), arguments)
 
 
 def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
@@ -280,19 +267,22 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     return _scalar("seed", seed, device)
 
 
-def _kernel_weights(cause: Tensor | None, strength: float | Tensor) -> tuple[Tensor | None, float, Tensor | None]:
-    """What the raw operators take: fp32 cause, and strength as a number or per head."""
+def _kernel_weights(
+    cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None
+) -> tuple[Tensor | None, float, Tensor | None, Tensor | None]:
+    """What the raw operators take: fp32 cause, strength as a number or per head, key_mask."""
     cause = None if cause is None else cause.to(torch.float32).contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
     if isinstance(strength, Tensor):
-        return cause, 1.0, strength.detach().to(torch.float32).contiguous()
-    return cause, float(strength), None
+        return cause, 1.0, strength.detach().to(torch.float32).contiguous(), key_mask
+    return cause, float(strength), None, key_mask
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _operators(backend: str) -> Any:
+    return getattr(torch.ops, f"empcause_{backend}")
 
 
-def _apply(function: type[torch.autograd.Function], operator, arguments: tuple) -> Tensor:  # type: ignore[no-untyped-def]
+def _apply(function: type["_Attention"] | type["_AttentionVarlen"], operators: Any, arguments: tuple) -> Tensor:
     """Run a raw operator, recording its gradient if it is needed.
 
     Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler needs the
@@ -300,8 +290,8 @@ def _apply(function: type[torch.autograd.Function], operator, arguments: tuple) 
     """
     differentiable = arguments[:4]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _needs_grad(differentiable):
-        return operator(*arguments)[0]
-    return function.apply(*arguments)
+        return function.operator(operators)(*arguments)[0]
+    return function.apply(operators, *arguments)
 
 
 def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -310,41 +300,49 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        output, logsumexp = torch.ops.empcause.attention(*arguments)
+    def operator(operators: Any) -> Any:
+        return operators.attention
+
+    @staticmethod
+    def forward(ctx, operators, *arguments):  # type: ignore[no-untyped-def]
+        output, logsumexp = operators.attention(*arguments)
         query, key, value, cause, strength, head_strength, key_mask, *options, seed, query_offset = arguments
         ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, query_offset)
-        ctx.strength, ctx.options = strength, options
+        ctx.operators, ctx.strength, ctx.options = operators, strength, options
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
-        wants_cause = cause is not None and ctx.needs_input_grad[3]
+        wants_cause = cause is not None and ctx.needs_input_grad[4]
         weights = (cause, ctx.strength, head_strength, key_mask)
         saved = (grad_output, query, key, value, output, logsumexp)
-        grads = torch.ops.empcause.attention_backward(*saved, *weights, *ctx.options, seed, offset, wants_cause)
-        return (*grads[:3], grads[3] if wants_cause else None, *[None] * 8)
+        grads = ctx.operators.attention_backward(*saved, *weights, *ctx.options, seed, offset, wants_cause)
+        return (None, *grads[:3], grads[3] if wants_cause else None, *[None] * 8)
 
 
 class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        output, logsumexp = torch.ops.empcause.attention_varlen(*arguments)
+    def operator(operators: Any) -> Any:
+        return operators.attention_varlen
+
+    @staticmethod
+    def forward(ctx, operators, *arguments):  # type: ignore[no-untyped-def]
+        output, logsumexp = operators.attention_varlen(*arguments)
         query, key, value, cause, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, _ = arguments
         ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed)
-        ctx.strength, ctx.options = strength, options
+        ctx.operators, ctx.strength, ctx.options = operators, strength, options
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
-        wants_cause = cause is not None and ctx.needs_input_grad[3]
+        wants_cause = cause is not None and ctx.needs_input_grad[4]
         weights = (cause, ctx.strength, head_strength, key_mask)
         saved = (grad_output, query, key, value, output, logsumexp)
-        grads = torch.ops.empcause.attention_varlen_backward(
+        grads = ctx.operators.attention_varlen_backward(
             *saved, *weights, cu_q, cu_k, *ctx.options, seed, None, wants_cause
         )
-        return (*grads[:3], grads[3] if wants_cause else None, *[None] * 12)
+        return (None, *grads[:3], grads[3] if wants_cause else None, *[None] * 12)

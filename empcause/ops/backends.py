@@ -1,25 +1,23 @@
 """Which backends are built, which would run, and why."""
 
 import importlib
+import importlib.util
+import os
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("cpu", "reference")
+from empcause.ops.registration import define, register
+
+# Best first, for tensors of each type of device; where none of these can run, the reference does.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+KERNEL_BACKENDS = ("cpu", "triton", "cuda")
+BACKENDS = (*KERNEL_BACKENDS, "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _load_native() -> str | None:
-    """Import the compiled module, which registers the operators; why not, if that fails."""
-    try:
-        importlib.import_module("empcause._C")
-    except ImportError as error:
-        return f"the compiled module is missing or does not fit the installed torch ({error})"
-    return None
-
-
-_WHY_NO_NATIVE = _load_native()
+_CUDA_LIBRARY = Path(__file__).parents[1] / "libempcause_cuda.so"
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,9 @@ class Info:
     torch: str
     backends: tuple[BackendInfo, ...]
 
+    def __getitem__(self, name: str) -> BackendInfo:
+        return next(backend for backend in self.backends if backend.name == name)
+
     def __str__(self) -> str:
         lines = [f"empcause {self.version}, torch {self.torch}"]
         for backend in self.backends:
@@ -52,15 +53,16 @@ def info() -> Info:
     """What is built, what would run here, and why."""
     from empcause import __version__
 
-    return Info(__version__, torch.__version__, (_cpu_info(), _reference_info()))
+    backends = (_cpu_info(), _gpu_info("triton"), _gpu_info("cuda"), _reference_info())
+    return Info(__version__, torch.__version__, backends)
 
 
 def _cpu_info() -> BackendInfo:
-    if _WHY_NO_NATIVE is not None:
-        return BackendInfo("cpu", False, False, _WHY_NO_NATIVE)
-    native = importlib.import_module("empcause._C")
+    why_not = _load("cpu")
+    if why_not is not None:
+        return BackendInfo("cpu", False, False, why_not)
     try:
-        facts = native.build_info()
+        facts = importlib.import_module("empcause._C").build_info()
     except RuntimeError as error:
         return BackendInfo("cpu", True, False, str(error))
     reason = (
@@ -71,8 +73,93 @@ def _cpu_info() -> BackendInfo:
     return BackendInfo("cpu", True, True, reason)
 
 
+def _gpu_info(name: str) -> BackendInfo:
+    why_not = _load(name)
+    if why_not is not None:
+        return BackendInfo(name, False, False, why_not)
+    if _has_kernels(name, "cpu"):
+        how = "in Triton's interpreter" if name == "triton" else "under the emulator"
+        return BackendInfo(name, True, True, f"CPU tensors, {how}: to test and debug the GPU kernels, slow")
+    if not torch.cuda.is_available():
+        return BackendInfo(name, True, False, "torch sees no CUDA device")
+    return BackendInfo(name, True, True, f"CUDA tensors in fp32, bf16, fp16; {torch.cuda.get_device_name()}")
+
+
 def _reference_info() -> BackendInfo:
     return BackendInfo("reference", True, True, "any device and fp64: the equations in plain torch, quadratic memory")
+
+
+def load_cuda(path: str | Path) -> None:
+    """Load the CUDA backend from a library built elsewhere than beside the package, or built for the host's emulator.
+
+    Args:
+        path: `libempcause_cuda.so`, or `libempcause_cuda_emulation.so`, which takes CPU tensors.
+
+    Raises:
+        RuntimeError: a CUDA backend is loaded already.
+        OSError: the file is missing or does not fit the installed torch.
+    """
+    if _load("cuda") is None:
+        raise RuntimeError("The CUDA backend is loaded already.")
+    torch.ops.load_library(path)
+    register("empcause_cuda")
+    _load.cache_clear()
+
+
+@cache
+def _load(name: str) -> str | None:
+    """Make `torch.ops.empcause_<name>` known to torch; why not, if that fails."""
+    if hasattr(getattr(torch.ops, f"empcause_{name}"), "attention"):
+        return None
+    if name == "cpu":
+        try:
+            importlib.import_module("empcause._C")
+        except ImportError as error:
+            return f"the compiled module is missing or does not fit the installed torch ({error})"
+    elif name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return 'triton is not installed (pip install "empcause[gpu]")'
+        try:
+            module = importlib.import_module("empcause.kernels.operators")
+        except ImportError as error:
+            return f"the installed triton does not fit ({error})"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        define("empcause_triton", module, "CPU" if interpreted else "CUDA")
+    else:
+        if not _CUDA_LIBRARY.exists():
+            return "built where asked for, with -DEMPCAUSE_CUDA=ON"
+        try:
+            torch.ops.load_library(_CUDA_LIBRARY)
+        except OSError as error:
+            return f"{_CUDA_LIBRARY.name} does not fit the installed torch ({error})"
+    register(f"empcause_{name}")
+    return None
+
+
+def _has_kernels(name: str, device_type: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None or _load(name) is not None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"empcause_{name}::attention", key)
+
+
+# A compiler takes the answer as it is: loading a backend is not for it to trace.
+@torch.compiler.assume_constant_result
+def _choose(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str | None, str]:
+    """The backend, or None and why the wanted one cannot run."""
+    if wanted == "reference":
+        return wanted, ""
+    takes_dtype = dtype in _KERNEL_DTYPES
+    if wanted is None:
+        kernels = (name for name in _PREFERRED.get(device_type, ()) if takes_dtype and _has_kernels(name, device_type))
+        return next(kernels, "reference"), ""
+    why_not = _load(wanted)
+    if why_not is None and not _has_kernels(wanted, device_type):
+        takes = "the CPU" if _has_kernels(wanted, "cpu") else "CUDA devices"
+        why_not = f"it takes tensors on {takes}, not on {device_type}"
+    if why_not is None and not takes_dtype:
+        why_not = f"it takes fp32, bf16 and fp16, not {dtype}"
+    return (wanted, "") if why_not is None else (None, why_not)
 
 
 def choose_backend(wanted: str | None, query: Tensor) -> str:
@@ -83,13 +170,7 @@ def choose_backend(wanted: str | None, query: Tensor) -> str:
     """
     if wanted not in (None, *BACKENDS):
         raise RuntimeError(f"Unknown backend {wanted!r}; expected one of {', '.join(BACKENDS)}.")
-    why_not = _WHY_NO_NATIVE
-    if why_not is None and not query.is_cpu:
-        why_not = f"it takes tensors on the CPU, not on {query.device}"
-    if why_not is None and query.dtype not in _KERNEL_DTYPES:
-        why_not = f"it takes fp32, bf16 and fp16, not {query.dtype}"
-    if wanted == "reference" or (wanted is None and why_not is not None):
-        return "reference"
-    if why_not is not None:
+    chosen, why_not = _choose(wanted, query.device.type, query.dtype)
+    if chosen is None:
         raise RuntimeError(f"The backend {wanted!r} cannot run this: {why_not}.")
-    return "cpu"
+    return chosen

@@ -1,5 +1,10 @@
-"""What a compiler needs to know of the raw operators: shapes (fake kernels) and gradients."""
+"""What torch needs to know of a backend's raw operators: schemas, shapes (fake kernels) and gradients.
 
+Each kernel backend has the same four operators under a namespace of its own: `torch.ops.empcause_cpu`, `empcause_triton`
+and `empcause_cuda`. Those of the C++ backends are defined where they are compiled (csrc/operators.h).
+"""
+
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,10 +66,24 @@ def _make_backward(operator: Any) -> Any:
     return backward
 
 
-def register() -> None:
-    """Tell torch the shapes and gradients of `torch.ops.empcause`; once, after the compiled module was imported."""
+OPERATORS = ("attention", "attention_backward", "attention_varlen", "attention_varlen_backward")
+_libraries: list[torch.library.Library] = []  # a definition lasts as long as its library
+
+
+def define(namespace: str, module: ModuleType, dispatch_key: str) -> None:
+    """Make the functions of a module, named like the raw operators and with type hints, operators of torch."""
+    library = torch.library.Library(namespace, "DEF")
+    for name in OPERATORS:
+        function = getattr(module, name)
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, dispatch_key)
+    _libraries.append(library)
+
+
+def register(namespace: str) -> None:
+    """Tell torch the shapes and gradients of a namespace's raw operators; once, after they were defined."""
     for name in ("attention", "attention_varlen"):
-        torch.library.register_fake(f"empcause::{name}", _forward_shapes)
-        torch.library.register_fake(f"empcause::{name}_backward", _backward_shapes)
-        backward = _make_backward(getattr(torch.ops.empcause, f"{name}_backward"))
-        torch.library.register_autograd(f"empcause::{name}", backward, setup_context=_setup_context)
+        torch.library.register_fake(f"{namespace}::{name}", _forward_shapes)
+        torch.library.register_fake(f"{namespace}::{name}_backward", _backward_shapes)
+        backward = _make_backward(getattr(getattr(torch.ops, namespace), f"{name}_backward"))
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=_setup_context)

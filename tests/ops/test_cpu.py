@@ -15,7 +15,7 @@ import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.philox import dropout_keep_mask
 
-CPU = empcause.info().backends[0]
+CPU = empcause.info()["cpu"]
 if not CPU.runs and os.environ.get("EMPCAUSE_REQUIRE_CPU") != "1":
     pytest.skip(f"no CPU kernels: {CPU.reason}", allow_module_level=True)
 
@@ -253,7 +253,7 @@ def test_every_instruction_set(isa):
     code = f"""
 import os; os.environ["EMPCAUSE_CPU_ISA"] = {isa!r}
 import empcause, torch
-cpu = empcause.info().backends[0]
+cpu = empcause.info()["cpu"]
 if not cpu.runs:
     print("SKIP", cpu.reason); raise SystemExit
 assert {isa!r} in cpu.reason

@@ -9,7 +9,7 @@ from ops.cases import Case, measured
 import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
 
-HAS_CPU = empcause.info().backends[0].runs
+HAS_CPU = empcause.info()["cpu"].runs
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the CPU kernels are not built")
 
 
@@ -102,12 +102,12 @@ def test_opcheck(requires_grad):
     mask = torch.rand(2, 9) > 0.2
     seed = torch.tensor(3)
     options = (0.7, None, mask, True, 0.25, 0.1, seed, None)
-    torch.library.opcheck(torch.ops.empcause.attention, (query, key, value, cause, *options))
+    torch.library.opcheck(torch.ops.empcause_cpu.attention, (query, key, value, cause, *options))
     sums = torch.tensor([0, 3, 7], dtype=torch.int32)
     packed = [torch.randn(7, heads, 16).requires_grad_(requires_grad) for heads in (4, 2, 2)]
     packed_cause = torch.rand(7).requires_grad_(requires_grad)
     torch.library.opcheck(
-        torch.ops.empcause.attention_varlen,
+        torch.ops.empcause_cpu.attention_varlen,
         (*packed, packed_cause, 0.7, None, None, sums, sums, 4, 4, True, 0.25, 0.0, None, None),
     )
 
