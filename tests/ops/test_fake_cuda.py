@@ -1,0 +1,170 @@
+"""CUDA tensors without a GPU: fake ones go through dispatch, checks, shapes, compilation and transformers as real ones would.
+
+A fake tensor has no values, so whatever would wait for a GPU to read one raises here. The autograd engine of a torch built
+without CUDA refuses CUDA tensors, fake ones too: graphs are recorded but not run, the backward operators are called by
+themselves, and gradients are tested with values in tests/kernels and tests/csrc.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import empcause
+from empcause import biased_attention, biased_attention_varlen
+from empcause.ops import backends
+
+pytestmark = pytest.mark.skipif(not empcause.info()["triton"].built, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def device_guard(tmp_path_factory):
+    if torch.version.cuda is not None:
+        return
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("a torch without CUDA needs a C++ compiler here")
+    torch_folder = Path(torch.__file__).parent
+    library = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10"]
+    source = Path(__file__).with_name("fake_cuda.cpp")
+    subprocess.run([compiler, str(source), *options, "-o", str(library)], check=True)
+    ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def fake_cuda(device_guard):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        yield
+
+
+def arguments(dtype=torch.bfloat16, queries=7, keys=9):
+    """Views of a fused projection, and a cause."""
+    fused = torch.randn(2, keys, (4 + 2 + 2) * 16, dtype=dtype, requires_grad=True)
+    query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in fused.split([64, 32, 32], -1))
+    return query[:, :, keys - queries :], key, value, torch.rand(2, keys, requires_grad=True)
+
+
+def assert_like(got, expected):
+    assert (got.shape, got.dtype, got.device) == (expected.shape, expected.dtype, expected.device)
+
+
+def test_the_best_backend_on_cuda_is_triton(fake_cuda):
+    assert backends.choose_backend(None, torch.empty(1, dtype=torch.bfloat16)) == "triton"
+    assert backends.choose_backend(None, torch.empty(1, dtype=torch.float64)) == "reference"
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: it takes tensors on the CPU, not on cuda"):
+        backends.choose_backend("cpu", torch.empty(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shapes_and_devices(fake_cuda, dtype):
+    query, key, value, cause = arguments(dtype)
+    output = biased_attention(
+        query,
+        key,
+        value,
+        cause,
+        strength=torch.rand(4),
+        key_mask=torch.ones(2, 9, dtype=torch.bool),
+        dropout_p=0.1,
+        query_offset=torch.zeros((), dtype=torch.int64),
+    )
+    assert_like(output, query)
+    assert output.transpose(1, 2).is_contiguous()
+    assert output.requires_grad
+    saved = (output, query, key, value, output, torch.empty(2, 4, 7))
+    grads = torch.ops.empcause_triton.attention_backward(
+        *saved, cause, 0.5, None, None, True, 0.25, 0.0, None, None, True
+    )
+    for grad, tensor in zip(grads, (query, key, value, cause), strict=True):
+        assert_like(grad, tensor)
+
+
+def test_packed_shapes_and_devices(fake_cuda):
+    query, key, value = (torch.randn(30, heads, 8) for heads in (4, 2, 2))
+    cause, sums = torch.rand(30), torch.empty(4, dtype=torch.int32)
+    output = biased_attention_varlen(
+        query, key, value, cause, cu_seqlens_q=sums, cu_seqlens_k=sums, max_seqlen_q=20, max_seqlen_k=20, dropout_p=0.2
+    )
+    assert_like(output, query)
+    saved = (output, query, key, value, output, torch.empty(4, 30))
+    grads = torch.ops.empcause_triton.attention_varlen_backward(
+        *saved, cause, 0.5, None, None, sums, sums, 20, 20, True, 0.25, 0.0, None, None, True
+    )
+    for grad, tensor in zip(grads, (query, key, value, cause), strict=True):
+        assert_like(grad, tensor)
+
+
+def test_wrong_devices_are_named(fake_cuda):
+    query, key, value, cause = arguments()
+    with pytest.raises(ValueError, match="cause must be floating on cuda:0"):
+        biased_attention(query, key, value, cause.cpu())
+
+
+def test_a_graph_holds_the_operator(fake_cuda):
+    graph = make_fx(lambda *tensors: biased_attention(*tensors, strength=0.5, dropout_p=0.1, seed=3))(*arguments())
+    called = [str(node.target) for node in graph.graph.nodes if "empcause" in str(node.target)]
+    assert called == ["empcause_triton.attention.default"]
+
+
+def test_compiles_into_one_graph(fake_cuda):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def run(query, key, value, cause, mask):
+        return biased_attention(query, key, value, cause, key_mask=mask, strength=0.5)
+
+    for length in (9, 12, 33):
+        mask = torch.ones(2, length, dtype=torch.bool)
+        assert run(*arguments(queries=length, keys=length), mask).device.type == "cuda"
+    assert counter.frame_count <= 2
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel._from_config(config, attn_implementation="empcause")
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation="empcause")
+
+
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_loss(fake_cuda, make_model, checkpointing):
+    model = make_model().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.zeros(2, 12, dtype=torch.int64)
+    with empcause.steer(model, torch.rand(2, 12)):
+        loss = model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss
+    assert loss.device.type == "cuda"
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_transformers_decoding_step(fake_cuda, make_model):
+    model = make_model().eval()
+    prompt = torch.zeros(2, 5, dtype=torch.int64)
+    with torch.no_grad(), empcause.steer(model, torch.rand(2, 5)):
+        first = model(prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
+        mask = torch.ones(2, 6, dtype=torch.int64)
+        second = model(prompt[:, :1], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+    assert second.logits.shape == (2, 1, 50)
+    assert second.logits.device.type == "cuda"
