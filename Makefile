@@ -1,12 +1,14 @@
 # make demo: everything once on the embedded sample, with a report.   make test: the tests.
-# Both set up .venv first, once. TORCH_SPEC says which torch is installed where .venv has none.
+# Both set up .venv first, once. TORCH_SPEC and TRITON_SPEC say which torch and which triton are installed where .venv has none
+# (a torch for CUDA brings its own triton).
 PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
+TRITON_SPEC ?= triton==3.7.1; platform_system == "Linux"
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[chi]*')
 
 .PHONY: setup demo test slow lint clean
 
@@ -32,6 +34,7 @@ $(READY): $(NATIVE)
 		{ echo 'empcause needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH_SPEC)'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON_SPEC)'
 	$(BIN)/python -m pip install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24'
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@

@@ -124,7 +124,7 @@ def _load(name: str) -> str | None:
         except ImportError as error:
             return f"the installed triton does not fit ({error})"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        define("empcause_triton", module, "CPU" if interpreted else "CUDA")
+        define("empcause_triton", module, ["CUDA", "CPU"] if interpreted else ["CUDA"])
     else:
         if not _CUDA_LIBRARY.exists():
             return "built where asked for, with -DEMPCAUSE_CUDA=ON"

@@ -70,13 +70,14 @@ OPERATORS = ("attention", "attention_backward", "attention_varlen", "attention_v
 _libraries: list[torch.library.Library] = []  # a definition lasts as long as its library
 
 
-def define(namespace: str, module: ModuleType, dispatch_key: str) -> None:
+def define(namespace: str, module: ModuleType, dispatch_keys: list[str]) -> None:
     """Make the functions of a module, named like the raw operators and with type hints, operators of torch."""
     library = torch.library.Library(namespace, "DEF")
     for name in OPERATORS:
         function = getattr(module, name)
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
-        library.impl(name, function, dispatch_key)
+        for dispatch_key in dispatch_keys:
+            library.impl(name, function, dispatch_key)
     _libraries.append(library)
 
 

@@ -1,0 +1,113 @@
+"""What every kernel shares: the problem's geometry (compare csrc/attention.h).
+
+    x_ij = scale * q_i . k_j          for keys j <= i + query_offset, if causal
+    b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
+    o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
+
+Kernels take a tensor `[batch, heads, rows, head_dim]` as a pointer and its first three strides; the last one is 1. Packed
+tensors have one batch, whose stride is 0. What a kernel writes is laid out `[batch, rows, heads, head_dim]`,
+quantities per row `[batch, heads, rows]`. Offsets are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+# Kernels work in powers of two: exp(x) = exp2(x * LOG2E).
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence(batch, cu_queries, cu_keys, total_queries, total_keys, query_offset):
+    """The queries and keys of one sequence.
+
+    Prefix sums that do not fit the tensors, which cannot be refused without waiting for a GPU, never lead outside them.
+
+    Args:
+        batch: which one.
+        cu_queries, cu_keys: prefix sums `[sequences + 1]` int32 over the rows of packed tensors, or None.
+        total_queries, total_keys: rows of the tensors.
+        query_offset: pointer to the position of query 0 among the keys (int64), or None: the last query sees the last key.
+
+    Returns:
+        outer (the tensors' batch: 0 if packed), first query row, number of queries, first key row, number of keys, offset.
+    """
+    if cu_queries is None:
+        outer = batch
+        query_begin = 0
+        num_queries = total_queries
+        key_begin = 0
+        num_keys = total_keys
+    else:
+        outer = 0
+        query_begin = clamped(tl.load(cu_queries + batch), 0, total_queries)
+        num_queries = clamped(tl.load(cu_queries + batch + 1) - query_begin, 0, total_queries - query_begin)
+        key_begin = clamped(tl.load(cu_keys + batch), 0, total_keys)
+        num_keys = clamped(tl.load(cu_keys + batch + 1) - key_begin, 0, total_keys - key_begin)
+    if query_offset is None:
+        offset = num_keys - num_queries
+    else:
+        # Beyond these bounds nothing more changes: no query sees a key, or all see all. So 32 bits hold it.
+        offset = clamped(tl.load(query_offset), -num_queries, num_keys).to(tl.int32)
+    return outer, query_begin, num_queries, key_begin, num_keys, offset
+
+
+@triton.jit
+def clamped(value, low, high):
+    return tl.minimum(tl.maximum(value, low), high)
+
+
+@triton.jit
+def row_pointer(tensor, strides, outer, head, row):
+    """Where a row of a strided tensor begins."""
+    return (
+        tensor
+        + tl.cast(outer, tl.int64) * strides[0]
+        + tl.cast(head, tl.int64) * strides[1]
+        + tl.cast(row, tl.int64) * strides[2]
+    )
+
+
+@triton.jit
+def result_index(outer, head, row, num_rows, num_heads):
+    """Number of a row in a tensor laid out `[batch, rows, heads]`."""
+    return (tl.cast(outer, tl.int64) * num_rows + row) * num_heads + head
+
+
+@triton.jit
+def row_index(outer, head, row, num_rows, num_heads):
+    """Number of a row in a quantity `[batch, heads, rows]`."""
+    return (tl.cast(outer, tl.int64) * num_heads + head) * num_rows + row
+
+
+@triton.jit
+def load_rows(pointer, stride, present, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[ROWS, BLOCK_D]` from the row at `pointer` on: zeros where `present` (None: everywhere) is False and beyond HEAD_DIM."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    # In a loop over tiles these offsets stay as they are, and only the pointer moves.
+    pointers = pointer + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + columns)
+    if HEAD_DIM == BLOCK_D:
+        if present is None:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=present[:, None], other=0.0)
+    else:
+        if present is None:
+            return tl.load(pointers, mask=columns < HEAD_DIM, other=0.0)
+        else:
+            return tl.load(pointers, mask=present[:, None] & (columns < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores `[ROWS, BLOCK_D]` in the tensor's dtype, where `inside` holds and up to HEAD_DIM."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    pointers = pointer + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + columns)
+    mask = inside[:, None] & (columns < HEAD_DIM)
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def shifted(pointer, rows, stride):
+    """The pointer `rows` rows further."""
+    return pointer + tl.cast(rows, tl.int64) * stride

@@ -1,0 +1,409 @@
+"""Backward pass: probabilities are computed again from the saved log-sum-exp (compare csrc/cpu/backward.h).
+
+    e_ij = exp(x_ij - LSE_i)            b_ij = w_j e_ij
+    dP_ij = Z_ij (do_i . v_j)           D_i = do_i . o_i
+    dV_j = sum_i b_ij Z_ij do_i         dS_ij = b_ij (dP_ij - D_i)
+    dw_j = sum_i e_ij (dP_ij - D_i)
+
+Three kernels: D; then dK, dV and dw, where a program owns a block of keys of a key head and walks through the query rows of
+every head that shares it; then dQ, where it owns a block of query rows and walks through the keys. Nothing is shared between
+programs, so there are no atomics and every sum has one order.
+
+Kept probabilities share the factor z = 1 / (1 - p), so dP - D = z (do . v - D / z) where kept: the loops compute with D / z,
+and z is multiplied once, at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from empcause.kernels.attention import LOG2E, load_rows, result_index, row_index, row_pointer, sequence, shifted, store_rows
+from empcause.kernels.dropout import kept
+
+# e may overflow for a key whose weight is 0, where only dw uses it: its exponent is capped at 80, here as a power of two.
+LARGEST_EXPONENT: tl.constexpr = tl.constexpr(80.0 * 1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["num_heads", "total_queries", "num_blocks"])
+def delta_kernel(
+    output,
+    grad_output,
+    logsumexp,
+    delta,
+    output_strides,
+    grad_output_strides,
+    num_heads,
+    total_queries,
+    num_blocks,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """D of every row, 0 for dead ones. Packed or not makes no difference here: one batch of all rows."""
+    pair = tl.program_id(0) // num_blocks
+    outer = pair // num_heads
+    head = pair % num_heads
+    first_row = tl.program_id(0) % num_blocks * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < total_queries
+    index = row_index(outer, head, rows, total_queries, num_heads)
+    alive = tl.load(logsumexp + index, mask=inside, other=float("inf")) != float("inf")
+    output = row_pointer(output, output_strides, outer, head, first_row)
+    grad_output = row_pointer(grad_output, grad_output_strides, outer, head, first_row)
+    o = load_rows(output, output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+    do = load_rows(grad_output, grad_output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+    tl.store(delta + index, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=inside)
+
+
+@triton.jit
+def accumulate_keys(
+    grad_key,
+    grad_value,
+    grad_weight,
+    k,
+    v,
+    bias,
+    query,
+    grad_output,
+    logsumexp,
+    delta,
+    query_stride,
+    grad_output_stride,
+    keys,
+    first_key,
+    begin,
+    end,
+    num_queries,
+    offset,
+    scale,
+    seed,
+    batch_head,
+    threshold,
+    kept_factor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    CAUSE_GRAD: tl.constexpr,
+):
+    """One block of keys against the query rows [begin, end) of one head, tile by tile; tiles are `[keys, rows]`.
+
+    Args:
+        grad_key, grad_value, grad_weight: running sums; the first two in units of z, grad_key also without the scale.
+        query, grad_output, logsumexp, delta: pointers to row 0.
+        BOUNDED: some row may not see every key.
+    """
+    present = (bias > float("-inf"))[:, None]
+    weight = tl.exp2(bias)[:, None]
+    for start in range(begin, end, BLOCK_M):
+        start = tl.multiple_of(start, BLOCK_M)
+        rows = start + tl.arange(0, BLOCK_M)
+        inside = rows < num_queries
+        lse = tl.load(logsumexp + rows, mask=inside, other=float("inf"))
+        # Rows that see no key take no part, whatever stands in them: their e is 0, but 0 * NaN would count.
+        alive = lse != float("inf")
+        q = load_rows(shifted(query, start, query_stride), query_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+        do = load_rows(
+            shifted(grad_output, start, grad_output_stride), grad_output_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D
+        )
+        d = tl.load(delta + rows, mask=inside, other=0.0) / kept_factor
+
+        exponent = tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, (lse * -LOG2E)[None, :])
+        e = tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
+        if BOUNDED:
+            e = tl.where(keys[:, None] <= rows[None, :] + offset, e, 0.0)
+        b = tl.where(present, weight * e, 0.0)
+        grad_probability = tl.dot(v, tl.trans(do), input_precision="ieee")
+        dropped = b
+        if DROPOUT:
+            keep = tl.trans(kept(seed, batch_head, rows, first_key, threshold, BLOCK_M, BLOCK_N))
+            dropped = tl.where(keep, b, 0.0)
+            grad_probability = tl.where(keep, grad_probability, 0.0)
+        grad_value = tl.dot(dropped.to(do.dtype), do, grad_value, input_precision="ieee")
+        centred = grad_probability - d[None, :]
+        if CAUSE_GRAD:
+            grad_weight += tl.sum(e * centred, 1)
+        grad_logits = tl.where(present, b * centred, 0.0)
+        grad_key = tl.dot(grad_logits.to(q.dtype), q, grad_key, input_precision="ieee")
+    return grad_key, grad_value, grad_weight
+
+
+@triton.jit(do_not_specialize=["num_heads", "total_queries", "total_keys", "num_blocks", "threshold"])
+def keys_kernel(
+    grad_output,
+    query,
+    key,
+    value,
+    log2_weight,
+    key_mask,
+    logsumexp,
+    delta,
+    grad_key,
+    grad_value,
+    grad_weight,
+    cu_queries,
+    cu_keys,
+    query_offset,
+    seed,
+    grad_output_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    weight_strides,
+    num_heads,
+    group,
+    total_queries,
+    total_keys,
+    num_blocks,
+    scale,
+    threshold,
+    kept_factor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    CAUSE_GRAD: tl.constexpr,
+):
+    """dK, dV and, if CAUSE_GRAD, dw `[batch, num_heads, total_keys]`: one program per block of keys of a key head."""
+    num_key_heads = num_heads // group
+    pair = tl.program_id(0) // num_blocks
+    batch = pair // num_key_heads
+    key_head = pair % num_key_heads
+    outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
+        batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
+    )
+    # Causal or not, the first block has the most rows, and starts first.
+    first_key = tl.program_id(0) % num_blocks * BLOCK_N
+    if first_key >= num_keys:
+        return
+    keys = first_key + tl.arange(0, BLOCK_N)
+    inside = keys < num_keys
+    key = row_pointer(key, key_strides, outer, key_head, key_begin + first_key)
+    value = row_pointer(value, value_strides, outer, key_head, key_begin + first_key)
+    k = load_rows(key, key_strides[2], inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = load_rows(value, value_strides[2], inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+    # Rows before `begin` see none of these keys, rows from `full` on see them all.
+    begin = 0
+    full = 0
+    if CAUSAL:
+        begin = tl.minimum(tl.maximum(first_key - offset, 0), num_queries) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.minimum(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), num_queries), BLOCK_M) * BLOCK_M
+    key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(group):
+        head = key_head * group + member
+        bias = tl.load(
+            row_pointer(log2_weight, weight_strides, outer, head, key_begin) + keys, mask=inside, other=float("-inf")
+        )
+        weight_sum = tl.zeros([BLOCK_N], tl.float32)
+        for bounded in tl.static_range(1 if CAUSAL else 0, -1, -1):
+            key_sum, value_sum, weight_sum = accumulate_keys(
+                key_sum,
+                value_sum,
+                weight_sum,
+                k,
+                v,
+                bias,
+                row_pointer(query, query_strides, outer, head, query_begin),
+                row_pointer(grad_output, grad_output_strides, outer, head, query_begin),
+                logsumexp + row_index(outer, head, query_begin, total_queries, num_heads),
+                delta + row_index(outer, head, query_begin, total_queries, num_heads),
+                query_strides[2],
+                grad_output_strides[2],
+                keys,
+                first_key,
+                begin if bounded else full,
+                full if bounded else num_queries,
+                num_queries,
+                offset,
+                scale,
+                seed,
+                batch * num_heads + head,
+                threshold,
+                kept_factor,
+                HEAD_DIM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                bounded == 1,
+                DROPOUT,
+                CAUSE_GRAD,
+            )
+        if CAUSE_GRAD:
+            weight_sum *= kept_factor
+            if key_mask is not None:
+                mask = tl.load(key_mask + tl.cast(outer, tl.int64) * total_keys + key_begin + keys, mask=inside, other=0)
+                weight_sum = tl.where(mask != 0, weight_sum, 0.0)
+            index = row_index(outer, head, key_begin + keys, total_keys, num_heads)
+            tl.store(grad_weight + index, weight_sum, mask=inside)
+
+    place = result_index(outer, key_head, key_begin + first_key, total_keys, num_key_heads) * HEAD_DIM
+    stride = num_key_heads * HEAD_DIM
+    # `scale` is that of exp2: times log2(e).
+    key_sum *= scale * kept_factor / LOG2E
+    store_rows(grad_key + place, stride, key_sum, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(grad_value + place, stride, value_sum * kept_factor, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def accumulate_queries(
+    grad_query,
+    q,
+    do,
+    lse,
+    d,
+    key,
+    value,
+    log2_weight,
+    key_stride,
+    value_stride,
+    rows,
+    offset,
+    begin,
+    end,
+    num_keys,
+    scale,
+    seed,
+    batch_head,
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """One block of query rows against the keys [begin, end), tile by tile.
+
+    Args:
+        grad_query: running sum, in units of z and without the scale.
+        lse: in powers of two; d: D / z.
+        key, value, log2_weight: pointers to key 0.
+        BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
+    """
+    for start in range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
+        if BOUNDED:
+            bias = tl.load(log2_weight + keys, mask=keys < num_keys, other=float("-inf"))
+        else:
+            bias = tl.load(log2_weight + keys)
+        # 0 * NaN would reach the sum, so rows of absent keys are not loaded; their b is exp2 of minus infinity.
+        present = bias > float("-inf")
+        k = load_rows(shifted(key, start, key_stride), key_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
+        logits = tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
+        b = tl.exp2(logits - lse[:, None])
+        grad_probability = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            keep = kept(seed, batch_head, rows, start, threshold, BLOCK_M, BLOCK_N)
+            grad_probability = tl.where(keep, grad_probability, 0.0)
+        grad_logits = b * (grad_probability - d[:, None])
+        if BOUNDED and CAUSAL:
+            grad_logits = tl.where(keys[None, :] <= rows[:, None] + offset, grad_logits, 0.0)
+        grad_query = tl.dot(grad_logits.to(k.dtype), k, grad_query, input_precision="ieee")
+    return grad_query
+
+
+@triton.jit(do_not_specialize=["num_heads", "total_queries", "total_keys", "num_blocks", "threshold"])
+def queries_kernel(
+    grad_output,
+    query,
+    key,
+    value,
+    log2_weight,
+    logsumexp,
+    delta,
+    grad_query,
+    cu_queries,
+    cu_keys,
+    query_offset,
+    seed,
+    grad_output_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    weight_strides,
+    num_heads,
+    group,
+    total_queries,
+    total_keys,
+    num_blocks,
+    scale,
+    threshold,
+    kept_factor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """dQ: one program per block of query rows of a head, as in the forward pass."""
+    pair = tl.program_id(0) // num_blocks
+    block = num_blocks - 1 - tl.program_id(0) % num_blocks
+    batch = pair // num_heads
+    head = pair % num_heads
+    outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
+        batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
+    )
+    first_row = block * BLOCK_M
+    if first_row >= num_queries:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < num_queries
+
+    index = row_index(outer, head, query_begin + rows, total_queries, num_heads)
+    lse = tl.load(logsumexp + index, mask=inside, other=float("inf"))
+    alive = lse != float("inf")
+    d = tl.load(delta + index, mask=inside, other=0.0) / kept_factor
+    query = row_pointer(query, query_strides, outer, head, query_begin + first_row)
+    grad_output = row_pointer(grad_output, grad_output_strides, outer, head, query_begin + first_row)
+    q = load_rows(query, query_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+    do = load_rows(grad_output, grad_output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+    # Keys [0, full) are seen by every row.
+    end = num_keys
+    full = num_keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(end, tl.minimum(first_row + BLOCK_M, num_queries) + offset)
+        full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+    query_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for bounded in tl.static_range(2):
+        query_sum = accumulate_queries(
+            query_sum,
+            q,
+            do,
+            lse * LOG2E,
+            d,
+            row_pointer(key, key_strides, outer, head // group, key_begin),
+            row_pointer(value, value_strides, outer, head // group, key_begin),
+            row_pointer(log2_weight, weight_strides, outer, head, key_begin),
+            key_strides[2],
+            value_strides[2],
+            rows,
+            offset,
+            full if bounded else 0,
+            end if bounded else full,
+            num_keys,
+            scale,
+            seed,
+            pair,
+            threshold,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            bounded == 1,
+            CAUSAL,
+            DROPOUT,
+        )
+
+    place = result_index(outer, head, query_begin + first_row, total_queries, num_heads) * HEAD_DIM
+    query_sum *= scale * kept_factor / LOG2E
+    store_rows(grad_query + place, num_heads * HEAD_DIM, query_sum, inside, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -1,0 +1,185 @@
+"""Forward pass: online softmax over tiles of keys, each row's keys always in the same order (compare csrc/cpu/forward.h)."""
+
+import triton
+import triton.language as tl
+
+from empcause.kernels.attention import LN2, load_rows, result_index, row_index, row_pointer, sequence, shifted, store_rows
+from empcause.kernels.dropout import kept
+
+
+@triton.jit
+def attend(
+    accumulator,
+    row_max,
+    row_sum,
+    query,
+    key,
+    value,
+    log2_weight,
+    key_stride,
+    value_stride,
+    rows,
+    last_keys,
+    begin,
+    end,
+    num_keys,
+    scale,
+    seed,
+    batch_head,
+    threshold,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """One block of query rows against the keys [begin, end), tile by tile.
+
+    Args:
+        accumulator, row_max, row_sum: running output, unnormalised, with the maximum (in powers of two) it refers to and the
+            sum of the weighted probabilities.
+        query: the rows themselves; `rows` their numbers, for dropout.
+        key, value, log2_weight: pointers to key 0.
+        last_keys: the last key each row sees, if CAUSAL.
+        scale: times log2(e).
+        BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
+
+    Returns:
+        accumulator, row_max, row_sum.
+    """
+    for start in range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        keys = start + tl.arange(0, BLOCK_N)
+        if BOUNDED:
+            inside = keys < num_keys
+            bias = tl.load(log2_weight + keys, mask=inside, other=float("-inf"))
+            k = load_rows(shifted(key, start, key_stride), key_stride, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+        else:
+            bias = tl.load(log2_weight + keys)
+            k = load_rows(shifted(key, start, key_stride), key_stride, None, BLOCK_N, HEAD_DIM, BLOCK_D)
+        present = bias > float("-inf")
+        # Weight, scale and log2(e) in one multiply-add. A key that is not there must not even show as NaN.
+        logits = tl.fma(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
+        seen = present[None, :]
+        if BOUNDED and CAUSAL:
+            seen = seen & (keys[None, :] <= last_keys[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probability = tl.exp2(logits - shift[:, None])
+        correction = tl.exp2(row_max - shift)
+        row_sum = row_sum * correction + tl.sum(probability, 1)
+        row_max = new_max
+        if DROPOUT:
+            keep = kept(seed, batch_head, rows, start, threshold, BLOCK_M, BLOCK_N)
+            probability = tl.where(keep, probability, 0.0)
+        # 0 * NaN would reach the output, so rows of absent keys are not loaded.
+        v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
+        accumulator = accumulator * correction[:, None]
+        accumulator = tl.dot(probability.to(v.dtype), v, accumulator, input_precision="ieee")
+    return accumulator, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_heads", "total_queries", "total_keys", "num_blocks", "threshold"])
+def forward_kernel(
+    query,
+    key,
+    value,
+    log2_weight,
+    output,
+    logsumexp,
+    cu_queries,
+    cu_keys,
+    query_offset,
+    seed,
+    query_strides,
+    key_strides,
+    value_strides,
+    weight_strides,
+    num_heads,
+    group,
+    total_queries,
+    total_keys,
+    num_blocks,
+    scale,
+    threshold,
+    kept_factor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """One program per block of query rows of a head; `num_blocks` of them per head, heads of one group side by side."""
+    pair = tl.program_id(0) // num_blocks
+    # A causal block at the end has the most keys: it starts first.
+    block = num_blocks - 1 - tl.program_id(0) % num_blocks
+    batch = pair // num_heads
+    head = pair % num_heads
+    outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
+        batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
+    )
+    first_row = block * BLOCK_M
+    if first_row >= num_queries:
+        return
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < num_queries
+
+    query = row_pointer(query, query_strides, outer, head, query_begin + first_row)
+    q = load_rows(query, query_strides[2], inside, BLOCK_M, HEAD_DIM, BLOCK_D)
+    key = row_pointer(key, key_strides, outer, head // group, key_begin)
+    value = row_pointer(value, value_strides, outer, head // group, key_begin)
+    log2_weight = row_pointer(log2_weight, weight_strides, outer, head, key_begin)
+
+    # Keys [0, full) are seen by every row: no index is compared there.
+    end = num_keys
+    full = num_keys // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(end, tl.minimum(first_row + BLOCK_M, num_queries) + offset)
+        full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for bounded in tl.static_range(2):
+        accumulator, row_max, row_sum = attend(
+            accumulator,
+            row_max,
+            row_sum,
+            q,
+            key,
+            value,
+            log2_weight,
+            key_strides[2],
+            value_strides[2],
+            rows,
+            rows + offset,
+            full if bounded else 0,
+            end if bounded else full,
+            num_keys,
+            scale,
+            seed,
+            pair,
+            threshold,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            bounded == 1,
+            CAUSAL,
+            DROPOUT,
+        )
+
+    dead = row_sum == 0.0
+    row_sum = tl.where(dead, 1.0, row_sum)
+    result = tl.where(dead[:, None], 0.0, accumulator * (kept_factor / row_sum)[:, None])
+    place = result_index(outer, head, query_begin + first_row, total_queries, num_heads) * HEAD_DIM
+    store_rows(output + place, num_heads * HEAD_DIM, result, inside, BLOCK_M, HEAD_DIM, BLOCK_D)
+    tl.store(
+        logsumexp + row_index(outer, head, query_begin + rows, total_queries, num_heads),
+        tl.where(dead, float("inf"), (row_max + tl.log2(row_sum)) * LN2),
+        mask=inside,
+    )

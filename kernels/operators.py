@@ -1,0 +1,487 @@
+"""The raw operators in Triton: from tensors to launches (compare csrc/operators.h).
+
+Shapes and dtypes are checked by the Python function, which can say more about them; what is checked here keeps the kernels from
+reading outside their arguments. Nothing waits for the GPU.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from empcause.kernels import weights
+from empcause.kernels.backward import delta_kernel, keys_kernel, queries_kernel
+from empcause.kernels.configurations import Configuration, block_d, configuration
+from empcause.kernels.decode import MAX_SPLITS, merge_kernel, split_kernel
+from empcause.kernels.forward import forward_kernel
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None,
+    strength: float,
+    head_strength: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    query_offset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]`; arguments as `torch.ops.empcause_cpu.attention`."""
+    bias = (cause, strength, head_strength, key_mask)
+    return Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset).forward()
+
+
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    cause: Tensor | None,
+    strength: float,
+    head_strength: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    query_offset: Tensor | None,
+    cause_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and cause; the last is empty without `cause_grad`."""
+    bias = (cause, strength, head_strength, key_mask)
+    call = Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset)
+    return call.backward(grad_output, output, logsumexp, cause_grad)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None,
+    strength: float,
+    head_strength: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    query_offset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences: output `[N, H, D]` and log-sum-exp `[H, N]`."""
+    bias = (cause, strength, head_strength, key_mask)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset).forward()
+
+
+def attention_varlen_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    cause: Tensor | None,
+    strength: float,
+    head_strength: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    query_offset: Tensor | None,
+    cause_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and cause of packed sequences."""
+    bias = (cause, strength, head_strength, key_mask)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset)
+    return call.backward(grad_output, output, logsumexp, cause_grad)
+
+
+class Call:
+    """One call: its arguments checked, its weights computed."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: tuple[Tensor | None, float, Tensor | None, Tensor | None],
+        packing: tuple[Tensor, Tensor, int, int] | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        query_offset: Tensor | None,
+    ) -> None:
+        self.packed = packing is not None
+        rows, heads = (0, 1) if self.packed else (2, 1)
+        _require(query.dim() == key.dim() == value.dim() == (3 if self.packed else 4), "query, key and value have 4 dimensions, packed 3")
+        self.num_heads, self.num_key_heads, self.head_dim = query.shape[heads], key.shape[heads], query.shape[-1]
+        self.num_queries, self.num_keys = query.shape[rows], key.shape[rows]  # of the tensors
+        self.outer = 1 if self.packed else query.shape[0]  # batch of the tensors
+        fits = key.shape == value.shape and key.shape[-1] == self.head_dim
+        _require(fits and (self.packed or key.shape[0] == self.outer), "query, key and value do not fit each other")
+        _require(self.num_key_heads > 0 and self.num_heads % self.num_key_heads == 0, "key heads must divide query heads")
+        _require(query.dtype in _DTYPES, "the triton backend takes float32, bfloat16 and float16")
+        _require(key.dtype == value.dtype == query.dtype, "query, key and value must share a dtype")
+        self.query, self.key, self.value = _whole_rows(query), _whole_rows(key), _whole_rows(value)
+
+        self.batch, self.max_queries, self.max_keys = self.outer, self.num_queries, self.num_keys  # of sequences
+        self.cu_queries = self.cu_keys = None
+        if packing is not None:
+            self.cu_queries, self.cu_keys, self.max_queries, self.max_keys = packing
+            self.batch = self.cu_queries.numel() - 1
+            for sums in (self.cu_queries, self.cu_keys):
+                _require(sums.dtype == torch.int32 and sums.is_contiguous(), "cu_seqlens must be contiguous int32")
+            _require(self.batch >= 0 and self.cu_keys.numel() == self.batch + 1, "cu_seqlens_q and cu_seqlens_k differ in length")
+        _require(dropout_p == 0.0 or seed is not None, "dropout needs a seed")
+        self.causal, self.scale, self.dropout_p = causal, scale, dropout_p
+        self.seed, self.query_offset = seed, query_offset
+        # A float64 product: the kernels round once.
+        self.scale_log2 = scale * math.log2(math.e)
+        self.threshold = math.floor(dropout_p * 65536 + 0.5)
+        self.kept_factor = 1.0 / (1.0 - dropout_p)
+        self.cause, self.strength, self.head_strength, self.key_mask = bias
+        self.device = _current_device(query)
+        with self.device:
+            self.log2_weight = self.compute_weights()
+        _, heads, keys = self.log2_weight.shape
+        self.weight_strides = (
+            0 if self.log2_weight.shape[0] == 1 else heads * keys,
+            0 if heads == 1 else keys,
+            1,
+        )
+
+    def compute_weights(self) -> Tensor:
+        """log2 of the weights, `[B or 1, H or 1, K]`."""
+        cause_outer, cause_heads = self.cause_sizes()
+        if self.cause is not None:
+            _require(self.cause.dim() + self.packed in (2, 3), "cause has the wrong number of dimensions")
+            fits = self.cause.numel() == cause_outer * cause_heads * self.num_keys
+            _require(
+                fits and self.cause.is_contiguous() and self.cause.dtype == torch.float32,
+                "cause must be contiguous float32 with one value per key",
+            )
+            _require(
+                cause_outer in (1, self.outer) and cause_heads in (1, self.num_heads), "cause does not fit batch and heads"
+            )
+        if self.head_strength is not None:
+            fits = self.head_strength.shape == (self.num_heads,) and self.head_strength.is_contiguous()
+            _require(fits and self.head_strength.dtype == torch.float32, "head_strength is not float32 [H]")
+        if self.key_mask is not None:
+            fits = self.key_mask.numel() == self.outer * self.num_keys and self.key_mask.is_contiguous()
+            _require(fits and self.key_mask.dtype == torch.bool, "key_mask is not bool [batch, keys]")
+        per_head = cause_heads != 1 or (self.head_strength is not None and self.cause is not None)
+        heads = self.num_heads if per_head else 1
+        batch = self.outer if cause_outer != 1 or self.key_mask is not None else 1
+        log2_weight = self.query.new_empty((batch, heads, self.num_keys), dtype=torch.float32)
+        blocks = triton.cdiv(self.num_keys, weights.BLOCK)
+        self.launch(
+            weights.weights_kernel,
+            batch * heads * blocks,
+            self.cause,
+            self.head_strength,
+            self.key_mask,
+            log2_weight,
+            self.strength,
+            0 if cause_outer == 1 else cause_heads * self.num_keys,
+            0 if cause_heads == 1 else self.num_keys,
+            heads,
+            self.num_keys,
+            blocks,
+            BLOCK=weights.BLOCK,
+            **weights.OPTIONS,
+        )
+        return log2_weight
+
+    def cause_sizes(self) -> tuple[int, int]:
+        """Batch and heads of cause: `[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`."""
+        if self.cause is None:
+            return 1, 1
+        with_heads = self.cause.dim() + self.packed == 3
+        return 1 if self.packed else self.cause.shape[0], self.cause.shape[-2] if with_heads else 1
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        output, logsumexp = self.new_rows(self.num_queries, self.num_heads), self.new_row_quantity()
+        with self.device:
+            packed_heads = self.num_heads // self.num_key_heads if self.log2_weight.shape[1] == 1 else 1
+            if self.threshold == 0 and packed_heads * self.max_queries <= 16:
+                self.decode(output, logsumexp, packed_heads)
+            else:
+                self.attend(output, logsumexp)
+        return output, logsumexp
+
+    def attend(self, output: Tensor, logsumexp: Tensor) -> None:
+        tiles = self.configuration("forward")
+        blocks = triton.cdiv(self.max_queries, tiles.block_m)
+        self.launch(
+            forward_kernel,
+            self.batch * self.num_heads * blocks,
+            self.query,
+            self.key,
+            self.value,
+            self.log2_weight,
+            output,
+            logsumexp,
+            self.cu_queries,
+            self.cu_keys,
+            self.query_offset,
+            self.seed,
+            self.strides(self.query),
+            self.strides(self.key),
+            self.strides(self.value),
+            self.weight_strides,
+            self.num_heads,
+            self.num_heads // self.num_key_heads,
+            self.num_queries,
+            self.num_keys,
+            blocks,
+            self.scale_log2,
+            self.threshold,
+            self.kept_factor,
+            **self.constants(tiles),
+            DROPOUT=self.threshold != 0,
+        )
+
+    def decode(self, output: Tensor, logsumexp: Tensor, packed_heads: int) -> None:
+        tiles = self.configuration("split")
+        units = self.batch * self.num_heads // packed_heads
+        wanted = triton.cdiv(2 * _multiprocessors(self.query.device), max(units, 1))
+        splits = max(1, min(wanted, triton.cdiv(self.max_keys, 256), MAX_SPLITS))
+        keys_per_split = triton.cdiv(triton.cdiv(self.max_keys, splits), tiles.block_n) * tiles.block_n
+        rows = self.outer * self.num_queries * self.num_heads
+        part_output = self.query.new_empty((splits, rows, self.head_dim), dtype=torch.float32)
+        part_logsumexp = self.query.new_empty((splits, rows), dtype=torch.float32)
+        self.launch(
+            split_kernel,
+            units * splits,
+            self.query,
+            self.key,
+            self.value,
+            self.log2_weight,
+            part_output,
+            part_logsumexp,
+            self.cu_queries,
+            self.cu_keys,
+            self.query_offset,
+            self.strides(self.query),
+            self.strides(self.key),
+            self.strides(self.value),
+            self.weight_strides,
+            self.num_heads,
+            self.num_heads // self.num_key_heads,
+            packed_heads,
+            self.num_queries,
+            self.num_keys,
+            max(self.max_queries, 1),
+            self.outer,
+            splits,
+            keys_per_split,
+            self.scale_log2,
+            **self.constants(tiles),
+        )
+        self.launch(
+            merge_kernel,
+            rows,
+            part_output,
+            part_logsumexp,
+            output,
+            logsumexp,
+            self.num_heads,
+            self.num_queries,
+            self.outer,
+            splits,
+            HEAD_DIM=self.head_dim,
+            BLOCK_D=block_d(self.head_dim),
+            BLOCK_S=16,
+            MAX_SPLITS=MAX_SPLITS,
+            num_warps=4,
+        )
+
+    def backward(
+        self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, cause_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _require(grad_output.dtype == output.dtype == self.query.dtype, "output and grad_output must have query's dtype")
+        _require(grad_output.shape == output.shape == self.query.shape, "output and grad_output must have query's shape")
+        _require(
+            logsumexp.dtype == torch.float32
+            and logsumexp.is_contiguous()
+            and logsumexp.numel() == self.outer * self.num_heads * self.num_queries,
+            "logsumexp must be contiguous float32 [batch, heads, queries]",
+        )
+        _require(not cause_grad or self.cause is not None, "cause_grad without cause")
+        grad_output, output = _whole_rows(grad_output), _whole_rows(output)
+        grad_query = self.new_rows(self.num_queries, self.num_heads)
+        grad_key = self.new_rows(self.num_keys, self.num_key_heads)
+        grad_value = self.new_rows(self.num_keys, self.num_key_heads)
+        delta = self.new_row_quantity()
+        grad_weight = None
+        if cause_grad:
+            grad_weight = self.query.new_empty((self.outer, self.num_heads, self.num_keys), dtype=torch.float32)
+        with self.device:
+            self.compute_delta(output, grad_output, logsumexp, delta)
+            rows = (grad_output, self.query, self.key, self.value)
+            strides = (*(self.strides(tensor) for tensor in rows), self.weight_strides)
+            packing = (self.cu_queries, self.cu_keys, self.query_offset, self.seed)
+            sizes = (self.num_heads, self.num_heads // self.num_key_heads, self.num_queries, self.num_keys)
+            numbers = (self.scale_log2, self.threshold, self.kept_factor)
+            tiles = self.configuration("keys")
+            blocks = triton.cdiv(self.max_keys, tiles.block_n)
+            self.launch(
+                keys_kernel,
+                self.batch * self.num_key_heads * blocks,
+                *rows,
+                self.log2_weight,
+                self.key_mask if cause_grad else None,
+                logsumexp,
+                delta,
+                grad_key,
+                grad_value,
+                grad_weight,
+                *packing,
+                *strides,
+                *sizes,
+                blocks,
+                *numbers,
+                **self.constants(tiles),
+                DROPOUT=self.threshold != 0,
+                CAUSE_GRAD=cause_grad,
+            )
+            tiles = self.configuration("queries")
+            blocks = triton.cdiv(self.max_queries, tiles.block_m)
+            self.launch(
+                queries_kernel,
+                self.batch * self.num_heads * blocks,
+                *rows,
+                self.log2_weight,
+                logsumexp,
+                delta,
+                grad_query,
+                *packing,
+                *strides,
+                *sizes,
+                blocks,
+                *numbers,
+                **self.constants(tiles),
+                DROPOUT=self.threshold != 0,
+            )
+        grad_cause = self.query.new_empty(0, dtype=torch.float32)
+        if grad_weight is not None:
+            grad_cause = self.reduce_grad_cause(grad_weight)
+        return grad_query, grad_key, grad_value, grad_cause
+
+    def compute_delta(self, output: Tensor, grad_output: Tensor, logsumexp: Tensor, delta: Tensor) -> None:
+        tiles = self.configuration("delta")
+        blocks = triton.cdiv(self.num_queries, tiles.block_m)
+        self.launch(
+            delta_kernel,
+            self.outer * self.num_heads * blocks,
+            output,
+            grad_output,
+            logsumexp,
+            delta,
+            self.strides(output),
+            self.strides(grad_output),
+            self.num_heads,
+            self.num_queries,
+            blocks,
+            HEAD_DIM=self.head_dim,
+            BLOCK_M=tiles.block_m,
+            BLOCK_D=block_d(self.head_dim),
+            num_warps=tiles.num_warps,
+        )
+
+    def reduce_grad_cause(self, grad_weight: Tensor) -> Tensor:
+        """Gradient of cause from that of the weights `[B, H, K]`, summed over what was broadcast, in a fixed order."""
+        assert self.cause is not None
+        strength = self.strength if self.head_strength is None else self.head_strength[:, None]
+        outer, heads = self.cause_sizes()
+        return (grad_weight * strength).sum_to_size(outer, heads, self.num_keys).reshape(self.cause.shape)
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        if programs > 0:
+            kernel[(programs,)](*arguments, **options)
+
+    def architecture(self) -> int:
+        return architecture(self.query.device)
+
+    def configuration(self, kernel: str) -> Configuration:
+        return configuration(kernel, self.head_dim, self.query.dtype, self.architecture(), self.threshold != 0)
+
+    def constants(self, tiles: Configuration) -> dict[str, Any]:
+        return {
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": block_d(self.head_dim),
+            "CAUSAL": self.causal,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+            "maxnreg": tiles.max_registers,
+        }
+
+    def strides(self, tensor: Tensor) -> tuple[int, int, int]:
+        """Of batch, heads and rows."""
+        if self.packed:
+            return 0, tensor.stride(1), tensor.stride(0)
+        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+    def new_rows(self, rows: int, heads: int) -> Tensor:
+        """Laid out so that rows come before heads: `[B, N, H, D]` seen as `[B, H, N, D]`."""
+        if self.packed:
+            return self.query.new_empty((rows, heads, self.head_dim))
+        return self.query.new_empty((self.outer, rows, heads, self.head_dim)).transpose(1, 2)
+
+    def new_row_quantity(self) -> Tensor:
+        shape = (self.num_heads, self.num_queries)
+        return self.query.new_empty(shape if self.packed else (self.outer, *shape), dtype=torch.float32)
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(f"empcause: {what}")
+
+
+def _whole_rows(tensor: Tensor) -> Tensor:
+    """The kernels read any strides but need whole rows; only other layouts are copied."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _current_device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Compute capability times 10; Triton's interpreter runs what sm_80 would."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
