@@ -1,149 +1,268 @@
-// Backward pass: probabilities are computed again from the saved log-sum-exp. One task owns a key head of a batch and all
-// query heads that share it, so every sum runs in a fixed order and nothing is shared between threads.
+// Backward pass: probabilities are computed again from the saved log-sum-exp. A task owns some tiles of keys of a key head,
+// and all query heads that share it, so every sum runs in a fixed order and nothing is shared between threads. grad_query
+// is summed over tiles in memory of the task's own; where few heads are cut into several tasks, their sums are added in order.
 // Include inside the namespace of an instruction set only.
 
 // e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it.
-constexpr float kLargestExponent = 80.0f;
+constexpr float kLargestExponent = 80.0f * kLog2E;
 
-// One query row against a block of keys. In: logits and do . v. Out, in their place: b Z and dS. Adds to grad_weight.
-inline void gradient_row(float* logits, float* grad_prob, const float* weight, const float* wanted, const float* factor,
-                         float logsumexp, float delta, int64_t visible, int64_t columns, float* grad_weight) {
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    const IntVec seen = lane_index() < static_cast<int32_t>(visible - j);
-    const Vec w = load(weight + j), z = load(factor + j);
-    const IntVec attended = seen & (w > Vec{});
-    const Vec exponent = load(logits + j) - splat(logsumexp);
-    const Vec e = exp(exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent);
-    const Vec centred = z * load(grad_prob + j) - splat(delta);
-    if (grad_weight != nullptr) {
-      const IntVec counted = seen & (load(wanted + j) > Vec{});
-      store(grad_weight + j, load(grad_weight + j) + (counted ? e * centred : Vec{}));
+// Longer blocks than in the forward pass: the gradients of keys are sums over a block's rows.
+constexpr int64_t kBackwardVecs = 6;
+
+// The query rows of one head, packed both ways; rows beyond the last are zero, and so are rows that see no key.
+struct QueryRows {
+  float *query, *grad_output;                        // [rows, stride], query times scale
+  float *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], query times scale and log2(e)
+  float *logsumexp, *delta;                          // [rows], the former in powers of two
+  float* grad_query;                                 // per block [head_dim, block rows]
+
+  static int64_t size(int64_t rows, int64_t dim) { return rows * (2 * round_up(dim) + 3 * dim + 2); }
+
+  QueryRows(float* memory, int64_t rows, int64_t dim)
+      : query(memory),
+        grad_output(query + rows * round_up(dim)),
+        query_transposed(grad_output + rows * round_up(dim)),
+        grad_output_transposed(query_transposed + rows * dim),
+        logsumexp(grad_output_transposed + rows * dim),
+        delta(logsumexp + rows),
+        grad_query(delta + rows) {}
+};
+
+inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
+                         const QueryRows& packed, float* scratch) {
+  const Attention& a = g.forward;
+  const int64_t dim = a.head_dim, stride = round_up(dim), rows = blocks.count * blocks.rows;
+  const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
+  const float* saved = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
+  for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] * kLog2E : kInfinity;
+  const auto alive = [&](int64_t i) { return packed.logsumexp[i] != kInfinity; };
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec total{};
+    float *q = packed.query + i * stride, *go = packed.grad_output + i * stride;
+    if (alive(i)) {
+      load_row(a.query, a.dtype, offset(a.query) + i * a.query.row, dim, a.scale, q);
+      load_row(g.grad_output, a.dtype, offset(g.grad_output) + i * g.grad_output.row, dim, 1.0f, go);
+      load_row(a.output, a.dtype, offset(a.output) + i * a.output.row, dim, 1.0f, scratch);
+      for (int64_t d = 0; d < stride; d += kWidth) total += load(scratch + d) * load(go + d);
+    } else {
+      for (int64_t d = 0; d < stride; ++d) q[d] = go[d] = 0.0f;
     }
-    const Vec b = w * e;
-    store(logits + j, attended ? b * z : Vec{});
-    store(grad_prob + j, attended ? b * centred : Vec{});
+    packed.delta[i] = sum(total);
+  }
+  for (int64_t first = 0; first < rows; first += blocks.rows) {
+    const auto counts = [&](int64_t i) { return alive(first + i); };
+    pack_transposed(a.query, a.dtype, offset(a.query) + first * a.query.row, s.num_queries - first, blocks.rows, dim,
+                    a.scale * kLog2E, counts, blocks.rows, scratch, packed.query_transposed + first * dim);
+    pack_transposed(g.grad_output, a.dtype, offset(g.grad_output) + first * g.grad_output.row, s.num_queries - first,
+                    blocks.rows, dim, 1.0f, counts, blocks.rows, scratch, packed.grad_output_transposed + first * dim);
+  }
+  for (int64_t i = 0; i < rows * dim; ++i) packed.grad_query[i] = 0.0f;
+}
+
+// Gradients of one tile of keys, [kKeyTile, stride] each but grad_weight.
+struct TileGradients {
+  float *key, *value;
+  Vec weight[kKeyTile];  // to be summed over lanes
+};
+
+// One block of query rows. `probability` and `grad_logits` are scratch, [kKeyTile, rows]. A tile of removed keys (weight 0) only has
+// gradients of its weights.
+inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, const float* key, const float* value,
+                            const Dropout& dropout, int64_t query, int64_t position, const Blocks& blocks,
+                            const QueryRows& packed, float* probability, float* grad_logits, float* factor,
+                            TileGradients& gradients) {
+  const Attention& a = g.forward;
+  const int64_t rows = blocks.rows, dim = a.head_dim, stride = round_up(dim);
+  const Parts parts(tile, a.causal, position, blocks.vecs);
+  if (parts.count == 0) return;
+  const float* query_transposed = packed.query_transposed + query * dim;
+  const float* grad_output_transposed = packed.grad_output_transposed + query * dim;
+  if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
+  for (const Part& part : parts) {
+    const int64_t lane = part.first_vec * kWidth, vecs = blocks.vecs - part.first_vec, keys = part.end - part.begin;
+    matmul<false>(keys, vecs, dim, key + part.begin * stride, stride, 1, query_transposed + lane, rows,
+                  probability + part.begin * rows + lane, rows);
+    matmul<false>(keys, vecs, dim, value + part.begin * stride, stride, 1, grad_output_transposed + lane, rows,
+                  grad_logits + part.begin * rows + lane, rows);
+    for (int64_t j = part.begin; j < part.end; ++j) {
+      float *p = probability + j * rows, *grad = grad_logits + j * rows;
+      const Vec w = splat(tile.weight[j]);
+      for (int64_t i = lane; i < rows; i += kWidth) {
+        const Vec exponent = load(p + i) - load(packed.logsumexp + query + i);
+        Vec e = exp2(removed && exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent);
+        if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
+        const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);
+        const Vec centred = e * (z * load(grad + i) - load(packed.delta + query + i));
+        gradients.weight[j] += centred;
+        store(p + i, w * e * z);
+        store(grad + i, w * centred);
+      }
+    }
+  }
+  if (removed) return;
+  for (const Part& part : parts) {
+    const int64_t lane = part.first_vec * kWidth, keys = part.end - part.begin;
+    // Columns of zeros stand for queries before the part's first.
+    const float* queries = packed.query + (query + lane) * stride;
+    const float* grad_output = packed.grad_output + (query + lane) * stride;
+    const int64_t columns = stride / kWidth, depth = rows - lane;
+    const float *p = probability + part.begin * rows + lane, *grad = grad_logits + part.begin * rows + lane;
+    matmul<true>(keys, columns, depth, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
+    matmul<true>(keys, columns, depth, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
+    matmul<true>(dim, blocks.vecs - part.first_vec, keys, key + part.begin * stride, 1, stride, grad, rows,
+                 packed.grad_query + query * dim + lane, rows);
   }
 }
 
-inline void backward_key_head(const AttentionBackward& g, int64_t batch, int64_t key_head) {
+// How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.
+struct BackwardPlan {
+  const AttentionBackward& g;
+  int64_t splits;
+  float* partial;  // [batch, head, split, query rows of the longest sequence, head_dim]; null where splits is 1
+  int64_t partial_size;
+
+  float* partial_at(int64_t batch, int64_t head, int64_t split) const {
+    return partial + ((batch * g.forward.num_heads + head) * splits + split) * partial_size;
+  }
+};
+
+inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
+                              const float* grad_query, float* scratch) {
+  const Attention& a = g.forward;
+  const int64_t offset = batch * g.grad_query.batch + head * g.grad_query.head + s.query_begin * g.grad_query.row;
+  for (int64_t row = 0; row < s.num_queries; row += blocks.rows) {
+    const int64_t rows = s.num_queries - row < blocks.rows ? s.num_queries - row : blocks.rows;
+    unpack_transposed(grad_query + row * a.head_dim, blocks.rows, rows, a.head_dim, a.scale, g.grad_query, a.dtype,
+                      offset + row * g.grad_query.row, scratch);
+  }
+}
+
+// Every splits-th tile of a key head.
+inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t split) {
+  const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
   const Sequence s = sequence(a, batch);
-  const int64_t dim = a.head_dim, stride = round_up(dim), queries = s.num_queries;
+  const int64_t dim = a.head_dim, stride = round_up(dim);
   const int64_t group = a.num_heads / a.num_key_heads, first_head = key_head * group;
+  const Blocks blocks(s.num_queries, kBackwardVecs);
+  const int64_t rows = blocks.count * blocks.rows, size = QueryRows::size(rows, dim);
 
-  float* scratch = thread_scratch(3 * group * queries * stride + 2 * group * round_up(queries) + 2 * dim * kKeyBlock +
-                                  3 * kKeyBlock * stride + 2 * kQueryBlock * kKeyBlock + 4 * kKeyBlock + stride);
-  float* query = scratch;
-  float* grad_output = query + group * queries * stride;
-  float* grad_query = grad_output + group * queries * stride;
-  float* delta = grad_query + group * queries * stride;
-  float* logsumexp = delta + group * round_up(queries);
-  float* key_transposed = logsumexp + group * round_up(queries);
-  float* value_transposed = key_transposed + dim * kKeyBlock;
-  float* key = value_transposed + dim * kKeyBlock;
-  float* grad_key = key + kKeyBlock * stride;
-  float* grad_value = grad_key + kKeyBlock * stride;
-  float* logits = grad_value + kKeyBlock * stride;
-  float* grad_prob = logits + kQueryBlock * kKeyBlock;
-  float* weight = grad_prob + kQueryBlock * kKeyBlock;
-  float* wanted = weight + kKeyBlock;
-  float* factor = wanted + kKeyBlock;
-  float* grad_weight = factor + kKeyBlock;
-  float* row = grad_weight + kKeyBlock;
+  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * blocks.rows + kWidth * stride);
+  const auto queries = [&](int64_t member) { return QueryRows(scratch + member * size, rows, dim); };
+  float* key = scratch + group * size;
+  float* value = key + kKeyTile * stride;
+  float* grad_key = value + kKeyTile * stride;
+  float* grad_value = grad_key + kKeyTile * stride;
+  float* probability = grad_value + kKeyTile * stride;
+  float* grad_logits = probability + kKeyTile * blocks.rows;
+  float* factor = grad_logits + kKeyTile * blocks.rows;
+  float* transposed = factor + kKeyTile * blocks.rows;
+  TileGradients gradients;
+  gradients.key = transposed + kWidth * stride;
+  gradients.value = gradients.key + kKeyTile * stride;
 
   for (int64_t member = 0; member < group; ++member) {
-    const int64_t head = first_head + member, place = member * queries * stride;
-    float* lse = logsumexp + member * round_up(queries);
-    const float* saved =
-        a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
-    for (int64_t i = 0; i < queries; ++i) lse[i] = saved[i];
-    // Rows that see no key take no part, whatever stands in them.
-    const auto alive = [lse](int64_t i) { return lse[i] != kInfinity; };
-    pack_rows(a.query, a.dtype, batch * a.query.batch + head * a.query.head + s.query_begin * a.query.row, queries, dim,
-              a.scale, alive, query + place);
-    pack_rows(g.grad_output, a.dtype,
-              batch * g.grad_output.batch + head * g.grad_output.head + s.query_begin * g.grad_output.row, queries, dim,
-              1.0f, alive, grad_output + place);
-    for (int64_t i = 0; i < queries; ++i) {
-      load_row(a.output, a.dtype, batch * a.output.batch + head * a.output.head + (s.query_begin + i) * a.output.row, dim,
-               1.0f, row);
-      Vec total{};
-      for (int64_t d = 0; d < stride; d += kWidth) total += load(row + d) * load(grad_output + place + i * stride + d);
-      delta[member * round_up(queries) + i] = sum(total);
-    }
-    for (int64_t i = 0; i < queries * stride; ++i) grad_query[place + i] = 0.0f;
+    pack_queries(g, s, batch, first_head + member, blocks, queries(member), transposed);
   }
-
-  for (int64_t first = 0; first < s.num_keys; first += kKeyBlock) {
-    const int64_t keys = s.num_keys - first < kKeyBlock ? s.num_keys - first : kKeyBlock;
-    const int64_t key_row = s.key_begin + first;
-    const int64_t key_offset = batch * a.key.batch + key_head * a.key.head + key_row * a.key.row;
-    pack_transposed(a.key, a.dtype, key_offset, keys, dim, kKeyBlock, row, key_transposed);
-    pack_transposed(a.value, a.dtype, batch * a.value.batch + key_head * a.value.head + key_row * a.value.row, keys, dim,
-                    kKeyBlock, row, value_transposed);
+  const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
+  for (int64_t first = split * kKeyTile; first < s.num_keys; first += plan.splits * kKeyTile) {
+    const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
     for (int64_t i = 0; i < keys * stride; ++i) grad_key[i] = grad_value[i] = 0.0f;
-    for (int64_t j = 0; j < kKeyBlock; ++j) {
-      factor[j] = 1.0f;
-      wanted[j] = j < keys && (g.key_mask == nullptr || g.key_mask[batch * g.key_mask_batch + key_row + j]) ? 1.0f : 0.0f;
-    }
-
     for (int64_t member = 0; member < group; ++member) {
-      const int64_t head = first_head + member, place = member * queries * stride;
+      const int64_t head = first_head + member;
       const Dropout dropout(a, batch, head);
-      load_weights(a.weight, batch * a.weight.batch + head * a.weight.head + key_row, keys, weight);
-      pack_rows(a.key, a.dtype, key_offset, keys, dim, 1.0f, [weight](int64_t j) { return weight[j] > 0.0f; }, key);
-      for (int64_t j = 0; j < kKeyBlock; ++j) grad_weight[j] = 0.0f;
-
-      for (int64_t i = 0; i < queries; i += kQueryBlock) {
-        const int64_t rows = queries - i < kQueryBlock ? queries - i : kQueryBlock;
-        const int64_t visible = visible_keys(a, s, i + rows - 1, first, keys);
-        if (visible == 0) continue;
-        const int64_t columns = round_up(visible);
-        const float* q = query + place + i * stride;
-        const float* go = grad_output + place + i * stride;
-        matmul<false>(rows, columns, dim, q, stride, 1, key_transposed, kKeyBlock, logits, kKeyBlock);
-        matmul<false>(rows, columns, dim, go, stride, 1, value_transposed, kKeyBlock, grad_prob, kKeyBlock);
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t index = member * round_up(queries) + i + r;
-          if (dropout.active()) dropout.row(i + r, first / 8, (columns + 7) / 8, factor);
-          gradient_row(logits + r * kKeyBlock, grad_prob + r * kKeyBlock, weight, wanted, factor, logsumexp[index],
-                       delta[index], visible_keys(a, s, i + r, first, keys), columns,
-                       g.grad_weight.data == nullptr ? nullptr : grad_weight);
-        }
-        matmul<true>(visible, stride, rows, logits, 1, kKeyBlock, go, stride, grad_value, stride);
-        matmul<true>(visible, stride, rows, grad_prob, 1, kKeyBlock, q, stride, grad_key, stride);
-        matmul<true>(rows, stride, visible, grad_prob, kKeyBlock, 1, key, stride, grad_query + place + i * stride, stride);
-      }
+      const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
+      const bool* key_mask = g.key_mask == nullptr ? nullptr : g.key_mask + batch * g.key_mask_batch + s.key_begin + first;
+      float* grad_weight = nullptr;
       if (g.grad_weight.data != nullptr) {
-        float* out = g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + key_row;
-        for (int64_t j = 0; j < keys; ++j) out[j] = grad_weight[j];
+        grad_weight = g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + s.key_begin + first;
+        for (int64_t j = 0; j < keys; ++j) grad_weight[j] = 0.0f;
+      }
+      for (const bool removed : {false, true}) {
+        if (removed && grad_weight == nullptr) continue;
+        const KeyTile tile(weight, first, keys, [&](int64_t j, float w) {
+          return removed ? w == 0.0f && (key_mask == nullptr || key_mask[j]) : w > 0.0f;
+        });
+        if (tile.count == 0) continue;
+        tile.pack(a.key, a.dtype, offset(a.key), dim, key);
+        tile.pack(a.value, a.dtype, offset(a.value), dim, value);
+        for (int64_t i = 0; i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
+        for (int64_t j = 0; j < tile.count; ++j) gradients.weight[j] = Vec{};
+        for (int64_t i = 0; i < blocks.count; ++i) {
+          const int64_t row = i * blocks.rows;
+          attend_backward(g, tile, removed, key, value, dropout, row, row + s.offset, blocks, queries(member), probability,
+                          grad_logits, factor, gradients);
+        }
+        for (int64_t j = 0; j < tile.count; ++j) {
+          if (grad_weight != nullptr) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
+          if (removed) continue;
+          for (int64_t d = 0; d < stride; d += kWidth) {
+            float *k = grad_key + tile.place[j] * stride + d, *v = grad_value + tile.place[j] * stride + d;
+            store(k, load(k) + load(gradients.key + j * stride + d));
+            store(v, load(v) + load(gradients.value + j * stride + d));
+          }
+        }
       }
     }
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(g.grad_key, a.dtype, batch * g.grad_key.batch + key_head * g.grad_key.head + (key_row + j) * g.grad_key.row,
-                dim, 1.0f, grad_key + j * stride);
-      store_row(g.grad_value, a.dtype,
-                batch * g.grad_value.batch + key_head * g.grad_value.head + (key_row + j) * g.grad_value.row, dim, 1.0f,
-                grad_value + j * stride);
+      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, 1.0f, grad_key + j * stride);
+      store_row(g.grad_value, a.dtype, offset(g.grad_value) + (first + j) * g.grad_value.row, dim, 1.0f, grad_value + j * stride);
     }
   }
 
   for (int64_t member = 0; member < group; ++member) {
-    for (int64_t i = 0; i < queries; ++i) {
-      store_row(g.grad_query, a.dtype,
-                batch * g.grad_query.batch + (first_head + member) * g.grad_query.head +
-                    (s.query_begin + i) * g.grad_query.row,
-                dim, a.scale, grad_query + (member * queries + i) * stride);
+    const float* grad_query = queries(member).grad_query;
+    if (plan.splits == 1) {
+      unpack_grad_query(g, s, batch, first_head + member, blocks, grad_query, transposed);
+    } else {
+      float* partial = plan.partial_at(batch, first_head + member, split);
+      for (int64_t i = 0; i < rows * dim; ++i) partial[i] = grad_query[i];
     }
   }
 }
 
+inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head) {
+  const Attention& a = plan.g.forward;
+  const Sequence s = sequence(a, batch);
+  const Blocks blocks(s.num_queries, kBackwardVecs);
+  float* total = plan.partial_at(batch, head, 0);
+  for (int64_t split = 1; split < plan.splits; ++split) {
+    const float* other = plan.partial_at(batch, head, split);
+    for (int64_t i = 0; i < blocks.count * blocks.rows * a.head_dim; ++i) total[i] += other[i];
+  }
+  unpack_grad_query(plan.g, s, batch, head, blocks, total, thread_scratch(kWidth * round_up(a.head_dim)));
+}
+
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
-  const Task task = [](void* pointer, int64_t begin, int64_t end) {
-    const AttentionBackward& gradients = *static_cast<const AttentionBackward*>(pointer);
-    for (int64_t index = begin; index < end; ++index) {
-      backward_key_head(gradients, index / gradients.forward.num_key_heads, index % gradients.forward.num_key_heads);
-    }
-  };
-  parallel_for(g.forward.batch * g.forward.num_key_heads, task, const_cast<AttentionBackward*>(&g));
+  const Attention& a = g.forward;
+  // Few key heads are divided further, by the problem alone, so that results do not depend on the number of threads.
+  constexpr int64_t kTasks = 16, kFewestTiles = 4;
+  const int64_t heads = a.batch * a.num_key_heads, tiles = (a.num_keys + kKeyTile - 1) / kKeyTile;
+  if (heads == 0) return;
+  BackwardPlan plan{g, clamped(kTasks / heads, 1, tiles < kFewestTiles ? 1 : tiles / kFewestTiles), nullptr, 0};
+  std::unique_ptr<float[]> partial;
+  if (plan.splits > 1) {
+    const Blocks blocks(a.num_queries, kBackwardVecs);
+    plan.partial_size = (blocks.count + 1) * kBackwardVecs * kWidth * a.head_dim;
+    partial.reset(new float[static_cast<size_t>(a.batch * a.num_heads * plan.splits * plan.partial_size)]);
+    plan.partial = partial.get();
+  }
+  parallel_for(
+      heads * plan.splits,
+      [](void* pointer, int64_t begin, int64_t end) {
+        const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t pair = i / p.splits, key_heads = p.g.forward.num_key_heads;
+          backward_key_head(p, pair / key_heads, pair % key_heads, i % p.splits);
+        }
+      },
+      &plan);
+  if (plan.splits == 1) return;
+  parallel_for(
+      a.batch * a.num_heads,
+      [](void* pointer, int64_t begin, int64_t end) {
+        const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
+        for (int64_t i = begin; i < end; ++i) sum_grad_query(p, i / p.g.forward.num_heads, i % p.g.forward.num_heads);
+      },
+      &plan);
 }

@@ -36,28 +36,42 @@ inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t si
   }
 }
 
-// Copies rows [0, rows) into `out` with leading dimension round_up(head_dim); rows for which keep(row) is false become 0.
+// Rows to columns: out[d * stride + r] for rows [0, rows), factor included; columns up to `columns`, whole vectors, are zero.
+// Rows for which keep(r) is false become zero too. `scratch` holds kWidth rows.
 template <class Keep>
-inline void pack_rows(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t head_dim, float factor,
-                      Keep keep, float* out) {
-  const int64_t stride = round_up(head_dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (keep(r)) {
-      load_row(m, dtype, offset + r * m.row, head_dim, factor, out + r * stride);
-    } else {
-      for (int64_t d = 0; d < stride; ++d) out[r * stride + d] = 0.0f;
+inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns, int64_t head_dim,
+                            float factor, Keep keep, int64_t stride, float* scratch, float* out) {
+  const int64_t width = round_up(head_dim);
+  for (int64_t first = 0; first < columns; first += kWidth) {
+    for (int64_t r = 0; r < kWidth; ++r) {
+      if (first + r < rows && keep(first + r)) {
+        load_row(m, dtype, offset + (first + r) * m.row, head_dim, factor, scratch + r * width);
+      } else {
+        for (int64_t d = 0; d < width; d += kWidth) store(scratch + r * width + d, Vec{});
+      }
+    }
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      Vec square[kWidth];
+      for (int r = 0; r < kWidth; ++r) square[r] = load(scratch + r * width + d);
+      transpose(square);
+      for (int64_t c = 0; c < kWidth && d + c < head_dim; ++c) store(out + (d + c) * stride + first, square[c]);
     }
   }
 }
 
-// Copies rows transposed: out[d * stride + r], columns [rows, round_up(rows)) zero. `row` holds one row of scratch.
-inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t head_dim,
-                            int64_t stride, float* row, float* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    load_row(m, dtype, offset + r * m.row, head_dim, 1.0f, row);
-    for (int64_t d = 0; d < head_dim; ++d) out[d * stride + r] = row[d];
-  }
-  for (int64_t r = rows; r < round_up(rows); ++r) {
-    for (int64_t d = 0; d < head_dim; ++d) out[d * stride + r] = 0.0f;
+// Columns to rows: the way back, into rows [0, rows) of a tensor.
+inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, float factor,
+                              const Matrices& m, DType dtype, int64_t offset, float* scratch) {
+  const int64_t width = round_up(head_dim);
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      Vec square[kWidth];
+      for (int64_t c = 0; c < kWidth; ++c) square[c] = d + c < head_dim ? load(in + (d + c) * stride + first) : Vec{};
+      transpose(square);
+      for (int r = 0; r < kWidth; ++r) store(scratch + r * width + d, square[r]);
+    }
+    for (int64_t r = 0; r < kWidth && first + r < rows; ++r) {
+      store_row(m, dtype, offset + (first + r) * m.row, head_dim, factor, scratch + r * width);
+    }
   }
 }

@@ -21,20 +21,19 @@ struct Dropout {
 
   bool active() const { return threshold != 0; }
 
-  // factor[0, 8 * blocks) of one query row, from key 8 * first_block on.
-  void row(int64_t query, int64_t first_block, int64_t blocks, float* factor) const {
-    constexpr int kLanes = 16;  // draws side by side, so that the compiler vectorises over them
-    uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-    for (int64_t start = 0; start < blocks; start += kLanes) {
-      for (int i = 0; i < kLanes; ++i) {
+  // factor[k * stride + i] for keys 8 * block + k, k < 8, and query rows query + i, i < lanes (whole vectors).
+  void block(int64_t query, int64_t lanes, int64_t key_block, int64_t stride, float* factor) const {
+    for (int64_t first = 0; first < lanes; first += kWidth) {
+      uint32_t c0[kWidth], c1[kWidth], c2[kWidth], c3[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
         c0[i] = batch_head;
-        c1[i] = static_cast<uint32_t>(query);
-        c2[i] = static_cast<uint32_t>(first_block + start + i);
+        c1[i] = static_cast<uint32_t>(query + first + i);
+        c2[i] = static_cast<uint32_t>(key_block);
         c3[i] = 0;
       }
       uint32_t k0 = key[0], k1 = key[1];
       for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < kLanes; ++i) {
+        for (int i = 0; i < kWidth; ++i) {
           const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
           c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
           c1[i] = static_cast<uint32_t>(p1);
@@ -44,11 +43,13 @@ struct Dropout {
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
       }
-      for (int i = 0; i < kLanes && start + i < blocks; ++i) {
-        const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
-        for (int w = 0; w < 4; ++w) {
-          factor[(start + i) * 8 + 2 * w] = (words[w] & 0xffffu) < threshold ? 0.0f : kept_factor;
-          factor[(start + i) * 8 + 2 * w + 1] = (words[w] >> 16) < threshold ? 0.0f : kept_factor;
+      const uint32_t* words[4] = {c0, c1, c2, c3};
+      for (int w = 0; w < 4; ++w) {
+        float* low = factor + 2 * w * stride + first;
+        float* high = low + stride;
+        for (int i = 0; i < kWidth; ++i) {
+          low[i] = (words[w][i] & 0xffffu) < threshold ? 0.0f : kept_factor;
+          high[i] = (words[w][i] >> 16) < threshold ? 0.0f : kept_factor;
         }
       }
     }

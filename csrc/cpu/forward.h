@@ -1,50 +1,64 @@
-// Forward pass: online softmax over blocks of keys, each row's keys always in the same order.
+// Forward pass: online softmax over tiles of keys, each row's keys always in the same order.
 // Include inside the namespace of an instruction set only.
 
-constexpr int64_t kQueryBlock = 24, kKeyBlock = 128;
+constexpr int64_t kForwardVecs = 3;
 
-inline IntVec lane_index() {
-  IntVec index;
-  for (int i = 0; i < kWidth; ++i) index[i] = i;
-  return index;
-}
+// A block of query rows with what is known of them so far.
+struct RunningBlock {
+  float* query;    // [head_dim, rows], times scale and log2(e)
+  float* output;   // [head_dim, rows], unnormalised
+  float* row_max;  // [rows], in powers of two
+  float* row_sum;
+};
 
-// How many keys of the block that starts at `first_key` a query may see, before clipping to the block.
-inline int64_t visible_keys(const Attention& a, const Sequence& s, int64_t query, int64_t first_key, int64_t keys) {
-  const int64_t limit = a.causal ? query + s.offset - first_key + 1 : keys;
-  return limit < 0 ? 0 : limit < keys ? limit : keys;
-}
+// One tile of keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised probabilities.
+inline void attend(const Attention& a, const KeyTile& tile, const float* key, const float* value,
+                   const Dropout& dropout, int64_t query, int64_t position, const Blocks& blocks, const RunningBlock& block,
+                   float* logits, float* factor) {
+  const int64_t rows = blocks.rows, dim = a.head_dim, stride = round_up(dim);
+  const Parts parts(tile, a.causal, position, blocks.vecs);
+  if (parts.count == 0) return;
 
-// Copies the weights of a block of keys, zero-padded to whole vectors, so that padding is one more masked key.
-inline void load_weights(const Rows& weight, int64_t offset, int64_t keys, float* out) {
-  for (int64_t j = 0; j < keys; ++j) out[j] = weight.data[offset + j];
-  for (int64_t j = keys; j < round_up(keys); ++j) out[j] = 0.0f;
-}
-
-// Turns one row of logits into weighted, unnormalised probabilities; updates the row's maximum and sum.
-// Returns the factor that what was accumulated under the old maximum must be multiplied with.
-inline float softmax_row(float* logits, const float* weight, int64_t visible, int64_t columns, float& row_max,
-                         float& row_sum) {
-  Vec best = splat(-kInfinity);
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    const Vec x = load(logits + j), w = load(weight + j);
-    const IntVec attended = (lane_index() < static_cast<int32_t>(visible - j)) & (w > Vec{});
-    const Vec masked = attended ? x : splat(-kInfinity);  // also drops NaN standing in a masked key
-    store(logits + j, masked);
-    best = masked > best ? masked : best;
+  Vec best[kForwardVecs];
+  for (int64_t v = 0; v < blocks.vecs; ++v) best[v] = load(block.row_max + v * kWidth);
+  for (const Part& part : parts) {
+    const int64_t lane = part.first_vec * kWidth;
+    matmul<false>(part.end - part.begin, blocks.vecs - part.first_vec, dim, key + part.begin * stride, stride,
+                                1, block.query + lane, rows, logits + part.begin * rows + lane, rows);
+    for (int64_t j = part.begin; j < part.end; ++j) {
+      float* row = logits + j * rows;
+      if (part.ragged) store(row + lane, seen(tile, j, part, position) ? load(row + lane) : splat(-kInfinity));
+      for (int64_t v = part.first_vec; v < blocks.vecs; ++v) best[v] = maximum(load(row + v * kWidth), best[v]);
+    }
   }
-  const float old_max = row_max, block_max = maximum(best);
-  row_max = block_max > old_max ? block_max : old_max;
-  const Vec shift = splat(row_max == -kInfinity ? 0.0f : row_max);
-  Vec total{};
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    const Vec p = load(weight + j) * exp(load(logits + j) - shift);
-    store(logits + j, p);
-    total += p;
+
+  Vec shift[kForwardVecs], total[kForwardVecs];
+  for (int64_t v = 0; v < blocks.vecs; ++v) {
+    shift[v] = best[v] == splat(-kInfinity) ? Vec{} : best[v];
+    const Vec correction = exp2(load(block.row_max + v * kWidth) - shift[v]);
+    store(block.row_max + v * kWidth, best[v]);
+    total[v] = load(block.row_sum + v * kWidth) * correction;
+    for (int64_t d = 0; d < dim; ++d) {
+      float* output = block.output + d * rows + v * kWidth;
+      store(output, load(output) * correction);
+    }
   }
-  const float correction = row_max == old_max ? 1.0f : exp(splat(old_max) - shift)[0];
-  row_sum = row_sum * correction + sum(total);
-  return correction;
+  if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
+  for (const Part& part : parts) {
+    for (int64_t j = part.begin; j < part.end; ++j) {
+      float* row = logits + j * rows;
+      for (int64_t v = part.first_vec; v < blocks.vecs; ++v) {
+        Vec p = splat(tile.weight[j]) * exp2(load(row + v * kWidth) - shift[v]);
+        total[v] += p;
+        if (dropout.active()) p *= load(factor + tile.place[j] * rows + v * kWidth);
+        store(row + v * kWidth, p);
+      }
+    }
+    const int64_t lane = part.first_vec * kWidth;
+    matmul<true>(dim, blocks.vecs - part.first_vec, part.end - part.begin, value + part.begin * stride, 1, stride,
+                               logits + part.begin * rows + lane, rows, block.output + lane, rows);
+  }
+  for (int64_t v = 0; v < blocks.vecs; ++v) store(block.row_sum + v * kWidth, total[v]);
 }
 
 // Query rows [begin, end) of one (batch, head).
@@ -52,83 +66,87 @@ inline void forward_rows(const Attention& a, int64_t batch, int64_t head, int64_
   const Sequence s = sequence(a, batch);
   if (end > s.num_queries) end = s.num_queries;
   if (begin >= end) return;
-  const int64_t rows = end - begin, dim = a.head_dim, stride = round_up(dim);
+  const int64_t dim = a.head_dim, stride = round_up(dim);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads);
+  const Blocks blocks(end - begin, kForwardVecs);
+  const int64_t rows = blocks.count * blocks.rows;
   const Dropout dropout(a, batch, head);
 
-  float* scratch = thread_scratch(2 * rows * stride + 2 * round_up(rows) + dim * kKeyBlock + kKeyBlock * stride +
-                                  kQueryBlock * kKeyBlock + 2 * kKeyBlock + stride);
+  float* scratch = thread_scratch(2 * dim * rows + 2 * rows + 2 * kKeyTile * stride + 2 * kKeyTile * blocks.rows +
+                                  kWidth * stride);
   float* query = scratch;
-  float* output = query + rows * stride;
-  float* row_max = output + rows * stride;
-  float* row_sum = row_max + round_up(rows);
-  float* key_transposed = row_sum + round_up(rows);
-  float* value = key_transposed + dim * kKeyBlock;
-  float* logits = value + kKeyBlock * stride;
-  float* weight = logits + kQueryBlock * kKeyBlock;
-  float* factor = weight + kKeyBlock;
-  float* row = factor + kKeyBlock;
+  float* output = query + dim * rows;
+  float* row_max = output + dim * rows;
+  float* row_sum = row_max + rows;
+  float* key = row_sum + rows;
+  float* value = key + kKeyTile * stride;
+  float* logits = value + kKeyTile * stride;
+  float* factor = logits + kKeyTile * blocks.rows;
+  float* transposed = factor + kKeyTile * blocks.rows;
 
-  const auto all = [](int64_t) { return true; };
-  const int64_t query_offset = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
-  pack_rows(a.query, a.dtype, query_offset, rows, dim, a.scale, all, query);
-  for (int64_t i = 0; i < rows * stride; ++i) output[i] = 0.0f;
+  const auto block_at = [&](int64_t index) {
+    const int64_t row = index * blocks.rows;
+    return RunningBlock{query + dim * row, output + dim * row, row_max + row, row_sum + row};
+  };
+  const int64_t first_query = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const int64_t row = i * blocks.rows;
+    pack_transposed(a.query, a.dtype, first_query + row * a.query.row, end - begin - row, blocks.rows, dim, a.scale * kLog2E,
+                    [](int64_t) { return true; }, blocks.rows, transposed, block_at(i).query);
+  }
+  for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     row_max[i] = -kInfinity;
     row_sum[i] = 0.0f;
   }
 
-  for (int64_t first = 0; first < s.num_keys; first += kKeyBlock) {
-    if (visible_keys(a, s, end - 1, first, 1) == 0) break;
-    const int64_t keys = s.num_keys - first < kKeyBlock ? s.num_keys - first : kKeyBlock;
-    const int64_t key_row = s.key_begin + first;
-    load_weights(a.weight, batch * a.weight.batch + head * a.weight.head + key_row, keys, weight);
-    pack_transposed(a.key, a.dtype, batch * a.key.batch + key_head * a.key.head + key_row * a.key.row, keys, dim,
-                    kKeyBlock, row, key_transposed);
-    pack_rows(a.value, a.dtype, batch * a.value.batch + key_head * a.value.head + key_row * a.value.row, keys, dim, 1.0f,
-              [weight](int64_t j) { return weight[j] > 0.0f; }, value);
-
-    for (int64_t i = 0; i < rows; i += kQueryBlock) {
-      const int64_t block_rows = rows - i < kQueryBlock ? rows - i : kQueryBlock;
-      const int64_t visible = visible_keys(a, s, begin + i + block_rows - 1, first, keys);
-      if (visible == 0) continue;
-      const int64_t columns = round_up(visible);
-      matmul<false>(block_rows, columns, dim, query + i * stride, stride, 1, key_transposed, kKeyBlock, logits, kKeyBlock);
-      for (int64_t r = 0; r < block_rows; ++r) {
-        float* p = logits + r * kKeyBlock;
-        const int64_t row_visible = visible_keys(a, s, begin + i + r, first, keys);
-        const float correction = softmax_row(p, weight, row_visible, columns, row_max[i + r], row_sum[i + r]);
-        if (correction != 1.0f) {
-          float* o = output + (i + r) * stride;
-          for (int64_t d = 0; d < stride; d += kWidth) store(o + d, load(o + d) * splat(correction));
-        }
-        if (dropout.active()) {
-          dropout.row(begin + i + r, first / 8, (visible + 7) / 8, factor);
-          for (int64_t j = 0; j < visible; ++j) p[j] *= factor[j];
-        }
-      }
-      matmul<true>(block_rows, stride, visible, logits, kKeyBlock, 1, value, stride, output + i * stride, stride);
+  const int64_t first_key = batch * a.key.batch + key_head * a.key.head + s.key_begin * a.key.row;
+  const int64_t first_value = batch * a.value.batch + key_head * a.value.head + s.key_begin * a.value.row;
+  const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
+  const int64_t last = a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
+  for (int64_t first = 0; first < last; first += kKeyTile) {
+    const KeyTile tile(weight, first, last - first < kKeyTile ? last - first : kKeyTile,
+                       [](int64_t, float w) { return w > 0.0f; });
+    tile.pack(a.key, a.dtype, first_key, dim, key);
+    tile.pack(a.value, a.dtype, first_value, dim, value);
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      const int64_t row = begin + i * blocks.rows;
+      attend(a, tile, key, value, dropout, row, row + s.offset, blocks, block_at(i), logits, factor);
     }
   }
 
-  for (int64_t i = 0; i < rows; ++i) {
-    const bool dead = row_sum[i] == 0.0f;
-    const int64_t query_row = s.query_begin + begin + i;
-    store_row(a.output, a.dtype, batch * a.output.batch + head * a.output.head + query_row * a.output.row, dim,
-              dead ? 0.0f : 1.0f / row_sum[i], output + i * stride);
-    a.logsumexp.data[batch * a.logsumexp.batch + head * a.logsumexp.head + query_row] =
-        dead ? kInfinity : row_max[i] + __builtin_logf(row_sum[i]);
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const RunningBlock block = block_at(i);
+    const int64_t row = begin + i * blocks.rows;
+    const int64_t block_rows = end - row < blocks.rows ? end - row : blocks.rows;
+    for (int64_t r = 0; r < blocks.rows; r += kWidth) {
+      const Vec total = load(block.row_sum + r);
+      const Vec inverse = total > Vec{} ? splat(1.0f) / total : Vec{};  // a row without a key has output 0
+      const Vec normaliser = total == total ? inverse : total;
+      for (int64_t d = 0; d < dim; ++d) {
+        float* o = block.output + d * blocks.rows + r;
+        store(o, load(o) * normaliser);
+      }
+    }
+    unpack_transposed(block.output, blocks.rows, block_rows, dim, 1.0f, a.output, a.dtype,
+                      batch * a.output.batch + head * a.output.head + (s.query_begin + row) * a.output.row, transposed);
+    float* logsumexp = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin + row;
+    for (int64_t r = 0; r < block_rows; ++r) {
+      const float total = block.row_sum[r];
+      logsumexp[r] = total == 0.0f ? kInfinity : (block.row_max[r] + __builtin_log2f(total)) * kLn2;
+    }
   }
 }
 
 inline void forward(const Attention& a, ParallelFor parallel_for) {
   // Enough pieces to keep every thread busy, and large enough that packing keys and values is little of the work.
-  constexpr int64_t kPieces = 64, kSmallestPiece = 4 * kQueryBlock;
+  constexpr int64_t kPieces = 64, kSmallestPiece = 192;
   const int64_t pairs = a.batch * a.num_heads;
   if (pairs == 0 || a.num_queries == 0) return;
+  if (decodes(a)) return decode(a, parallel_for);
   const int64_t wanted = (kPieces + pairs - 1) / pairs;
   int64_t rows = (a.num_queries + wanted - 1) / wanted;
-  rows = rows < kSmallestPiece ? kSmallestPiece : (rows + kQueryBlock - 1) / kQueryBlock * kQueryBlock;
+  rows = rows < kSmallestPiece ? kSmallestPiece : round_up(rows);
   struct Context {
     const Attention& a;
     int64_t rows, pieces;

@@ -1,4 +1,6 @@
 // The kernels, compiled once per instruction set: each of the kernels_*.cpp defines EMPCAUSE_ISA and includes this file.
+#include <memory>
+
 #include "attention.h"
 
 namespace empcause::cpu {
@@ -10,6 +12,8 @@ namespace EMPCAUSE_ISA {
 #include "convert.h"
 #include "dropout.h"
 #include "matmul.h"
+#include "tile.h"
+#include "decode.h"
 #include "forward.h"
 #include "backward.h"
 

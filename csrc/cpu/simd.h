@@ -14,11 +14,19 @@ typedef float UnalignedVec __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+inline IntVec lane_index() {
+  IntVec index;
+  for (int i = 0; i < kWidth; ++i) index[i] = i;
+  return index;
+}
 
 inline float sum(Vec v) {
   float total = 0;
@@ -26,26 +34,43 @@ inline float sum(Vec v) {
   return total;
 }
 
-inline float maximum(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+// 2^x for x < 128, relative error below 1.5e-7; exactly 0 below -126, so for -infinity; NaN for NaN.
+inline Vec exp2(Vec x) {
+  // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer. The polynomial is minimax for 2^r there.
+  const Vec shifted = x + splat(12582912.0f);
+  const Vec r = x - (shifted - splat(12582912.0f));
+  Vec p = splat(1.534581242594868e-4f);
+  p = p * r + splat(1.3399930903688073e-3f);
+  p = p * r + splat(9.618489071726799e-3f);
+  p = p * r + splat(5.550328642129898e-2f);
+  p = p * r + splat(2.4022646248340607e-1f);
+  p = p * r + splat(6.931471824645996e-1f);
+  p = p * r + splat(1.0f);
+  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;  // the integer's low bits, added to the exponent of p
+  const Vec power = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);
+  return x < splat(-126.0f) ? Vec{} : power;
 }
 
-// e^x for x <= 88, relative error below 2e-7; exactly 0 below -87, so for -infinity.
-inline Vec exp(Vec x) {
-  const Vec clamped = x < splat(-87.0f) ? splat(-87.0f) : x;  // NaN stays
-  // x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts; adding 1.5 * 2^23 rounds to the nearest integer.
-  const Vec shifted = clamped * splat(1.44269504f) + splat(12582912.0f);
-  const Vec n = shifted - splat(12582912.0f);
-  const Vec r = (clamped - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  const IntVec exponent = (reinterpret_cast<IntVec>(shifted) - 0x4B400000 + 127) << 23;
-  return x < splat(-87.0f) ? Vec{} : p * reinterpret_cast<Vec>(exponent);
+// kWidth x kWidth values, rows to columns, in place.
+template <int kStep = 1>
+inline void transpose(Vec (&rows)[kWidth]) {
+  IntVec low, high;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    low[lane] = (lane & kStep) == 0 ? lane : kWidth + lane - kStep;
+    high[lane] = (lane & kStep) == 0 ? lane + kStep : kWidth + lane;
+  }
+  for (int i = 0; i < kWidth; ++i) {
+    if ((i & kStep) != 0) continue;
+    const Vec a = rows[i], b = rows[i + kStep];
+#if defined(__clang__)
+    for (int lane = 0; lane < kWidth; ++lane) {
+      rows[i][lane] = low[lane] < kWidth ? a[low[lane]] : b[low[lane] - kWidth];
+      rows[i + kStep][lane] = high[lane] < kWidth ? a[high[lane]] : b[high[lane] - kWidth];
+    }
+#else
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kStep] = __builtin_shuffle(a, b, high);
+#endif
+  }
+  if constexpr (kStep * 2 < kWidth) transpose<kStep * 2>(rows);
 }

@@ -1,0 +1,165 @@
+// Decoding: a few queries over many keys, bound by reading these. All heads that share keys are served while a tile of them is
+// at hand; where few heads have keys of their own, the keys are cut into parts, whose sums are put together in their order.
+// Include inside the namespace of an instruction set only.
+
+// Of what a part, or all of them, have seen: the output is relative to 2^maximum and not yet divided by the sum.
+struct PartialRow {
+  float *output, *maximum, *sum;
+};
+
+struct DecodePlan {
+  const Attention& a;
+  int64_t parts, part_keys;
+  float* memory;  // [batch, head, query, part, head_dim in whole vectors and two more]
+
+  static int64_t row_size(const Attention& a) { return round_up(a.head_dim) + 2; }
+
+  PartialRow row(int64_t batch, int64_t head, int64_t query, int64_t part) const {
+    float* at = memory + (((batch * a.num_heads + head) * a.num_queries + query) * parts + part) * row_size(a);
+    return {at, at + round_up(a.head_dim), at + round_up(a.head_dim) + 1};
+  }
+};
+
+// logits[j] = query . key_j, kWidth keys at a time; what stands beyond the last key is undefined.
+inline void logits_of_row(const float* query, const float* key, int64_t keys, int64_t stride, float* logits) {
+  for (int64_t first = 0; first < keys; first += kWidth) {
+    Vec products[kWidth];
+    for (int j = 0; j < kWidth; ++j) products[j] = Vec{};
+    for (int64_t d = 0; d < stride; d += kWidth) {
+      const Vec q = load(query + d);
+      for (int j = 0; j < kWidth; ++j) products[j] += q * load(key + (first + j) * stride + d);
+    }
+    transpose(products);
+    Vec total{};
+    for (int j = 0; j < kWidth; ++j) total += products[j];
+    store(logits + first, total);
+  }
+}
+
+inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const float* key, const float* value,
+                       int64_t stride, float* logits, PartialRow row) {
+  logits_of_row(query, key, keys, stride, logits);
+  Vec best = splat(*row.maximum);
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    const Vec x = lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) : splat(-kInfinity);
+    store(logits + j, x);
+    best = maximum(x, best);
+  }
+  float new_maximum = best[0];
+  for (int i = 1; i < kWidth; ++i) new_maximum = best[i] > new_maximum ? best[i] : new_maximum;
+  const Vec shift = splat(new_maximum == -kInfinity ? 0.0f : new_maximum);
+  const Vec correction = exp2(splat(*row.maximum) - shift);
+  Vec total{};
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    const Vec p = load(tile.weight + j) * exp2(load(logits + j) - shift);
+    store(logits + j, p);
+    total += p;
+  }
+  *row.maximum = new_maximum;
+  *row.sum = *row.sum * correction[0] + sum(total);
+  constexpr int64_t kVecs = 4;
+  for (int64_t d = 0; d < stride; d += kVecs * kWidth) {
+    const int64_t vecs = (stride - d) / kWidth < kVecs ? (stride - d) / kWidth : kVecs;
+    Vec acc[kVecs];
+    for (int64_t v = 0; v < vecs; ++v) acc[v] = load(row.output + d + v * kWidth) * correction;
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t v = 0; v < vecs; ++v) acc[v] += splat(logits[j]) * load(value + j * stride + d + v * kWidth);
+    }
+    for (int64_t v = 0; v < vecs; ++v) store(row.output + d + v * kWidth, acc[v]);
+  }
+}
+
+inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head, int64_t part) {
+  const Attention& a = plan.a;
+  const Sequence s = sequence(a, batch);
+  const int64_t dim = a.head_dim, stride = round_up(dim), group = a.num_heads / a.num_key_heads;
+  float* scratch = thread_scratch(group * s.num_queries * stride + 2 * kKeyTile * stride + kKeyTile);
+  float* query = scratch;
+  float* key = query + group * s.num_queries * stride;
+  float* value = key + kKeyTile * stride;
+  float* logits = value + kKeyTile * stride;
+  for (int64_t i = 0; i < group * s.num_queries; ++i) {
+    const int64_t head = key_head * group + i / s.num_queries, row = i % s.num_queries;
+    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim,
+             a.scale * kLog2E, query + i * stride);
+    const PartialRow partial = plan.row(batch, head, row, part);
+    for (int64_t d = 0; d < stride; ++d) partial.output[d] = 0.0f;
+    *partial.maximum = -kInfinity;
+    *partial.sum = 0.0f;
+  }
+  const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
+  const int64_t begin = part * plan.part_keys;
+  const int64_t end = clamped(a.causal ? s.num_queries + s.offset : s.num_keys, begin, clamped(begin + plan.part_keys, begin, s.num_keys));
+  for (int64_t first = begin; first < end; first += kKeyTile) {
+    const int64_t keys = end - first < kKeyTile ? end - first : kKeyTile;
+    for (int64_t member = 0; member < group; ++member) {
+      const int64_t head = key_head * group + member;
+      const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
+      const KeyTile tile(weight, first, keys, [](int64_t, float w) { return w > 0.0f; });
+      if (member == 0 || a.weight.head != 0) {
+        tile.pack(a.key, a.dtype, offset(a.key), dim, key);
+        tile.pack(a.value, a.dtype, offset(a.value), dim, value);
+      }
+      for (int64_t row = 0; row < s.num_queries; ++row) {
+        const int64_t visible = a.causal ? tile.up_to(row + s.offset) : tile.count;
+        if (visible == 0) continue;
+        attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key, value, stride, logits,
+                   plan.row(batch, head, row, part));
+      }
+    }
+  }
+}
+
+inline void combine_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
+  const Attention& a = plan.a;
+  const Sequence s = sequence(a, batch);
+  for (int64_t query = 0; query < s.num_queries; ++query) {
+    const PartialRow total = plan.row(batch, head, query, 0);
+    float maximum = *total.maximum;
+    for (int64_t part = 1; part < plan.parts; ++part) {
+      const float other = *plan.row(batch, head, query, part).maximum;
+      maximum = other > maximum ? other : maximum;
+    }
+    const float shift = maximum == -kInfinity ? 0.0f : maximum;
+    float sum = 0.0f;
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      const PartialRow row = plan.row(batch, head, query, part);
+      const float factor = exp2(splat(*row.maximum - shift))[0];
+      sum += *row.sum * factor;
+      for (int64_t d = 0; d < a.head_dim; ++d) {
+        total.output[d] = part == 0 ? row.output[d] * factor : total.output[d] + row.output[d] * factor;
+      }
+    }
+    const int64_t row = s.query_begin + query;
+    store_row(a.output, a.dtype, batch * a.output.batch + head * a.output.head + row * a.output.row, a.head_dim,
+              sum == 0.0f ? 0.0f : 1.0f / sum, total.output);
+    a.logsumexp.data[batch * a.logsumexp.batch + head * a.logsumexp.head + row] =
+        sum == 0.0f ? kInfinity : (shift + __builtin_log2f(sum)) * kLn2;
+  }
+}
+
+// Where a vector of query rows would be half empty.
+inline bool decodes(const Attention& a) { return a.num_queries > 0 && a.num_queries * 2 <= kWidth && a.dropout_p == 0.0; }
+
+inline void decode(const Attention& a, ParallelFor parallel_for) {
+  constexpr int64_t kTasks = 16, kSmallestPart = 4 * kKeyTile;
+  const int64_t heads = a.batch * a.num_key_heads;
+  if (heads == 0) return;
+  const int64_t most = (a.num_keys + kSmallestPart - 1) / kSmallestPart;
+  DecodePlan plan{a, clamped((kTasks + heads - 1) / heads, 1, most > 0 ? most : 1), 0, nullptr};
+  plan.part_keys = ((a.num_keys + plan.parts - 1) / plan.parts + kKeyTile - 1) / kKeyTile * kKeyTile;
+  const std::unique_ptr<float[]> memory(
+      new float[static_cast<size_t>(a.batch * a.num_heads * a.num_queries * plan.parts * DecodePlan::row_size(a))]);
+  plan.memory = memory.get();
+  parallel_for(
+      heads * plan.parts,
+      [](void* pointer, int64_t begin, int64_t end) {
+        const DecodePlan& p = *static_cast<const DecodePlan*>(pointer);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t pair = i / p.parts;
+          decode_part(p, pair / p.a.num_key_heads, pair % p.a.num_key_heads, i % p.parts);
+        }
+      },
+      &plan);
+  for (int64_t i = 0; i < a.batch * a.num_heads; ++i) combine_parts(plan, i / a.num_heads, i % a.num_heads);
+}

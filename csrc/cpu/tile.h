@@ -1,0 +1,102 @@
+// The tile that both passes work on: up to kKeyTile keys by a block of some vectors of query rows. Queries run along
+// the lanes of vectors, so that the softmax over keys needs no sum across lanes, and keys that are not there are left out.
+// Include inside the namespace of an instruction set only.
+
+constexpr int64_t kKeyTile = 64;
+constexpr int64_t kMostVecs = 6;  // of a block of query rows
+
+// The keys that take part of a range of kKeyTile neighbouring ones, in their order.
+struct KeyTile {
+  int64_t first, count = 0;
+  int64_t place[kKeyTile];   // from `first`
+  float weight[kKeyTile];
+
+  // Keys of [first, first + keys) for which take(place, weight) holds.
+  template <class Take>
+  KeyTile(const float* weights, int64_t first_key, int64_t keys, Take take) : first(first_key) {
+    for (int64_t j = 0; j < keys; ++j) {
+      if (!take(j, weights[first + j])) continue;
+      place[count] = j;
+      weight[count++] = weights[first + j];
+    }
+    for (int64_t j = count; j < round_up(count); ++j) weight[j] = 0.0f;
+  }
+
+  // How many of the keys stand at `position` or before.
+  int64_t up_to(int64_t position) const {
+    if (count == 0 || first + place[0] > position) return 0;
+    if (first + place[count - 1] <= position) return count;
+    int64_t low = 1, high = count - 1;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (first + place[middle] <= position) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  void pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
+    for (int64_t j = 0; j < count; ++j) {
+      load_row(m, dtype, offset + (first + place[j]) * m.row, head_dim, 1.0f, out + j * round_up(head_dim));
+    }
+  }
+};
+
+// Keys [begin, end) of a tile that are computed together: by the query vectors from first_vec on, where all lanes but those of
+// a ragged part's first vector see all of its keys. Under causal attention a block on the diagonal is a staircase of parts.
+struct Part {
+  int64_t begin, end, first_vec;
+  bool ragged;
+};
+
+struct Parts {
+  Part part[kMostVecs + 1];
+  int count = 0;
+
+  // `position` is that of the first query among the keys.
+  Parts(const KeyTile& tile, bool causal, int64_t position, int64_t vecs) {
+    int64_t begin = causal ? tile.up_to(position) : tile.count;
+    if (begin > 0) part[count++] = {0, begin, 0, false};
+    for (int64_t v = 0; causal && v < vecs && begin < tile.count; ++v) {
+      const int64_t end = tile.up_to(position + (v + 1) * kWidth - 1);
+      if (end > begin) part[count++] = {begin, end, v, true};
+      begin = end > begin ? end : begin;
+    }
+  }
+
+  const Part* begin() const { return part; }
+  const Part* end() const { return part + count; }
+};
+
+// Lanes of a ragged part's first vector that see a key.
+inline IntVec seen(const KeyTile& tile, int64_t key, const Part& part, int64_t position) {
+  const int64_t lane = tile.first + tile.place[key] - position - part.first_vec * kWidth;
+  return lane_index() >= static_cast<int32_t>(lane);
+}
+
+// Query rows are cut into blocks of at most `most` vectors each, as even as can be.
+struct Blocks {
+  int64_t vecs, rows, count;
+
+  Blocks(int64_t num_rows, int64_t most) {
+    const int64_t all = num_rows > 0 ? round_up(num_rows) / kWidth : 1, least = (all + most - 1) / most;
+    vecs = (all + least - 1) / least;
+    rows = vecs * kWidth;
+    count = (num_rows + rows - 1) / rows;
+  }
+};
+
+// Dropout factors of a tile: factor[k * stride + i] for every place k that a key of the tile up to `end` has.
+inline void dropout_factors(const Dropout& dropout, const KeyTile& tile, int64_t end, int64_t query, int64_t lanes,
+                            float* factor) {
+  int64_t done = -1;
+  for (int64_t j = 0; j < end; ++j) {
+    const int64_t block = tile.place[j] / 8;
+    if (block == done) continue;
+    done = block;
+    dropout.block(query, lanes, tile.first / 8 + block, lanes, factor + block * 8 * lanes);
+  }
+}
