@@ -1,0 +1,465 @@
+// Backward pass: probabilities are computed again from the saved log-sum-exp, by two kernels that add up in a fixed order.
+// GradKey owns rows of keys, for all heads that share them, and goes over the queries; GradQuery owns rows of queries and
+// goes over the keys. Both need delta_i = grad_output_i . output_i, computed first.
+//
+//   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
+#pragma once
+
+#include "dropout.h"
+#include "matmul.h"
+#include "pipeline.h"
+#include "tiling.h"
+
+namespace empcause::cuda {
+
+struct BackwardArguments {
+  AttentionBackward g;
+  DropoutRate dropout;
+  bool whole_chunks;
+  float* delta;  // strides of logsumexp
+};
+
+// e may overflow for a key of weight 0, where only the gradient of the weight uses it.
+constexpr float kLargestExponent = 80.0f * kLog2E;
+
+EMPCAUSE_DEVICE float exponential(float logit, float scale, float negative_logsumexp) {
+  const float exponent = fused(logit, scale, negative_logsumexp);
+  return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
+}
+
+// -LSE in base 2: -infinity for a row that sees no key, whose e then is 0.
+EMPCAUSE_DEVICE float negative_logsumexp(const Attention& a, int64_t batch, int64_t head, int64_t row) {
+  return -load_global(row_of(a.logsumexp, batch, head, row)) * kLog2E;
+}
+
+template <class T>
+struct DeltaKernel {
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMinBlocks = 1;
+  static constexpr uint32_t kSharedBytes = 0;
+  using Arguments = BackwardArguments;
+
+  static EMPCAUSE_ANYWHERE int64_t num_rows(const Attention& a) { return a.batch * a.num_heads * a.num_queries; }
+
+  // A warp a row.
+  static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
+    const Attention& a = f.g.forward;
+    const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
+    if (index >= num_rows(a)) return;
+    const int64_t query = index % a.num_queries, head = index / a.num_queries % a.num_heads,
+                  batch = index / a.num_queries / a.num_heads;
+    const Sequence s = sequence(a, batch);
+    if (query >= s.num_queries) return;
+    const int64_t row = s.query_begin + query;
+    const T* const output = row_of<T>(a.output, batch, head, row);
+    const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, row);
+    float delta = 0.0f;
+    for (int column = lane(); column < a.head_dim; column += kWarp) {
+      delta = fused(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
+    }
+    delta = warp_sum(delta);
+    const bool dead = load_global(row_of(a.logsumexp, batch, head, row)) == kInfinity;
+    if (lane() == 0) {
+      store_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + row, dead ? 0.0f : delta);
+    }
+  }
+};
+
+// Rows of keys, tiles of queries: everything is transposed, so that b and dS, as they stand, are left operands of the sums.
+template <class T, int kHeadDim, bool kDropout>
+class GradKeyBlock {
+ public:
+  using Shape = typename TilingsOf<T, kHeadDim>::GradKey;
+  static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kSlices = TilingsOf<T, kHeadDim>::kSlices;
+
+  static EMPCAUSE_ANYWHERE int64_t row_blocks(const Attention& a) { return (a.num_keys + kRows - 1) / kRows; }
+
+  EMPCAUSE_DEVICE GradKeyBlock(const BackwardArguments& arguments, int64_t row_block, int slice_index, int64_t pair)
+      : f(arguments), a(f.g.forward), slice(slice_index), batch(pair / a.num_key_heads), key_head(pair % a.num_key_heads) {
+    s = sequence(a, batch);
+    first_key = row_block * kRows;
+    rows = static_cast<int>(clamped(s.num_keys - first_key, 0, kRows));
+    num_queries = static_cast<int>(clamped(s.num_queries, 0, a.num_queries));
+    warp_row = static_cast<int>(warp_index()) * Shape::kWarpRows;
+    // Row r is seen by the queries from reach + r on.
+    reach = a.causal ? static_cast<int>(clamped(first_key - s.offset, -kRows, num_queries)) : -kRows;
+    first_tile = reach < 0 ? 0 : reach / kColumns;
+    const int all_tiles = (num_queries + kColumns - 1) / kColumns;
+    tiles = all_tiles > first_tile ? all_tiles - first_tile : 1;  // the gradient of the weights is written in any case
+    group = static_cast<int>(a.num_heads / a.num_key_heads);
+
+    grad_key.clear();
+    grad_value.clear();
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) present[m][half] = false;
+    }
+  }
+
+  EMPCAUSE_DEVICE void run() {
+    if (rows <= 0) return;
+    const auto rows_of = [&](const Matrices& m) {
+      return [=, this](int row) -> const T* {
+        return row < rows ? row_of<T>(m, batch, key_head, s.key_begin + first_key + row) : nullptr;
+      };
+    };
+    copy_rows<kRows, kThreads>(key_tile(), head_dim(), f.whole_chunks, rows_of(a.key));
+    copy_rows<kRows, kThreads>(value_tile(), head_dim(), f.whole_chunks, rows_of(a.value));
+    pipeline(tiles * group, *this);
+    finish();
+  }
+
+  // Of a query: -LSE (base 2) and delta.
+  EMPCAUSE_DEVICE Pair fetch(int tile) const {
+    const int query = first_query(tile) + thread();
+    if (tile >= tiles * group || thread() >= kColumns || query >= num_queries) return {-kInfinity, 0.0f};
+    const int64_t row = s.query_begin + query;
+    return {negative_logsumexp(a, batch, head(tile), row),
+            load_global(f.delta + batch * a.logsumexp.batch + head(tile) * a.logsumexp.head + row)};
+  }
+
+  EMPCAUSE_DEVICE void publish(int tile, Pair value) const {
+    if (thread() < kColumns) store_shared(query_values(tile, thread()), value);
+  }
+
+  EMPCAUSE_DEVICE void copy(int tile) const {
+    const auto live_rows = [&](const Matrices& m) {
+      return [=, from = row_of<T>(m, batch, head(tile), s.query_begin + first_query(tile)), stride = m.row,
+              this](int row) -> const T* {
+        return load_shared<float>(query_values(tile, row)) != -kInfinity ? from + row * stride : nullptr;
+      };
+    };
+    copy_rows<kColumns, kThreads>(query_tile(tile), head_dim(), f.whole_chunks, live_rows(a.query));
+    copy_rows<kColumns, kThreads>(grad_output_tile(tile), head_dim(), f.whole_chunks, live_rows(f.g.grad_output));
+  }
+
+  EMPCAUSE_DEVICE void compute(int tile) {
+    if (warp_row >= rows) return;
+    if (tile % tiles == 0) begin_head(head(tile));
+    const int last_query = first_query(tile) + kColumns - 1;
+    if (first_query(tile) >= reach + warp_row + Shape::kWarpRows - 1) {
+      add_gradients<false>(tile);
+    } else if (last_query >= reach + warp_row) {
+      add_gradients<true>(tile);
+    }
+    if (tile % tiles == tiles - 1 && slice == 0 && f.g.grad_weight.data != nullptr) end_head(head(tile));
+  }
+
+ private:
+  using RowTile = Tile<T, kHeadDim>;
+  static constexpr int kThreads = Shape::kThreads, kSliceColumns = kHeadDim / kSlices;
+  static constexpr uint32_t kKeyBytes = kRows * RowTile::kRowBytes, kQueryBytes = kColumns * RowTile::kRowBytes;
+  static constexpr uint32_t kValueBytes = kColumns * sizeof(Pair);
+  static constexpr uint32_t kValues = 2 * kKeyBytes + 2 * kTileStages * kQueryBytes;
+
+ public:
+  static constexpr uint32_t kSharedBytes = kValues + kValueStages * kValueBytes;
+
+ private:
+  EMPCAUSE_DEVICE RowTile key_tile() const { return {shared_memory()}; }
+  EMPCAUSE_DEVICE RowTile value_tile() const { return {shared_memory() + kKeyBytes}; }
+  EMPCAUSE_DEVICE RowTile query_tile(int tile) const {
+    return {shared_memory() + (2 * kKeyBytes + static_cast<uint32_t>(tile % kTileStages) * 2 * kQueryBytes)};
+  }
+  EMPCAUSE_DEVICE RowTile grad_output_tile(int tile) const { return {query_tile(tile).start + kQueryBytes}; }
+  EMPCAUSE_DEVICE Shared query_values(int tile, int query) const {
+    return shared_memory() + (kValues + static_cast<uint32_t>(tile % kValueStages) * kValueBytes +
+                              static_cast<uint32_t>(query) * static_cast<uint32_t>(sizeof(Pair)));
+  }
+
+  EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
+  // Head after head, the tiles of each.
+  EMPCAUSE_DEVICE int64_t head(int tile) const { return key_head * group + tile / tiles; }
+  EMPCAUSE_DEVICE int first_query(int tile) const { return (first_tile + tile % tiles) * kColumns; }
+  EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
+
+  EMPCAUSE_DEVICE void begin_head(int64_t head) {
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = fragment_row(m, half);
+        weight[m][half] = row < rows ? load_global(row_of(a.weight, batch, head, s.key_begin + first_key + row)) : 0.0f;
+        present[m][half] |= weight[m][half] > 0.0f;
+        grad_weight[m][half] = 0.0f;
+      }
+    }
+  }
+
+  EMPCAUSE_DEVICE void end_head(int64_t head) {
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float total = quad_sum(grad_weight[m][half]);
+        const int row = fragment_row(m, half);
+        if (row >= rows || lane_column() != 0) continue;
+        const int64_t key = s.key_begin + first_key + row;
+        const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
+        store_global(row_of(f.g.grad_weight, batch, head, key), wanted ? total : 0.0f);
+      }
+    }
+  }
+
+  template <bool kMasked>
+  EMPCAUSE_DEVICE void add_gradients(int tile) {
+    Fragment<Shape::kRowTiles, kColumns / 8> p, grad_logit;
+    multiply(p, key_tile(), warp_row, query_tile(tile));
+    multiply(grad_logit, value_tile(), warp_row, grad_output_tile(tile));
+    const Dropout dropout(a, f.dropout, batch, head(tile));
+    const float scale = a.scale * kLog2E;
+    EMPCAUSE_UNROLL
+    for (int n = 0; n < kColumns / 8; n += 2) {
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < Shape::kRowTiles; ++m) {
+        uint32_t kept = 0xff;
+        if constexpr (kDropout) {
+          kept = dropout.kept_transposed(static_cast<int>(first_key) + warp_row + m * 16, first_query(tile) + n * 8);
+        }
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const int column = (n + i / 4) * 8 + lane_column() + i % 2, half = i / 2 % 2;
+          const Pair values = load_shared<Pair>(query_values(tile, column));
+          float& probability = p.at[m][n + i / 4][i % 4];
+          float& gradient = grad_logit.at[m][n + i / 4][i % 4];
+          const bool is_kept = (kept >> i & 1) != 0;
+          float e = exponential(probability, scale, values.at[0]);
+          float centred = gradient - values.at[1];
+          if (kDropout) centred = is_kept ? fused(gradient, f.dropout.kept_factor, -values.at[1]) : -values.at[1];
+          if (kMasked && first_query(tile) + column < reach + fragment_row(m, half)) e = centred = 0.0f;
+          grad_weight[m][half] = fused(e, centred, grad_weight[m][half]);
+          const float b = weight[m][half] * e;
+          probability = is_kept ? b : 0.0f;
+          gradient = b * centred;
+        }
+      }
+    }
+    accumulate(grad_value, p, grad_output_tile(tile), slice * kSliceColumns);
+    accumulate(grad_key, grad_logit, query_tile(tile), slice * kSliceColumns);
+  }
+
+  EMPCAUSE_DEVICE void finish() {
+    store(f.g.grad_key, grad_key, a.scale);
+    store(f.g.grad_value, grad_value, kDropout ? f.dropout.kept_factor : 1.0f);
+  }
+
+  // What stood in an absent key's row went into its own gradient only, which is 0.
+  EMPCAUSE_DEVICE void store(const Matrices& to, Fragment<Shape::kRowTiles, kSliceColumns / 8>& gradient, float factor) {
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int n = 0; n < kSliceColumns / 8; ++n) {
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 4; ++i) gradient.at[m][n][i] = present[m][i / 2] ? gradient.at[m][n][i] : 0.0f;
+      }
+    }
+    store_rows<T>(
+        gradient, slice * kSliceColumns, head_dim(), f.whole_chunks, [&](int, int) { return factor; },
+        [&](int m, int half) -> T* {
+          const int row = fragment_row(m, half);
+          return row < rows ? row_of<T>(to, batch, key_head, s.key_begin + first_key + row) : nullptr;
+        });
+  }
+
+  const BackwardArguments& f;
+  const Attention& a;
+  const int slice;
+  const int64_t batch, key_head;
+  Sequence s;
+  int64_t first_key;
+  int rows, num_queries, warp_row, reach;
+  int first_tile, tiles, group;  // tiles: of every head
+
+  Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
+  float weight[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];  // of the present head
+  bool present[Shape::kRowTiles][2];                                   // in any head so far
+};
+
+template <class T, int kHeadDim, bool kDropout>
+struct GradKeyKernel {
+  using Block = GradKeyBlock<T, kHeadDim, kDropout>;
+  using Arguments = BackwardArguments;
+  static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
+  static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
+
+  static int64_t num_blocks(const Attention& a) { return a.batch * a.num_key_heads * Block::kSlices * Block::row_blocks(a); }
+
+  static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
+    const int64_t row_blocks = Block::row_blocks(f.g.forward), index = block_index().x / row_blocks;
+    Block(f, block_index().x % row_blocks, static_cast<int>(index % Block::kSlices), index / Block::kSlices).run();
+  }
+};
+
+template <class T, int kHeadDim, bool kDropout>
+class GradQueryBlock {
+ public:
+  using Shape = typename TilingsOf<T, kHeadDim>::GradQuery;
+  static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
+
+  static EMPCAUSE_ANYWHERE int64_t row_blocks(const Attention& a) { return (a.num_queries + kRows - 1) / kRows; }
+
+  EMPCAUSE_DEVICE GradQueryBlock(const BackwardArguments& arguments, int64_t row_block, int64_t pair)
+      : f(arguments), a(f.g.forward), batch(pair / a.num_heads), head(pair % a.num_heads) {
+    s = sequence(a, batch);
+    first_query = row_block * kRows;
+    rows = static_cast<int>(clamped(clamped(s.num_queries, 0, a.num_queries) - first_query, 0, kRows));
+    num_keys = static_cast<int>(s.num_keys);
+    warp_row = static_cast<int>(warp_index()) * Shape::kWarpRows;
+    // Row r sees the keys up to reach + r.
+    reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
+    const int seen = static_cast<int>(clamped(int64_t{reach} + rows, 0, s.num_keys));
+    tiles = (seen + kColumns - 1) / kColumns;
+
+    grad_query.clear();
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = fragment_row(m, half);
+        const int64_t query = s.query_begin + first_query + row;
+        negative_lse[m][half] = row < rows ? negative_logsumexp(a, batch, head, query) : -kInfinity;
+        delta[m][half] =
+            row < rows ? load_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + query) : 0.0f;
+      }
+    }
+  }
+
+  EMPCAUSE_DEVICE void run() {
+    if (rows <= 0) return;
+    const auto live_rows = [&](const Matrices& m) {
+      return [=, this](int row) -> const T* {
+        const int64_t query = s.query_begin + first_query + row;
+        const bool live = row < rows && negative_logsumexp(a, batch, head, query) != -kInfinity;
+        return live ? row_of<T>(m, batch, head, query) : nullptr;
+      };
+    };
+    copy_rows<kRows, kThreads>(query_tile(), head_dim(), f.whole_chunks, live_rows(a.query));
+    copy_rows<kRows, kThreads>(grad_output_tile(), head_dim(), f.whole_chunks, live_rows(f.g.grad_output));
+    pipeline(tiles, *this);
+    store_rows<T>(
+        grad_query, 0, head_dim(), f.whole_chunks, [&](int, int) { return a.scale; },
+        [&](int m, int half) -> T* {
+          const int row = fragment_row(m, half);
+          return row < rows ? row_of<T>(f.g.grad_query, batch, head, s.query_begin + first_query + row) : nullptr;
+        });
+  }
+
+  EMPCAUSE_DEVICE float fetch(int tile) const {
+    const int key = tile * kColumns + thread();
+    if (tile >= tiles || thread() >= kColumns || key >= num_keys) return 0.0f;
+    return load_global(row_of(a.weight, batch, head, s.key_begin + key));
+  }
+
+  EMPCAUSE_DEVICE void publish(int tile, float weight) const {
+    if (thread() < kColumns) store_shared(key_weight(tile, thread()), weight);
+  }
+
+  EMPCAUSE_DEVICE void copy(int tile) const {
+    const auto present_rows = [&](const Matrices& m) {
+      return [=, from = row_of<T>(m, batch, head / (a.num_heads / a.num_key_heads), s.key_begin + tile * kColumns),
+              stride = m.row, this](int row) -> const T* {
+        return load_shared<float>(key_weight(tile, row)) > 0.0f ? from + row * stride : nullptr;
+      };
+    };
+    copy_rows<kColumns, kThreads>(key_tile(tile), head_dim(), f.whole_chunks, present_rows(a.key));
+    copy_rows<kColumns, kThreads>(value_tile(tile), head_dim(), f.whole_chunks, present_rows(a.value));
+  }
+
+  EMPCAUSE_DEVICE void compute(int tile) {
+    const int first_key = tile * kColumns;
+    if (warp_row >= rows || first_key > reach + warp_row + Shape::kWarpRows - 1) return;
+    if (first_key + kColumns - 1 <= reach + warp_row) {
+      add_gradient<false>(tile);
+    } else {
+      add_gradient<true>(tile);
+    }
+  }
+
+ private:
+  using RowTile = Tile<T, kHeadDim>;
+  static constexpr int kThreads = Shape::kThreads;
+  static constexpr int kEverything = 1 << 30;
+  static constexpr uint32_t kQueryBytes = kRows * RowTile::kRowBytes, kKeyBytes = kColumns * RowTile::kRowBytes;
+  static constexpr uint32_t kWeightBytes = kColumns * sizeof(float);
+  static constexpr uint32_t kWeights = 2 * kQueryBytes + 2 * kTileStages * kKeyBytes;
+
+ public:
+  static constexpr uint32_t kSharedBytes = kWeights + kValueStages * kWeightBytes;
+
+ private:
+  EMPCAUSE_DEVICE RowTile query_tile() const { return {shared_memory()}; }
+  EMPCAUSE_DEVICE RowTile grad_output_tile() const { return {shared_memory() + kQueryBytes}; }
+  EMPCAUSE_DEVICE RowTile key_tile(int tile) const {
+    return {shared_memory() + (2 * kQueryBytes + static_cast<uint32_t>(tile % kTileStages) * 2 * kKeyBytes)};
+  }
+  EMPCAUSE_DEVICE RowTile value_tile(int tile) const { return {key_tile(tile).start + kKeyBytes}; }
+  EMPCAUSE_DEVICE Shared key_weight(int tile, int key) const {
+    return shared_memory() + (kWeights + static_cast<uint32_t>(tile % kValueStages) * kWeightBytes +
+                              static_cast<uint32_t>(key) * static_cast<uint32_t>(sizeof(float)));
+  }
+
+  EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
+  EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
+
+  template <bool kMasked>
+  EMPCAUSE_DEVICE void add_gradient(int tile) {
+    Fragment<Shape::kRowTiles, kColumns / 8> logit, grad_logit;
+    multiply(logit, query_tile(), warp_row, key_tile(tile));
+    multiply(grad_logit, grad_output_tile(), warp_row, value_tile(tile));
+    const Dropout dropout(a, f.dropout, batch, head);
+    const float scale = a.scale * kLog2E;
+    EMPCAUSE_UNROLL
+    for (int n = 0; n < kColumns / 8; n += 2) {
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < Shape::kRowTiles; ++m) {
+        uint32_t kept = 0xff;
+        if constexpr (kDropout) {
+          kept = dropout.kept(static_cast<int>(first_query) + warp_row + m * 16, (tile * kColumns) + n * 8);
+        }
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const int column = (n + i / 4) * 8 + lane_column() + i % 2, half = i / 2 % 2;
+          const float weight = load_shared<float>(key_weight(tile, column));
+          float& gradient = grad_logit.at[m][n + i / 4][i % 4];
+          float centred = gradient - delta[m][half];
+          if (kDropout) {
+            centred = (kept >> i & 1) != 0 ? fused(gradient, f.dropout.kept_factor, -delta[m][half]) : -delta[m][half];
+          }
+          // The rows of an absent key were copied as zeros, so that its weight 0 meets finite numbers.
+          const float b = weight * exponential(logit.at[m][n + i / 4][i % 4], scale, negative_lse[m][half]);
+          const bool hidden = kMasked && tile * kColumns + column > reach + fragment_row(m, half);
+          gradient = hidden ? 0.0f : b * centred;
+        }
+      }
+    }
+    accumulate(grad_query, grad_logit, key_tile(tile), 0);
+  }
+
+  const BackwardArguments& f;
+  const Attention& a;
+  const int64_t batch, head;
+  Sequence s;
+  int64_t first_query;
+  int rows, num_keys, warp_row, reach, tiles;
+
+  Fragment<Shape::kRowTiles, kHeadDim / 8> grad_query;
+  float negative_lse[Shape::kRowTiles][2], delta[Shape::kRowTiles][2];
+};
+
+template <class T, int kHeadDim, bool kDropout>
+struct GradQueryKernel {
+  using Block = GradQueryBlock<T, kHeadDim, kDropout>;
+  using Arguments = BackwardArguments;
+  static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
+  static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
+
+  static int64_t num_blocks(const Attention& a) { return a.batch * a.num_heads * Block::row_blocks(a); }
+
+  static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
+    const int64_t row_blocks = Block::row_blocks(f.g.forward), row_block = block_index().x % row_blocks;
+    // The longest rows first.
+    Block(f, f.g.forward.causal ? row_blocks - 1 - row_block : row_block, block_index().x / row_blocks).run();
+  }
+};
+
+}  // namespace empcause::cuda

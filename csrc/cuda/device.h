@@ -1,0 +1,66 @@
+// What the kernels need of the machine, and all they use of it: bodies of kernels are plain C++ over this interface. nvcc
+// compiles it to instructions of the GPU; with EMPCAUSE_CUDA_EMULATION any C++ compiler builds the very same bodies for
+// the host, where emulator/ carries the instructions out and checks them.
+//
+//   thread_index, lane_index, warp_index, block_index     blocks of threads have one dimension, grids up to three
+//   sync_block, sync_warp                                  every thread of the block, lane of the warp, must arrive
+//   shuffle, shuffle_xor                                   4-byte values between the lanes of a warp, all of which take part
+//   shared_memory                                          the block's dynamic shared memory, addressed in bytes (Shared)
+//   load_shared, store_shared, load_global, store_global   1 to 16 bytes at once, aligned to their size
+//   copy_async, copy_async_commit, copy_async_wait         16 bytes from global to shared memory while the thread goes on
+//   load_matrices, load_matrices_transposed                ldmatrix: four 8 x 8 matrices of 16-bit values
+//   mma                                                    C[16, 8] += A[16, 16] B[16, 8], fp32 sums of bf16 or fp16 products
+//   pack, to_float, from_float                             conversions, to nearest even
+//   exp2, log2                                             approximate
+//   multiply, add, fused, multiply_high                    rounded once each, never contracted; high half of a product
+//   require                                                an assertion on the device
+//   multiprocessors, launch                                of the host
+//
+// A kernel is a struct with `kThreads` and `kMinBlocks` (blocks that are to share a multiprocessor), a trivially copyable
+// `Arguments`, and `static EMPCAUSE_DEVICE void run(const Arguments&)`.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(EMPCAUSE_CUDA_EMULATION)
+#define EMPCAUSE_DEVICE inline
+#define EMPCAUSE_ANYWHERE inline
+#elif defined(__CUDACC__)
+#define EMPCAUSE_DEVICE __device__ __forceinline__
+#define EMPCAUSE_ANYWHERE __host__ __device__ __forceinline__
+#else
+#error "Kernels are compiled by nvcc, or for the host with EMPCAUSE_CUDA_EMULATION"
+#endif
+
+namespace empcause::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+struct Index3 {
+  uint32_t x, y, z;
+};
+
+// An address in the block's shared memory, in bytes.
+struct Shared {
+  uint32_t address;
+};
+
+EMPCAUSE_ANYWHERE Shared operator+(Shared shared, uint32_t bytes) { return {shared.address + bytes}; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+}  // namespace empcause::cuda
+
+#if defined(EMPCAUSE_CUDA_EMULATION)
+#include "emulator/device.h"
+#else
+#include "gpu.h"
+#endif

@@ -1,0 +1,48 @@
+// Which kernels take a problem, the scratch memory they need, and the kernels that know no dtype.
+#include <stdexcept>
+
+#include "decode.h"
+#include "kernels.h"
+#include "weights.h"
+
+namespace empcause::cuda {
+
+namespace {
+
+const Kernels& kernels_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return kernels_fp32;
+    case DType::kBFloat16: return kernels_bf16;
+    case DType::kFloat16: return kernels_fp16;
+  }
+  throw std::runtime_error("empcause: unknown dtype");
+}
+
+}  // namespace
+
+void compute_weights(const KeyWeights& arguments, Stream stream) {
+  launch<WeightsKernel>(element_blocks(arguments.batch * arguments.heads * arguments.keys), 0, stream, arguments);
+}
+
+void reduce_grad_cause(const GradCause& arguments, Stream stream) {
+  launch<GradCauseKernel>(element_blocks(arguments.cause_batch * arguments.cause_heads * arguments.keys), 0, stream,
+                          arguments);
+}
+
+int64_t forward_scratch(const Attention& a) {
+  const Decoding d = decoding(a);
+  return d.parts == 1 ? 0 : d.parts * a.batch * a.num_heads * a.num_queries * (a.head_dim + 2);
+}
+
+void forward(const Attention& a, float* scratch, Stream stream) { kernels_of(a.dtype).forward(a, scratch, stream); }
+
+int64_t backward_scratch(const AttentionBackward& g) {
+  const Attention& a = g.forward;
+  return (a.cu_queries == nullptr ? a.batch : 1) * a.num_heads * a.total_queries;
+}
+
+void backward(const AttentionBackward& g, float* scratch, Stream stream) {
+  kernels_of(g.forward.dtype).backward(g, scratch, stream);
+}
+
+}  // namespace empcause::cuda

@@ -1,0 +1,93 @@
+// Which probabilities dropout keeps, from Philox4x32-10 (Salmon et al., 2011): key = seed, counter = (batch * heads + head,
+// query row, key / 8, 0). The eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word first; a
+// probability is dropped where its lane is below round(p * 65536).
+//
+// A draw is one row of a tile of queries by keys, or one column of a tile of keys by queries. Either way the lanes that
+// share draws compute one each and exchange their words.
+#pragma once
+
+#include "../attention.h"
+#include "fragment.h"
+
+namespace empcause::cuda {
+
+// Made by the host.
+struct DropoutRate {
+  uint32_t threshold;
+  float kept_factor;
+
+  explicit DropoutRate(double p)
+      : threshold(static_cast<uint32_t>(p * 65536.0 + 0.5)), kept_factor(static_cast<float>(1.0 / (1.0 - p))) {}
+};
+
+struct Dropout {
+  uint32_t threshold;
+  uint32_t seed[2];
+  uint32_t batch_head;
+
+  EMPCAUSE_DEVICE Dropout(const Attention& a, DropoutRate rate, int64_t batch, int64_t head)
+      : threshold(rate.threshold), batch_head(static_cast<uint32_t>(batch * a.num_heads + head)) {
+    const uint64_t value = a.seed == nullptr ? 0 : static_cast<uint64_t>(load_global(a.seed));
+    seed[0] = static_cast<uint32_t>(value);
+    seed[1] = static_cast<uint32_t>(value >> 32);
+  }
+
+  EMPCAUSE_DEVICE void draw(int query, int key_block, uint32_t (&words)[4]) const {
+    uint32_t c0 = batch_head, c1 = static_cast<uint32_t>(query), c2 = static_cast<uint32_t>(key_block), c3 = 0;
+    uint32_t k0 = seed[0], k1 = seed[1];
+    EMPCAUSE_UNROLL
+    for (int round = 0; round < 10; ++round) {
+      const uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+      const uint32_t high1 = multiply_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+      c0 = high1 ^ c1 ^ k0;
+      c1 = low1;
+      c2 = high0 ^ c3 ^ k1;
+      c3 = low0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    words[0] = c0;
+    words[1] = c1;
+    words[2] = c2;
+    words[3] = c3;
+  }
+
+  // Of two neighbouring tiles, rows from `query` on and columns from `key` on: bit 4 tile + i stands for the lane's i-th
+  // element of that tile. A quad shares four draws: two rows of two tiles.
+  EMPCAUSE_DEVICE uint32_t kept(int query, int key) const {
+    const int mine = lane() % 4;
+    uint32_t words[4];
+    draw(query + lane_row() + mine % 2 * 8, key / 8 + mine / 2, words);
+    transpose(words, 1);
+    uint32_t bits = 0;
+    EMPCAUSE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      bits |= static_cast<uint32_t>((words[i] & 0xffffu) >= threshold) << 2 * i;
+      bits |= static_cast<uint32_t>(words[i] >> 16 >= threshold) << (2 * i + 1);
+    }
+    return bits;
+  }
+
+  // The same with rows from `key` on and columns from `query` on. The eight lanes of a column share eight draws, one for
+  // every element that each of them owns.
+  EMPCAUSE_DEVICE uint32_t kept_transposed(int key, int query) const {
+    const int mine = lane_row();
+    uint32_t words[4];
+    draw(query + mine / 4 * 8 + lane_column() + mine % 2, key / 8 + mine / 2 % 2, words);
+    // Lane g, which needs half g % 2 of word g / 2, gets that word of every second draw, and its neighbour the others.
+    transpose(words, 8);
+    const bool odd = mine % 2 != 0;
+    const int shift = odd ? 16 : 0;
+    uint32_t bits = 0;
+    EMPCAUSE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t other = shuffle_xor(words[i], 4);
+      const uint32_t even_draw = odd ? other : words[i], odd_draw = odd ? words[i] : other;
+      bits |= static_cast<uint32_t>((even_draw >> shift & 0xffffu) >= threshold) << 2 * i;
+      bits |= static_cast<uint32_t>((odd_draw >> shift & 0xffffu) >= threshold) << (2 * i + 1);
+    }
+    return bits;
+  }
+};
+
+}  // namespace empcause::cuda

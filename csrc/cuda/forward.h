@@ -1,0 +1,306 @@
+// Forward pass: online softmax over tiles of keys, a block of query rows a thread block. The same code decodes: then its
+// rows are the few queries of all heads that share keys, and its tiles a part of them (see decode.h).
+#pragma once
+
+#include "dropout.h"
+#include "matmul.h"
+#include "pipeline.h"
+#include "tiling.h"
+
+namespace empcause::cuda {
+
+// How decoding divides the keys. With several parts, each part's sums go to scratch memory [part, batch, head, query].
+struct Split {
+  int parts = 1, heads = 1;  // heads: of a thread block, all with the same keys and weights
+  float* output = nullptr;   // [..., head_dim], unnormalised
+  float* maximum = nullptr;  // of the base-2 logits, -infinity for a part without keys
+  float* sum = nullptr;
+
+  EMPCAUSE_DEVICE int64_t row(const Attention& a, int64_t part, int64_t batch, int64_t head, int64_t query) const {
+    return ((part * a.batch + batch) * a.num_heads + head) * a.num_queries + query;
+  }
+};
+
+struct ForwardArguments {
+  Attention a;
+  DropoutRate dropout;
+  bool whole_chunks;
+  Split split;
+};
+
+template <class T, int kHeadDim, bool kDropout, bool kSplit>
+class ForwardBlock {
+ public:
+  using Shape =
+      std::conditional_t<kSplit, typename TilingsOf<T, kHeadDim>::Decode, typename TilingsOf<T, kHeadDim>::Forward>;
+  static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
+
+  static EMPCAUSE_ANYWHERE int64_t row_blocks(const ForwardArguments& f) {
+    return kSplit ? f.split.parts : (f.a.num_queries + kRows - 1) / kRows;
+  }
+
+  EMPCAUSE_DEVICE ForwardBlock(const ForwardArguments& arguments, int64_t row_block, int64_t pair)
+      : f(arguments), a(f.a), heads(kSplit ? f.split.heads : 1) {
+    const int64_t groups = a.num_heads / heads;
+    batch = pair / groups;
+    first_head = pair % groups * heads;
+    s = sequence(a, batch);
+    part = kSplit ? row_block : 0;
+    first_query = kSplit ? 0 : row_block * kRows;
+    const int64_t queries = clamped(s.num_queries, 0, a.num_queries) - first_query;
+    rows = static_cast<int>(clamped(queries * heads, 0, kRows));
+    num_keys = static_cast<int>(s.num_keys);
+    warp_row = static_cast<int>(warp_index()) * Shape::kWarpRows;
+
+    // Beyond any key where all are seen, within a block of them where causal.
+    reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
+    const int seen = static_cast<int>(clamped(int64_t{last_key(rows - 1)} + 1, 0, s.num_keys));
+    tiles = (seen + kColumns - 1) / kColumns;
+    if (kSplit) {
+      const int share = (tiles + f.split.parts - 1) / f.split.parts;
+      first_tile = static_cast<int>(part) * share;
+      tiles = static_cast<int>(clamped(tiles - first_tile, 0, share));
+    }
+
+    output.clear();
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        maximum[m][half] = -kInfinity;
+        sum[m][half] = 0.0f;
+      }
+    }
+  }
+
+  EMPCAUSE_DEVICE void run() {
+    if (rows <= 0) return;
+    copy_rows<kRows, kThreads>(query_tile(), head_dim(), f.whole_chunks, [&](int row) -> const T* {
+      return row < rows ? row_of<T>(a.query, batch, head(row), query_row(row)) : nullptr;
+    });
+    pipeline(tiles, *this);
+    finish();
+  }
+
+  EMPCAUSE_DEVICE float fetch(int tile) const {
+    const int key = first_key(tile) + thread();
+    if (tile >= tiles || thread() >= kColumns || key >= num_keys) return 0.0f;
+    return load_global(row_of(a.weight, batch, first_head, s.key_begin + key));
+  }
+
+  EMPCAUSE_DEVICE void publish(int tile, float weight) const {
+    if (thread() < kColumns) store_shared(log_weight(tile, thread()), log2(weight));
+  }
+
+  EMPCAUSE_DEVICE void copy(int tile) const {
+    const auto present_rows = [&](const Matrices& m) {
+      return [=, from = row_of<T>(m, batch, first_head / (a.num_heads / a.num_key_heads), s.key_begin + first_key(tile)),
+              stride = m.row, this](int row) -> const T* {
+        return load_shared<float>(log_weight(tile, row)) > -kInfinity ? from + row * stride : nullptr;
+      };
+    };
+    copy_rows<kColumns, kThreads>(key_tile(tile), head_dim(), f.whole_chunks, present_rows(a.key));
+    copy_rows<kColumns, kThreads>(value_tile(tile), head_dim(), f.whole_chunks, present_rows(a.value));
+  }
+
+  EMPCAUSE_DEVICE void compute(int tile) {
+    const int last_row = warp_row + Shape::kWarpRows < rows ? warp_row + Shape::kWarpRows - 1 : rows - 1;
+    if (warp_row >= rows || first_key(tile) > last_key(last_row)) return;
+    if (first_key(tile) + kColumns - 1 <= last_key(warp_row)) {
+      attend<false>(tile);
+    } else {
+      attend<true>(tile);
+    }
+  }
+
+ private:
+  using RowTile = Tile<T, kHeadDim>;
+  static constexpr int kThreads = Shape::kThreads;
+  static constexpr int kEverything = 1 << 30;
+  static constexpr uint32_t kQueryBytes = kRows * RowTile::kRowBytes, kKeyBytes = kColumns * RowTile::kRowBytes;
+  static constexpr uint32_t kWeightBytes = kColumns * sizeof(float);
+
+ public:
+  static constexpr uint32_t kSharedBytes = kQueryBytes + 2 * kTileStages * kKeyBytes + kValueStages * kWeightBytes;
+
+ private:
+  EMPCAUSE_DEVICE RowTile query_tile() const { return {shared_memory()}; }
+  EMPCAUSE_DEVICE RowTile key_tile(int tile) const {
+    return {shared_memory() + (kQueryBytes + static_cast<uint32_t>(tile % kTileStages) * 2 * kKeyBytes)};
+  }
+  EMPCAUSE_DEVICE RowTile value_tile(int tile) const { return {key_tile(tile).start + kKeyBytes}; }
+  EMPCAUSE_DEVICE Shared log_weight(int tile, int key) const {
+    return shared_memory() + (kQueryBytes + 2 * kTileStages * kKeyBytes +
+                              static_cast<uint32_t>(tile % kValueStages) * kWeightBytes + static_cast<uint32_t>(key) * 4);
+  }
+
+  EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
+  EMPCAUSE_DEVICE int first_key(int tile) const { return (first_tile + tile) * kColumns; }
+  // Row r of the block is a query of a head; the heads of one query are neighbours.
+  EMPCAUSE_DEVICE int64_t head(int row) const { return first_head + row % heads; }
+  EMPCAUSE_DEVICE int64_t query(int row) const { return first_query + row / heads; }
+  EMPCAUSE_DEVICE int64_t query_row(int row) const { return s.query_begin + query(row); }
+  EMPCAUSE_DEVICE int last_key(int row) const { return reach + row / heads; }
+
+  // One tile of keys: logits, their exponentials, and what they take of the values.
+  template <bool kMasked>
+  EMPCAUSE_DEVICE void attend(int tile) {
+    Fragment<Shape::kRowTiles, kColumns / 8> p;
+    multiply(p, query_tile(), warp_row, key_tile(tile));
+    const float scale = a.scale * kLog2E;
+    EMPCAUSE_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const Pair log_weights = load_shared<Pair>(log_weight(tile, n * 8 + lane_column()));
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < Shape::kRowTiles; ++m) {
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          // An absent key's logit is chosen, not computed: its query may hold NaN, in a row that sees no key.
+          const float log_weight = log_weights.at[i % 2];
+          bool absent = log_weight == -kInfinity;
+          if (kMasked) absent |= first_key(tile) + n * 8 + lane_column() + i % 2 > last_key(fragment_row(m, i / 2));
+          p.at[m][n][i] = absent ? -kInfinity : fused(p.at[m][n][i], scale, log_weight);
+        }
+      }
+    }
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) soften(p.at[m], m, half);
+    }
+    if constexpr (kDropout) drop(p, first_key(tile));
+    accumulate(output, p, value_tile(tile), 0);
+  }
+
+  // One row of logits becomes weighted, unnormalised probabilities; its sums follow a larger maximum.
+  EMPCAUSE_DEVICE void soften(float (&p)[kColumns / 8][4], int m, int half) {
+    float best = maximum[m][half];
+    EMPCAUSE_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n) best = fmaxf(best, fmaxf(p[n][2 * half], p[n][2 * half + 1]));
+    best = quad_maximum(best);
+    const float shift = best == -kInfinity ? 0.0f : best;
+    const float correction = exp2(maximum[m][half] - shift);
+    maximum[m][half] = best;
+    float total = 0.0f;
+    EMPCAUSE_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n) {
+      EMPCAUSE_UNROLL
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        p[n][i] = exp2(p[n][i] - shift);
+        total += p[n][i];
+      }
+    }
+    sum[m][half] = fused(sum[m][half], correction, total);
+    EMPCAUSE_UNROLL
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      output.at[m][n][2 * half] *= correction;
+      output.at[m][n][2 * half + 1] *= correction;
+    }
+  }
+
+  // After the sums: dropout acts on the normalised probability. The factor of those kept waits for the end.
+  EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p, int key) const {
+    const Dropout dropout(a, f.dropout, batch, first_head);
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int n = 0; n < kColumns / 8; n += 2) {
+        const uint32_t kept = dropout.kept(static_cast<int>(first_query) + warp_row + m * 16, key + n * 8);
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          float& value = p.at[m][n + i / 4][i % 4];
+          value = (kept >> i & 1) != 0 ? value : 0.0f;
+        }
+      }
+    }
+  }
+
+  EMPCAUSE_DEVICE void finish() {
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) sum[m][half] = quad_sum(sum[m][half]);
+    }
+    if (kSplit && f.split.parts > 1) {
+      store_part();
+    } else {
+      store_output();
+    }
+  }
+
+  EMPCAUSE_DEVICE void store_output() {
+    const float kept_factor = kDropout ? f.dropout.kept_factor : 1.0f;
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = fragment_row(m, half);
+        const bool dead = sum[m][half] == 0.0f;
+        if (row < rows && lane_column() == 0) {
+          store_global(row_of(a.logsumexp, batch, head(row), query_row(row)),
+                       dead ? kInfinity : (maximum[m][half] + log2(sum[m][half])) * kLn2);
+        }
+      }
+    }
+    store_rows<T>(
+        output, 0, head_dim(), f.whole_chunks,
+        [&](int m, int half) { return sum[m][half] == 0.0f ? 0.0f : kept_factor / sum[m][half]; },
+        [&](int m, int half) -> T* {
+          const int row = fragment_row(m, half);
+          return row < rows ? row_of<T>(a.output, batch, head(row), query_row(row)) : nullptr;
+        });
+  }
+
+  EMPCAUSE_DEVICE void store_part() {
+    const auto place = [&](int row) { return f.split.row(a, part, batch, head(row), query(row)); };
+    EMPCAUSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = fragment_row(0, half);
+      if (row < rows && lane_column() == 0) {
+        store_global(f.split.maximum + place(row), maximum[0][half]);
+        store_global(f.split.sum + place(row), sum[0][half]);
+      }
+    }
+    store_rows<float>(
+        output, 0, head_dim(), a.head_dim % 4 == 0, [](int, int) { return 1.0f; },
+        [&](int, int half) -> float* {
+          const int row = fragment_row(0, half);
+          return row < rows ? f.split.output + place(row) * a.head_dim : nullptr;
+        });
+  }
+
+  EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
+
+  const ForwardArguments& f;
+  const Attention& a;
+  const int heads;
+  int64_t batch, first_head, part, first_query;
+  Sequence s;
+  int rows, num_keys, warp_row;
+  int reach;  // the last key that query 0 of the block sees
+  int first_tile = 0, tiles;
+
+  // Of the warp's rows: sums over the keys so far, relative to the largest logit (base 2, weight included) so far.
+  Fragment<Shape::kRowTiles, kHeadDim / 8> output;
+  float maximum[Shape::kRowTiles][2], sum[Shape::kRowTiles][2];
+};
+
+template <class T, int kHeadDim, bool kDropout, bool kSplit>
+struct ForwardKernel {
+  using Block = ForwardBlock<T, kHeadDim, kDropout, kSplit>;
+  using Arguments = ForwardArguments;
+  static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
+  static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
+
+  static int64_t num_blocks(const ForwardArguments& f) {
+    return f.a.batch * (f.a.num_heads / f.split.heads) * Block::row_blocks(f);
+  }
+
+  static EMPCAUSE_DEVICE void run(const ForwardArguments& f) {
+    const int64_t row_blocks = Block::row_blocks(f), row_block = block_index().x % row_blocks;
+    // The longest rows first.
+    Block(f, f.a.causal && !kSplit ? row_blocks - 1 - row_block : row_block, block_index().x / row_blocks).run();
+  }
+};
+
+}  // namespace empcause::cuda

@@ -1,0 +1,96 @@
+// The kernels of one dtype: each of the kernels_*.cu defines EMPCAUSE_TYPE and EMPCAUSE_KERNELS and includes this file.
+#include "backward.h"
+#include "decode.h"
+#include "kernels.h"
+
+namespace empcause::cuda {
+
+namespace {
+
+using T = EMPCAUSE_TYPE;
+
+// Whether rows begin at multiples of 16 bytes and consist of as many.
+bool in_chunks(const Attention& a, const Matrices& m) {
+  const auto fits = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kChunkBytes == 0; };
+  return reinterpret_cast<uintptr_t>(m.data) % kChunkBytes == 0 && fits(a.head_dim) && fits(m.batch) && fits(m.head) &&
+         fits(m.row);
+}
+
+template <class Kernel>
+void launch_blocks(int64_t blocks, const typename Kernel::Arguments& arguments, Stream stream) {
+  if (blocks > INT32_MAX) throw std::runtime_error("empcause: too many rows for one launch of a CUDA kernel");
+  launch<Kernel>({static_cast<uint32_t>(blocks), 1, 1}, Kernel::kSharedBytes, stream, arguments);
+}
+
+// Calls with the head size that kernels exist for, the next larger one, as a constant.
+template <class Call>
+void with_head_dim(int64_t head_dim, Call call) {
+  if (head_dim <= 32) return call(std::integral_constant<int, 32>{});
+  if (head_dim <= 64) return call(std::integral_constant<int, 64>{});
+  if (head_dim <= 96) return call(std::integral_constant<int, 96>{});
+  if (head_dim <= 128) return call(std::integral_constant<int, 128>{});
+  if (head_dim <= 256) return call(std::integral_constant<int, 256>{});
+  throw std::runtime_error("empcause: the CUDA kernels take head sizes up to 256");
+}
+
+template <int kHeadDim, bool kDropout, bool kSplit>
+void launch_forward(const ForwardArguments& f, Stream stream) {
+  using Kernel = ForwardKernel<T, kHeadDim, kDropout, kSplit>;
+  launch_blocks<Kernel>(Kernel::num_blocks(f), f, stream);
+}
+
+void forward_rows(const Attention& a, float* scratch, Stream stream) {
+  ForwardArguments f{a, DropoutRate(a.dropout_p), false, {}};
+  f.whole_chunks = in_chunks(a, a.query) && in_chunks(a, a.key) && in_chunks(a, a.value) && in_chunks(a, a.output);
+  const Decoding d = decoding(a);
+  with_head_dim(a.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    if (d.heads == 0) {
+      if (f.dropout.threshold == 0) {
+        launch_forward<kHeadDim, false, false>(f, stream);
+      } else {
+        launch_forward<kHeadDim, true, false>(f, stream);
+      }
+      return;
+    }
+    const int64_t partial_rows = d.parts * CombineKernel<T>::num_rows(a);
+    f.split = {static_cast<int>(d.parts), static_cast<int>(d.heads), scratch, scratch + partial_rows * a.head_dim,
+               scratch + partial_rows * (a.head_dim + 1)};
+    launch_forward<kHeadDim, false, true>(f, stream);
+    if (d.parts > 1) {
+      constexpr int kWarps = CombineKernel<T>::kWarps;
+      launch_blocks<CombineKernel<T>>((CombineKernel<T>::num_rows(a) + kWarps - 1) / kWarps, f, stream);
+    }
+  });
+}
+
+template <int kHeadDim, bool kDropout>
+void launch_backward(const BackwardArguments& f, Stream stream) {
+  using GradKey = GradKeyKernel<T, kHeadDim, kDropout>;
+  using GradQuery = GradQueryKernel<T, kHeadDim, kDropout>;
+  launch_blocks<GradKey>(GradKey::num_blocks(f.g.forward), f, stream);
+  launch_blocks<GradQuery>(GradQuery::num_blocks(f.g.forward), f, stream);
+}
+
+void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
+  const Attention& a = g.forward;
+  BackwardArguments f{g, DropoutRate(a.dropout_p), true, scratch};
+  for (const Matrices* m : {&a.query, &a.key, &a.value, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
+    f.whole_chunks = f.whole_chunks && in_chunks(a, *m);
+  }
+  constexpr int kWarps = DeltaKernel<T>::kWarps;
+  launch_blocks<DeltaKernel<T>>((DeltaKernel<T>::num_rows(a) + kWarps - 1) / kWarps, f, stream);
+  with_head_dim(a.head_dim, [&](auto head_dim) {
+    if (f.dropout.threshold == 0) {
+      launch_backward<decltype(head_dim)::value, false>(f, stream);
+    } else {
+      launch_backward<decltype(head_dim)::value, true>(f, stream);
+    }
+  });
+}
+
+}  // namespace
+
+const Kernels EMPCAUSE_KERNELS = {forward_rows, backward_rows};
+
+}  // namespace empcause::cuda

@@ -1,0 +1,3 @@
+#define EMPCAUSE_TYPE float
+#define EMPCAUSE_KERNELS kernels_fp32
+#include "kernels.inl"

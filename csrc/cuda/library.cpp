@@ -1,0 +1,104 @@
+// torch.ops.empcause_cuda: the raw operators on CUDA devices, or, built for the emulator, on CPU tensors.
+#if !defined(EMPCAUSE_CUDA_EMULATION)
+#define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include "../operators.h"
+#include "kernels.h"
+#if defined(EMPCAUSE_CUDA_EMULATION)
+#include "emulator/emulator.h"
+#endif
+
+namespace empcause {
+namespace {
+
+#if defined(EMPCAUSE_CUDA_EMULATION)
+
+// Kernels may touch the tensors of the call and nothing else.
+class Context {
+ public:
+  explicit Context(const Tensor&) { cuda::emulator::forbid_all(); }
+  ~Context() { cuda::emulator::forbid_all(); }
+
+  void borrow(const Tensor& tensor) {
+    if (tensor.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    cuda::emulator::allow(tensor.data_ptr(), static_cast<size_t>(last + 1) * tensor.element_size());
+  }
+
+  cuda::Stream stream() { return nullptr; }
+};
+
+#else
+
+// The tensors' device is the current one while the call lasts.
+class Context {
+ public:
+  explicit Context(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {}
+
+  void borrow(const Tensor&) {}
+
+  cuda::Stream stream() {
+    void* stream = nullptr;
+    require(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#endif
+
+class Cuda {
+ public:
+  static constexpr const char* kName = "cuda";
+
+  explicit Cuda(const Tensor& like) : context_(like) {}
+
+  void borrow(const Tensor& tensor) { context_.borrow(tensor); }
+
+  // The sums themselves stay on the device: nobody waits for them here, and the kernels never follow them outside.
+  void check_packing(Attention& a, const Packing& packing) {
+    a.num_queries = packing.max_queries;
+    a.num_keys = packing.max_keys;
+  }
+
+  void compute_weights(const KeyWeights& w) { cuda::compute_weights(w, context_.stream()); }
+  void reduce_grad_cause(const GradCause& g) { cuda::reduce_grad_cause(g, context_.stream()); }
+
+  void forward(const Attention& a, const Tensor& like) {
+    const Tensor scratch = new_scratch(like, cuda::forward_scratch(a));
+    cuda::forward(a, static_cast<float*>(scratch.data_ptr()), context_.stream());
+  }
+
+  void backward(const AttentionBackward& g, const Tensor& like) {
+    const Tensor scratch = new_scratch(like, cuda::backward_scratch(g));
+    cuda::backward(g, static_cast<float*>(scratch.data_ptr()), context_.stream());
+  }
+
+ private:
+  // Freed with the call, reused by torch in the order of the stream.
+  Tensor new_scratch(const Tensor& like, int64_t num_floats) {
+    Tensor scratch = empty(like, {num_floats}, ScalarType::Float);
+    borrow(scratch);
+    return scratch;
+  }
+
+  Context context_;
+};
+
+}  // namespace
+}  // namespace empcause
+
+STABLE_TORCH_LIBRARY(empcause_cuda, library) { EMPCAUSE_DEFINE_OPERATORS(library); }
+
+#if defined(EMPCAUSE_CUDA_EMULATION)
+STABLE_TORCH_LIBRARY_IMPL(empcause_cuda, CPU, library) { EMPCAUSE_IMPLEMENT_OPERATORS(library, empcause::Cuda); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(empcause_cuda, CUDA, library) { EMPCAUSE_IMPLEMENT_OPERATORS(library, empcause::Cuda); }
+#endif

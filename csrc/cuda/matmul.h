@@ -1,0 +1,129 @@
+// The two products of attention, warp by warp: by matrix instructions for bf16 and fp16, by fused multiply-adds for fp32.
+//
+//   multiply     C = A B^T    A and B rows in shared memory: logits, and grad_output . value
+//   accumulate   C += P B     P in registers, B rows in shared memory: everything else
+#pragma once
+
+#include <type_traits>
+
+#include "tile.h"
+
+namespace empcause::cuda {
+
+// The warp's 16 kRowTiles rows of `a` from `first_row` on, times the first 8 kColumnTiles rows of `b`.
+template <class T, int kHeadDim, int kRowTiles, int kColumnTiles>
+EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHeadDim> a, int first_row,
+                              Tile<T, kHeadDim> b) {
+  c.clear();
+  if constexpr (std::is_same_v<T, float>) {
+    EMPCAUSE_NO_UNROLL
+    for (int k = 0; k < Tile<T, kHeadDim>::kChunks; ++k) {
+      Chunk<float> left[kRowTiles][2];
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        EMPCAUSE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          left[m][half] = load_shared<Chunk<float>>(a.chunk(first_row + m * 16 + half * 8 + lane_row(), k));
+        }
+      }
+      EMPCAUSE_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) {
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const auto right = load_shared<Chunk<float>>(b.chunk(n * 8 + lane_column() + i, k));
+          EMPCAUSE_UNROLL
+          for (int m = 0; m < kRowTiles; ++m) {
+            EMPCAUSE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              float& sum = c.at[m][n][2 * half + i];
+              EMPCAUSE_UNROLL
+              for (int e = 0; e < 4; ++e) sum = fused(left[m][half].at[e], right.at[e], sum);
+            }
+          }
+        }
+      }
+    }
+  } else {
+    static_assert(kColumnTiles % 2 == 0);
+    // ldmatrix takes a row address from every lane; the four 8 x 8 parts come from eight lanes each.
+    const int a_row = first_row + lane() % 16, a_chunk = lane() / 16;
+    const int b_row = lane() % 8 + lane() / 16 * 8, b_chunk = lane() / 8 % 2;
+    EMPCAUSE_UNROLL
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t left[kRowTiles][4];
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(left[m], a.chunk(a_row + m * 16, 2 * k + a_chunk));
+      EMPCAUSE_UNROLL
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        uint32_t right[4];
+        load_matrices(right, b.chunk(b_row + n * 8, 2 * k + b_chunk));
+        EMPCAUSE_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma<T>(c.at[m][n], left[m], {right[0], right[1]});
+          mma<T>(c.at[m][n + 1], left[m], {right[2], right[3]});
+        }
+      }
+    }
+  }
+}
+
+// P has 8 kDepthTiles columns, as many as rows of `b` take part; C is columns [first_column, + 8 kColumnTiles) of the product.
+template <class T, int kHeadDim, int kRowTiles, int kDepthTiles, int kColumnTiles>
+EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Fragment<kRowTiles, kDepthTiles>& p,
+                                Tile<T, kHeadDim> b, int first_column) {
+  if constexpr (std::is_same_v<T, float>) {
+    // Every lane of a quad needs the whole row of P, of which it owns two columns in eight.
+    EMPCAUSE_UNROLL
+    for (int k = 0; k < kDepthTiles; ++k) {
+      EMPCAUSE_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        float left[kRowTiles][2];
+        EMPCAUSE_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) {
+          EMPCAUSE_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            left[m][half] = shuffle(p.at[m][k][2 * half + j % 2], lane() / 4 * 4 + j / 2);
+          }
+        }
+        EMPCAUSE_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) {
+          const int column = first_column + n * 8 + lane_column();
+          const auto right = load_shared<Pair>(b.element(k * 8 + j, column));
+          EMPCAUSE_UNROLL
+          for (int m = 0; m < kRowTiles; ++m) {
+            EMPCAUSE_UNROLL
+            for (int i = 0; i < 4; ++i) c.at[m][n][i] = fused(left[m][i / 2], right.at[i % 2], c.at[m][n][i]);
+          }
+        }
+      }
+    }
+  } else {
+    static_assert(kDepthTiles % 2 == 0 && kColumnTiles % 2 == 0);
+    const int b_row = lane() % 16, b_chunk = first_column / 8 + lane() / 16;
+    EMPCAUSE_UNROLL
+    for (int k = 0; k < kDepthTiles; k += 2) {
+      // Two tiles of a result are one operand of the next product, as they stand.
+      uint32_t left[kRowTiles][4];
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &p.at[m][k + i / 2][i % 2 * 2];
+          left[m][i] = pack<T>(pair[0], pair[1]);
+        }
+      }
+      EMPCAUSE_UNROLL
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        uint32_t right[4];
+        load_matrices_transposed(right, b.chunk(b_row + k * 8, b_chunk + n));
+        EMPCAUSE_UNROLL
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma<T>(c.at[m][n], left[m], {right[0], right[1]});
+          mma<T>(c.at[m][n + 1], left[m], {right[2], right[3]});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace empcause::cuda

@@ -1,0 +1,125 @@
+// Rows of query, key, value or grad_output in shared memory, and the ways between global memory, shared memory and registers.
+#pragma once
+
+#include "../attention.h"
+#include "fragment.h"
+
+namespace empcause::cuda {
+
+constexpr int kChunkBytes = 16;
+
+// What one 16-byte access moves.
+template <class T>
+struct alignas(kChunkBytes) Chunk {
+  static constexpr int kSize = kChunkBytes / sizeof(T);
+  T at[kSize];
+};
+
+struct alignas(8) Pair {
+  float at[2];
+};
+
+template <class T>
+EMPCAUSE_DEVICE T* row_of(const Matrices& m, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<T*>(m.data) + batch * m.batch + head * m.head + row * m.row;
+}
+
+EMPCAUSE_DEVICE float* row_of(const Rows& r, int64_t batch, int64_t head, int64_t row) {
+  return r.data + batch * r.batch + head * r.head + row;
+}
+
+// kHeadDim columns a row, in chunks of 16 bytes. Chunk c of a row stands in place c ^ swizzle(row): eight neighbouring rows
+// read at one chunk, as ldmatrix does, fall on all 32 banks, and so do four rows of one parity, as the fp32 product does.
+template <class T, int kHeadDim>
+struct Tile {
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
+  static constexpr int kChunks = kRowBytes / kChunkBytes;
+  static_assert(kChunks % 4 == 0);
+
+  Shared start;
+
+  // Rows that fill whole lines of 128 bytes are told apart by eight places; of others, two neighbours fill different halves.
+  static EMPCAUSE_DEVICE int swizzle(int row) { return kChunks % 8 == 0 ? row & 7 : row >> 1 & 3; }
+
+  EMPCAUSE_DEVICE Shared chunk(int row, int index) const {
+    return start + static_cast<uint32_t>(row * kRowBytes + (index ^ swizzle(row)) * kChunkBytes);
+  }
+
+  EMPCAUSE_DEVICE Shared element(int row, int column) const {
+    constexpr int kSize = Chunk<T>::kSize;
+    return chunk(row, column / kSize) + static_cast<uint32_t>(column % kSize) * static_cast<uint32_t>(sizeof(T));
+  }
+};
+
+// Copies kRows rows, row r from source(r), zeros where that is null and in columns beyond head_dim. Where rows are made of
+// whole, aligned chunks the copy is asynchronous; other rows come element by element.
+template <int kRows, int kThreads, class T, int kHeadDim, class Source>
+EMPCAUSE_DEVICE void copy_rows(Tile<T, kHeadDim> to, int head_dim, bool whole_chunks, Source source) {
+  constexpr int kChunks = Tile<T, kHeadDim>::kChunks;
+  static_assert(kRows * kChunks % kThreads == 0);
+  if (whole_chunks) {
+    EMPCAUSE_UNROLL
+    for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+      const int index = i * kThreads + thread(), row = index / kChunks, chunk = index % kChunks;
+      const int column = chunk * Chunk<T>::kSize;
+      const T* from = source(row);
+      const bool valid = from != nullptr && column < head_dim;
+      copy_async(to.chunk(row, chunk), from + column, valid);
+    }
+  } else {
+    EMPCAUSE_NO_UNROLL
+    for (int index = thread(); index < kRows * kHeadDim; index += kThreads) {
+      const int row = index / kHeadDim, column = index % kHeadDim;
+      const T* from = source(row);
+      const bool valid = from != nullptr && column < head_dim;
+      store_shared(to.element(row, column), valid ? load_global(from + column) : T{});
+    }
+  }
+}
+
+// Stores the rows of a fragment times factor(m, half), which begin at pointer(m, half) and `first_column`; nothing where
+// the pointer is null. Four tiles at a time are exchanged in the quad so that a lane holds the eight columns of one tile.
+template <class T, int kRowTiles, int kColumnTiles, class Factor, class Pointer>
+EMPCAUSE_DEVICE void store_rows(const Fragment<kRowTiles, kColumnTiles>& rows, int first_column, int head_dim,
+                                bool whole_chunks, Factor factor, Pointer pointer) {
+  static_assert(kColumnTiles % 4 == 0);
+  EMPCAUSE_UNROLL
+  for (int m = 0; m < kRowTiles; ++m) {
+    EMPCAUSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      T* const to = pointer(m, half);
+      const float scale = factor(m, half);
+      EMPCAUSE_UNROLL
+      for (int n = 0; n < kColumnTiles; n += 4) {
+        float even[4], odd[4];
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          even[i] = rows.at[m][n + i][2 * half] * scale;
+          odd[i] = rows.at[m][n + i][2 * half + 1] * scale;
+        }
+        transpose(even, 1);
+        transpose(odd, 1);
+        if (to == nullptr) continue;
+        EMPCAUSE_UNROLL
+        for (int first = 0; first < 8; first += Chunk<T>::kSize) {
+          const int column = first_column + (n + lane() % 4) * 8 + first;
+          Chunk<T> values;
+          EMPCAUSE_UNROLL
+          for (int e = 0; e < Chunk<T>::kSize; ++e) {
+            values.at[e] = from_float<T>((e % 2 == 0 ? even : odd)[(first + e) / 2]);
+          }
+          if (whole_chunks) {
+            if (column < head_dim) store_global(reinterpret_cast<Chunk<T>*>(to + column), values);
+          } else {
+            EMPCAUSE_UNROLL
+            for (int e = 0; e < Chunk<T>::kSize; ++e) {
+              if (column + e < head_dim) store_global(to + column + e, values.at[e]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace empcause::cuda

@@ -1,0 +1,110 @@
+// How the kernels divide their work, for every dtype and head size. A block has kWarps warps of 16 kRowTiles rows each and
+// goes through tiles of kColumns; kMinBlocks of them are to share a multiprocessor's registers.
+//
+// Two row tiles a warp halve what is read from shared memory for a product, which else takes as long as the product itself;
+// they are taken where the accumulators leave registers for them. No block needs more than 99 KiB of shared memory, which
+// every GPU from sm_80 on has, and all but the widest leave room for a second block on the large ones.
+#pragma once
+
+#include <type_traits>
+
+namespace empcause::cuda {
+
+template <int kWarps_, int kRowTiles_, int kColumns_, int kMinBlocks_>
+struct Tiling {
+  static constexpr int kWarps = kWarps_, kRowTiles = kRowTiles_, kColumns = kColumns_, kMinBlocks = kMinBlocks_;
+  static constexpr int kThreads = kWarps * 32, kWarpRows = kRowTiles * 16, kRows = kWarps * kWarpRows;
+  static_assert(kColumns % 16 == 0 && kColumns <= kThreads);
+};
+
+template <bool kFloat32, int kHeadDim>
+struct Tilings;
+
+// Rows of queries, columns of keys: Forward, and GradQuery. Rows of keys, columns of queries: GradKey, which accumulates two
+// results, of which a block takes the part of kSlices. Decode is one warp for the few queries there are.
+template <>
+struct Tilings<false, 32> {
+  using Forward = Tiling<4, 2, 64, 3>;
+  using Decode = Tiling<1, 1, 32, 8>;
+  using GradQuery = Tiling<4, 2, 32, 3>;
+  using GradKey = Tiling<4, 2, 32, 3>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<false, 64> {
+  using Forward = Tiling<4, 2, 64, 2>;
+  using Decode = Tiling<1, 1, 32, 8>;
+  using GradQuery = Tiling<4, 2, 32, 2>;
+  using GradKey = Tiling<4, 2, 32, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<false, 96> {
+  using Forward = Tiling<4, 2, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 6>;
+  using GradQuery = Tiling<4, 1, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<false, 128> {
+  using Forward = Tiling<4, 2, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 4>;
+  using GradQuery = Tiling<4, 1, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<false, 256> {
+  using Forward = Tiling<4, 1, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 2>;
+  using GradQuery = Tiling<4, 1, 16, 2>;
+  using GradKey = Tiling<4, 1, 16, 2>;
+  static constexpr int kSlices = 2;
+};
+
+template <>
+struct Tilings<true, 32> {
+  using Forward = Tiling<4, 2, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 8>;
+  using GradQuery = Tiling<4, 1, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<true, 64> {
+  using Forward = Tiling<4, 2, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 4>;
+  using GradQuery = Tiling<4, 1, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<true, 96> {
+  using Forward = Tiling<4, 1, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 2>;
+  using GradQuery = Tiling<4, 1, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<true, 128> {
+  using Forward = Tiling<4, 1, 32, 2>;
+  using Decode = Tiling<1, 1, 32, 2>;
+  using GradQuery = Tiling<4, 1, 16, 2>;
+  using GradKey = Tiling<4, 1, 16, 2>;
+  static constexpr int kSlices = 1;
+};
+template <>
+struct Tilings<true, 256> {
+  using Forward = Tiling<2, 1, 16, 2>;
+  using Decode = Tiling<1, 1, 16, 2>;
+  using GradQuery = Tiling<1, 1, 16, 2>;
+  using GradKey = Tiling<1, 1, 16, 2>;
+  static constexpr int kSlices = 2;
+};
+
+template <class T, int kHeadDim>
+using TilingsOf = Tilings<std::is_same_v<T, float>, kHeadDim>;
+
+}  // namespace empcause::cuda
