@@ -71,51 +71,55 @@ class GradKeyBlock {
   using Shape = typename TilingsOf<T, kHeadDim>::GradKey;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kSlices = TilingsOf<T, kHeadDim>::kSlices;
 
-  static EMPCAUSE_ANYWHERE int64_t row_blocks(const Attention& a) { return (a.num_keys + kRows - 1) / kRows; }
+  static EMPCAUSE_ANYWHERE int row_blocks(const Attention& a) {
+    return static_cast<int>((a.num_keys + kRows - 1) / kRows);
+  }
 
-  EMPCAUSE_DEVICE GradKeyBlock(const BackwardArguments& arguments, int64_t row_block, int slice_index, int64_t pair)
-      : f(arguments), a(f.g.forward), slice(slice_index), batch(pair / a.num_key_heads), key_head(pair % a.num_key_heads) {
-    s = sequence(a, batch);
-    first_key = row_block * kRows;
-    rows = static_cast<int>(clamped(s.num_keys - first_key, 0, kRows));
+  EMPCAUSE_DEVICE GradKeyBlock(const BackwardArguments& arguments, int row_block, int slice_index, int pair)
+      : f(arguments),
+        a(f.g.forward),
+        slice(slice_index),
+        group(static_cast<int>(a.num_heads / a.num_key_heads)),
+        batch(pair / static_cast<int>(a.num_key_heads)),
+        key_head(pair % static_cast<int>(a.num_key_heads)),
+        first_key(row_block * kRows),
+        warp_row(uniform_warp() * Shape::kWarpRows) {
+    const Sequence s = sequence(a, batch);
+    query_begin = static_cast<int>(s.query_begin);
+    key_begin = static_cast<int>(s.key_begin);
     num_queries = static_cast<int>(clamped(s.num_queries, 0, a.num_queries));
-    warp_row = static_cast<int>(warp_index()) * Shape::kWarpRows;
+    rows = static_cast<int>(clamped(s.num_keys - first_key, 0, kRows));
     // Row r is seen by the queries from reach + r on.
     reach = a.causal ? static_cast<int>(clamped(first_key - s.offset, -kRows, num_queries)) : -kRows;
     first_tile = reach < 0 ? 0 : reach / kColumns;
-    const int all_tiles = (num_queries + kColumns - 1) / kColumns;
-    tiles = all_tiles > first_tile ? all_tiles - first_tile : 1;  // the gradient of the weights is written in any case
-    group = static_cast<int>(a.num_heads / a.num_key_heads);
+    tiles = (num_queries + kColumns - 1) / kColumns - first_tile;
 
     grad_key.clear();
     grad_value.clear();
-    EMPCAUSE_UNROLL
-    for (int m = 0; m < Shape::kRowTiles; ++m) {
-      EMPCAUSE_UNROLL
-      for (int half = 0; half < 2; ++half) present[m][half] = false;
-    }
   }
 
   EMPCAUSE_DEVICE void run() {
     if (rows <= 0) return;
-    const auto rows_of = [&](const Matrices& m) {
-      return [=, this](int row) -> const T* {
-        return row < rows ? row_of<T>(m, batch, key_head, s.key_begin + first_key + row) : nullptr;
-      };
-    };
-    copy_rows<kRows, kThreads>(key_tile(), head_dim(), f.whole_chunks, rows_of(a.key));
-    copy_rows<kRows, kThreads>(value_tile(), head_dim(), f.whole_chunks, rows_of(a.value));
-    pipeline(tiles * group, *this);
+    const int row = key_begin + first_key;
+    copy_rows<kRows, kThreads>(head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
+                               Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
+                               Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
+    for (int member = 0; member < group; ++member) {
+      begin_head(key_head * group + member);
+      pipeline(tiles, *this);
+      if (slice == 0 && f.g.grad_weight.data != nullptr) store_grad_weight();
+      sync_block();  // before tiles of the next head take the place of this one's
+    }
     finish();
   }
 
   // Of a query: -LSE (base 2) and delta.
   EMPCAUSE_DEVICE Pair fetch(int tile) const {
     const int query = first_query(tile) + thread();
-    if (tile >= tiles * group || thread() >= kColumns || query >= num_queries) return {-kInfinity, 0.0f};
-    const int64_t row = s.query_begin + query;
-    return {negative_logsumexp(a, batch, head(tile), row),
-            load_global(f.delta + batch * a.logsumexp.batch + head(tile) * a.logsumexp.head + row)};
+    if (tile >= tiles || thread() >= kColumns || query >= num_queries) return {-kInfinity, 0.0f};
+    const int row = query_begin + query;
+    return {negative_logsumexp(a, batch, head, row),
+            load_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + row)};
   }
 
   EMPCAUSE_DEVICE void publish(int tile, Pair value) const {
@@ -123,26 +127,22 @@ class GradKeyBlock {
   }
 
   EMPCAUSE_DEVICE void copy(int tile) const {
-    const auto live_rows = [&](const Matrices& m) {
-      return [=, from = row_of<T>(m, batch, head(tile), s.query_begin + first_query(tile)), stride = m.row,
-              this](int row) -> const T* {
-        return load_shared<float>(query_values(tile, row)) != -kInfinity ? from + row * stride : nullptr;
-      };
-    };
-    copy_rows<kColumns, kThreads>(query_tile(tile), head_dim(), f.whole_chunks, live_rows(a.query));
-    copy_rows<kColumns, kThreads>(grad_output_tile(tile), head_dim(), f.whole_chunks, live_rows(f.g.grad_output));
+    const int row = query_begin + first_query(tile);
+    const Matrices& grad_output = f.g.grad_output;
+    copy_rows<kColumns, kThreads>(
+        head_dim(), f.whole_chunks, [&](int query) { return load_shared<float>(query_values(tile, query)) != -kInfinity; },
+        Copy<T, kHeadDim>{query_tile(tile), row_of<T>(a.query, batch, head, row), a.query.row},
+        Copy<T, kHeadDim>{grad_output_tile(tile), row_of<T>(grad_output, batch, head, row), grad_output.row});
   }
 
   EMPCAUSE_DEVICE void compute(int tile) {
     if (warp_row >= rows) return;
-    if (tile % tiles == 0) begin_head(head(tile));
     const int last_query = first_query(tile) + kColumns - 1;
     if (first_query(tile) >= reach + warp_row + Shape::kWarpRows - 1) {
       add_gradients<false>(tile);
     } else if (last_query >= reach + warp_row) {
       add_gradients<true>(tile);
     }
-    if (tile % tiles == tiles - 1 && slice == 0 && f.g.grad_weight.data != nullptr) end_head(head(tile));
   }
 
  private:
@@ -168,25 +168,26 @@ class GradKeyBlock {
   }
 
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
-  // Head after head, the tiles of each.
-  EMPCAUSE_DEVICE int64_t head(int tile) const { return key_head * group + tile / tiles; }
-  EMPCAUSE_DEVICE int first_query(int tile) const { return (first_tile + tile % tiles) * kColumns; }
+  EMPCAUSE_DEVICE int first_query(int tile) const { return (first_tile + tile) * kColumns; }
   EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
 
-  EMPCAUSE_DEVICE void begin_head(int64_t head) {
+  EMPCAUSE_DEVICE float weight_of(int any_head, int row) const {
+    return row < rows ? load_global(row_of(a.weight, batch, any_head, key_begin + first_key + row)) : 0.0f;
+  }
+
+  EMPCAUSE_DEVICE void begin_head(int next_head) {
+    head = next_head;
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row = fragment_row(m, half);
-        weight[m][half] = row < rows ? load_global(row_of(a.weight, batch, head, s.key_begin + first_key + row)) : 0.0f;
-        present[m][half] |= weight[m][half] > 0.0f;
+        weight[m][half] = weight_of(head, fragment_row(m, half));
         grad_weight[m][half] = 0.0f;
       }
     }
   }
 
-  EMPCAUSE_DEVICE void end_head(int64_t head) {
+  EMPCAUSE_DEVICE void store_grad_weight() const {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
@@ -194,7 +195,7 @@ class GradKeyBlock {
         const float total = quad_sum(grad_weight[m][half]);
         const int row = fragment_row(m, half);
         if (row >= rows || lane_column() != 0) continue;
-        const int64_t key = s.key_begin + first_key + row;
+        const int key = key_begin + first_key + row;
         const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
         store_global(row_of(f.g.grad_weight, batch, head, key), wanted ? total : 0.0f);
       }
@@ -206,31 +207,29 @@ class GradKeyBlock {
     Fragment<Shape::kRowTiles, kColumns / 8> p, grad_logit;
     multiply(p, key_tile(), warp_row, query_tile(tile));
     multiply(grad_logit, value_tile(), warp_row, grad_output_tile(tile));
-    const Dropout dropout(a, f.dropout, batch, head(tile));
+    Kept<Shape::kRowTiles> kept;
+    if constexpr (kDropout) {
+      kept = Dropout(a, f.dropout, batch, head)
+                 .template kept_transposed<Shape::kRowTiles, kColumns / 8>(first_key + warp_row, first_query(tile));
+    }
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
-    for (int n = 0; n < kColumns / 8; n += 2) {
+    for (int n = 0; n < kColumns / 8; ++n) {
       EMPCAUSE_UNROLL
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
-        uint32_t kept = 0xff;
-        if constexpr (kDropout) {
-          kept = dropout.kept_transposed(static_cast<int>(first_key) + warp_row + m * 16, first_query(tile) + n * 8);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int column = n * 8 + lane_column() + i % 2, half = i / 2;
+        const Pair values = load_shared<Pair>(query_values(tile, column));
         EMPCAUSE_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const int column = (n + i / 4) * 8 + lane_column() + i % 2, half = i / 2 % 2;
-          const Pair values = load_shared<Pair>(query_values(tile, column));
-          float& probability = p.at[m][n + i / 4][i % 4];
-          float& gradient = grad_logit.at[m][n + i / 4][i % 4];
-          const bool is_kept = (kept >> i & 1) != 0;
-          float e = exponential(probability, scale, values.at[0]);
+        for (int m = 0; m < Shape::kRowTiles; ++m) {
+          float e = exponential(p.at[m][n][i], scale, values.at[0]);
+          float gradient = grad_logit.at[m][n][i];
+          if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           float centred = gradient - values.at[1];
-          if (kDropout) centred = is_kept ? fused(gradient, f.dropout.kept_factor, -values.at[1]) : -values.at[1];
           if (kMasked && first_query(tile) + column < reach + fragment_row(m, half)) e = centred = 0.0f;
           grad_weight[m][half] = fused(e, centred, grad_weight[m][half]);
           const float b = weight[m][half] * e;
-          probability = is_kept ? b : 0.0f;
-          gradient = b * centred;
+          p.at[m][n][i] = !kDropout || kept.at(m, n, i) ? b : 0.0f;
+          grad_logit.at[m][n][i] = b * centred;
         }
       }
     }
@@ -238,41 +237,50 @@ class GradKeyBlock {
     accumulate(grad_key, grad_logit, query_tile(tile), slice * kSliceColumns);
   }
 
+  // What stood in an absent key's row went into its own gradient only, which is 0.
   EMPCAUSE_DEVICE void finish() {
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        bool present = false;
+        for (int member = 0; member < group; ++member) {
+          present |= weight_of(key_head * group + member, fragment_row(m, half)) > 0.0f;
+        }
+        EMPCAUSE_UNROLL
+        for (int n = 0; n < kSliceColumns / 8; ++n) {
+          EMPCAUSE_UNROLL
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            grad_key.at[m][n][i] = present ? grad_key.at[m][n][i] : 0.0f;
+            grad_value.at[m][n][i] = present ? grad_value.at[m][n][i] : 0.0f;
+          }
+        }
+      }
+    }
     store(f.g.grad_key, grad_key, a.scale);
     store(f.g.grad_value, grad_value, kDropout ? f.dropout.kept_factor : 1.0f);
   }
 
-  // What stood in an absent key's row went into its own gradient only, which is 0.
-  EMPCAUSE_DEVICE void store(const Matrices& to, Fragment<Shape::kRowTiles, kSliceColumns / 8>& gradient, float factor) {
-    EMPCAUSE_UNROLL
-    for (int m = 0; m < Shape::kRowTiles; ++m) {
-      EMPCAUSE_UNROLL
-      for (int n = 0; n < kSliceColumns / 8; ++n) {
-        EMPCAUSE_UNROLL
-        for (int i = 0; i < 4; ++i) gradient.at[m][n][i] = present[m][i / 2] ? gradient.at[m][n][i] : 0.0f;
-      }
-    }
+  EMPCAUSE_DEVICE void store(const Matrices& to, const Fragment<Shape::kRowTiles, kSliceColumns / 8>& gradient,
+                             float factor) const {
     store_rows<T>(
         gradient, slice * kSliceColumns, head_dim(), f.whole_chunks, [&](int, int) { return factor; },
         [&](int m, int half) -> T* {
           const int row = fragment_row(m, half);
-          return row < rows ? row_of<T>(to, batch, key_head, s.key_begin + first_key + row) : nullptr;
+          return row < rows ? row_of<T>(to, batch, key_head, key_begin + first_key + row) : nullptr;
         });
   }
 
   const BackwardArguments& f;
   const Attention& a;
-  const int slice;
-  const int64_t batch, key_head;
-  Sequence s;
-  int64_t first_key;
-  int rows, num_queries, warp_row, reach;
-  int first_tile, tiles, group;  // tiles: of every head
+  const int slice, group, batch, key_head, first_key, warp_row;
+  int query_begin, key_begin, num_queries, rows;
+  int reach;              // the first query that sees key 0 of the block
+  int first_tile, tiles;  // of every head
+  int head;               // the present one
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
   float weight[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];  // of the present head
-  bool present[Shape::kRowTiles][2];                                   // in any head so far
 };
 
 template <class T, int kHeadDim, bool kDropout>
@@ -285,8 +293,9 @@ struct GradKeyKernel {
   static int64_t num_blocks(const Attention& a) { return a.batch * a.num_key_heads * Block::kSlices * Block::row_blocks(a); }
 
   static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
-    const int64_t row_blocks = Block::row_blocks(f.g.forward), index = block_index().x / row_blocks;
-    Block(f, block_index().x % row_blocks, static_cast<int>(index % Block::kSlices), index / Block::kSlices).run();
+    const int row_blocks = Block::row_blocks(f.g.forward), block = static_cast<int>(block_index().x);
+    const int index = block / row_blocks;
+    Block(f, block % row_blocks, index % Block::kSlices, index / Block::kSlices).run();
   }
 };
 
@@ -296,15 +305,22 @@ class GradQueryBlock {
   using Shape = typename TilingsOf<T, kHeadDim>::GradQuery;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
 
-  static EMPCAUSE_ANYWHERE int64_t row_blocks(const Attention& a) { return (a.num_queries + kRows - 1) / kRows; }
+  static EMPCAUSE_ANYWHERE int row_blocks(const Attention& a) {
+    return static_cast<int>((a.num_queries + kRows - 1) / kRows);
+  }
 
-  EMPCAUSE_DEVICE GradQueryBlock(const BackwardArguments& arguments, int64_t row_block, int64_t pair)
-      : f(arguments), a(f.g.forward), batch(pair / a.num_heads), head(pair % a.num_heads) {
-    s = sequence(a, batch);
-    first_query = row_block * kRows;
+  EMPCAUSE_DEVICE GradQueryBlock(const BackwardArguments& arguments, int row_block, int pair)
+      : f(arguments),
+        a(f.g.forward),
+        batch(pair / static_cast<int>(a.num_heads)),
+        head(pair % static_cast<int>(a.num_heads)),
+        first_query(row_block * kRows),
+        warp_row(uniform_warp() * Shape::kWarpRows) {
+    const Sequence s = sequence(a, batch);
+    query_begin = static_cast<int>(s.query_begin);
+    key_begin = static_cast<int>(s.key_begin);
     rows = static_cast<int>(clamped(clamped(s.num_queries, 0, a.num_queries) - first_query, 0, kRows));
     num_keys = static_cast<int>(s.num_keys);
-    warp_row = static_cast<int>(warp_index()) * Shape::kWarpRows;
     // Row r sees the keys up to reach + r.
     reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
     const int seen = static_cast<int>(clamped(int64_t{reach} + rows, 0, s.num_keys));
@@ -316,7 +332,7 @@ class GradQueryBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
-        const int64_t query = s.query_begin + first_query + row;
+        const int query = query_begin + first_query + row;
         negative_lse[m][half] = row < rows ? negative_logsumexp(a, batch, head, query) : -kInfinity;
         delta[m][half] =
             row < rows ? load_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + query) : 0.0f;
@@ -326,28 +342,26 @@ class GradQueryBlock {
 
   EMPCAUSE_DEVICE void run() {
     if (rows <= 0) return;
-    const auto live_rows = [&](const Matrices& m) {
-      return [=, this](int row) -> const T* {
-        const int64_t query = s.query_begin + first_query + row;
-        const bool live = row < rows && negative_logsumexp(a, batch, head, query) != -kInfinity;
-        return live ? row_of<T>(m, batch, head, query) : nullptr;
-      };
-    };
-    copy_rows<kRows, kThreads>(query_tile(), head_dim(), f.whole_chunks, live_rows(a.query));
-    copy_rows<kRows, kThreads>(grad_output_tile(), head_dim(), f.whole_chunks, live_rows(f.g.grad_output));
+    const int row = query_begin + first_query;
+    const Matrices& grad_output = f.g.grad_output;
+    copy_rows<kRows, kThreads>(
+        head_dim(), f.whole_chunks,
+        [&](int query) { return query < rows && negative_logsumexp(a, batch, head, row + query) != -kInfinity; },
+        Copy<T, kHeadDim>{query_tile(), row_of<T>(a.query, batch, head, row), a.query.row},
+        Copy<T, kHeadDim>{grad_output_tile(), row_of<T>(grad_output, batch, head, row), grad_output.row});
     pipeline(tiles, *this);
     store_rows<T>(
         grad_query, 0, head_dim(), f.whole_chunks, [&](int, int) { return a.scale; },
         [&](int m, int half) -> T* {
           const int row = fragment_row(m, half);
-          return row < rows ? row_of<T>(f.g.grad_query, batch, head, s.query_begin + first_query + row) : nullptr;
+          return row < rows ? row_of<T>(f.g.grad_query, batch, head, query_begin + first_query + row) : nullptr;
         });
   }
 
   EMPCAUSE_DEVICE float fetch(int tile) const {
     const int key = tile * kColumns + thread();
     if (tile >= tiles || thread() >= kColumns || key >= num_keys) return 0.0f;
-    return load_global(row_of(a.weight, batch, head, s.key_begin + key));
+    return load_global(row_of(a.weight, batch, head, key_begin + key));
   }
 
   EMPCAUSE_DEVICE void publish(int tile, float weight) const {
@@ -355,14 +369,11 @@ class GradQueryBlock {
   }
 
   EMPCAUSE_DEVICE void copy(int tile) const {
-    const auto present_rows = [&](const Matrices& m) {
-      return [=, from = row_of<T>(m, batch, head / (a.num_heads / a.num_key_heads), s.key_begin + tile * kColumns),
-              stride = m.row, this](int row) -> const T* {
-        return load_shared<float>(key_weight(tile, row)) > 0.0f ? from + row * stride : nullptr;
-      };
-    };
-    copy_rows<kColumns, kThreads>(key_tile(tile), head_dim(), f.whole_chunks, present_rows(a.key));
-    copy_rows<kColumns, kThreads>(value_tile(tile), head_dim(), f.whole_chunks, present_rows(a.value));
+    const int row = key_begin + tile * kColumns, key_head = head / static_cast<int>(a.num_heads / a.num_key_heads);
+    copy_rows<kColumns, kThreads>(
+        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(key_weight(tile, key)) > 0.0f; },
+        Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head, row), a.key.row},
+        Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head, row), a.value.row});
   }
 
   EMPCAUSE_DEVICE void compute(int tile) {
@@ -406,29 +417,26 @@ class GradQueryBlock {
     Fragment<Shape::kRowTiles, kColumns / 8> logit, grad_logit;
     multiply(logit, query_tile(), warp_row, key_tile(tile));
     multiply(grad_logit, grad_output_tile(), warp_row, value_tile(tile));
-    const Dropout dropout(a, f.dropout, batch, head);
+    Kept<Shape::kRowTiles> kept;
+    if constexpr (kDropout) {
+      kept = Dropout(a, f.dropout, batch, head)
+                 .template kept<Shape::kRowTiles, kColumns / 8>(first_query + warp_row, tile * kColumns);
+    }
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
-    for (int n = 0; n < kColumns / 8; n += 2) {
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const Pair weights = load_shared<Pair>(key_weight(tile, n * 8 + lane_column()));
       EMPCAUSE_UNROLL
       for (int m = 0; m < Shape::kRowTiles; ++m) {
-        uint32_t kept = 0xff;
-        if constexpr (kDropout) {
-          kept = dropout.kept(static_cast<int>(first_query) + warp_row + m * 16, (tile * kColumns) + n * 8);
-        }
         EMPCAUSE_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const int column = (n + i / 4) * 8 + lane_column() + i % 2, half = i / 2 % 2;
-          const float weight = load_shared<float>(key_weight(tile, column));
-          float& gradient = grad_logit.at[m][n + i / 4][i % 4];
-          float centred = gradient - delta[m][half];
-          if (kDropout) {
-            centred = (kept >> i & 1) != 0 ? fused(gradient, f.dropout.kept_factor, -delta[m][half]) : -delta[m][half];
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int column = n * 8 + lane_column() + i % 2, half = i / 2;
+          float& gradient = grad_logit.at[m][n][i];
+          if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           // The rows of an absent key were copied as zeros, so that its weight 0 meets finite numbers.
-          const float b = weight * exponential(logit.at[m][n + i / 4][i % 4], scale, negative_lse[m][half]);
+          const float b = weights.at[i % 2] * exponential(logit.at[m][n][i], scale, negative_lse[m][half]);
           const bool hidden = kMasked && tile * kColumns + column > reach + fragment_row(m, half);
-          gradient = hidden ? 0.0f : b * centred;
+          gradient = hidden ? 0.0f : b * (gradient - delta[m][half]);
         }
       }
     }
@@ -437,10 +445,10 @@ class GradQueryBlock {
 
   const BackwardArguments& f;
   const Attention& a;
-  const int64_t batch, head;
-  Sequence s;
-  int64_t first_query;
-  int rows, num_keys, warp_row, reach, tiles;
+  const int batch, head, first_query, warp_row;
+  int query_begin, key_begin, num_keys, rows;
+  int reach;  // the last key that query 0 of the block sees
+  int tiles;
 
   Fragment<Shape::kRowTiles, kHeadDim / 8> grad_query;
   float negative_lse[Shape::kRowTiles][2], delta[Shape::kRowTiles][2];
@@ -456,9 +464,10 @@ struct GradQueryKernel {
   static int64_t num_blocks(const Attention& a) { return a.batch * a.num_heads * Block::row_blocks(a); }
 
   static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
-    const int64_t row_blocks = Block::row_blocks(f.g.forward), row_block = block_index().x % row_blocks;
+    const int row_blocks = Block::row_blocks(f.g.forward), block = static_cast<int>(block_index().x);
+    const int row_block = block % row_blocks;
     // The longest rows first.
-    Block(f, f.g.forward.causal ? row_blocks - 1 - row_block : row_block, block_index().x / row_blocks).run();
+    Block(f, f.g.forward.causal ? row_blocks - 1 - row_block : row_block, block / row_blocks).run();
   }
 };
 

@@ -20,16 +20,46 @@ struct DropoutRate {
       : threshold(static_cast<uint32_t>(p * 65536.0 + 0.5)), kept_factor(static_cast<float>(1.0 / (1.0 - p))) {}
 };
 
-struct Dropout {
-  uint32_t threshold;
-  uint32_t seed[2];
-  uint32_t batch_head;
+// A bit for every element that the lane owns of a fragment.
+template <int kRowTiles>
+struct Kept {
+  uint32_t bits[kRowTiles] = {};  // up to eight column tiles
 
-  EMPCAUSE_DEVICE Dropout(const Attention& a, DropoutRate rate, int64_t batch, int64_t head)
-      : threshold(rate.threshold), batch_head(static_cast<uint32_t>(batch * a.num_heads + head)) {
+  EMPCAUSE_DEVICE bool at(int m, int n, int i) const { return (bits[m] >> (n * 4 + i) & 1) != 0; }
+};
+
+class Dropout {
+ public:
+  EMPCAUSE_DEVICE Dropout(const Attention& a, DropoutRate rate, int batch, int head)
+      : threshold(rate.threshold), batch_head(static_cast<uint32_t>(batch) * static_cast<uint32_t>(a.num_heads) + static_cast<uint32_t>(head)) {
     const uint64_t value = a.seed == nullptr ? 0 : static_cast<uint64_t>(load_global(a.seed));
     seed[0] = static_cast<uint32_t>(value);
     seed[1] = static_cast<uint32_t>(value >> 32);
+  }
+
+  // Of a fragment with rows from `query` and columns from `key` on. A loop, so that draws do not take all registers at once.
+  template <int kRowTiles, int kColumnTiles>
+  EMPCAUSE_DEVICE Kept<kRowTiles> kept(int query, int key) const {
+    return collect<kRowTiles, kColumnTiles>([&](int m, int n) { return kept_pair(query + m * 16, key + n * 8); });
+  }
+
+  // The same with rows from `key` and columns from `query` on.
+  template <int kRowTiles, int kColumnTiles>
+  EMPCAUSE_DEVICE Kept<kRowTiles> kept_transposed(int key, int query) const {
+    return collect<kRowTiles, kColumnTiles>([&](int m, int n) { return kept_pair_transposed(key + m * 16, query + n * 8); });
+  }
+
+ private:
+  template <int kRowTiles, int kColumnTiles, class Pair>
+  static EMPCAUSE_DEVICE Kept<kRowTiles> collect(Pair pair) {
+    static_assert(kColumnTiles <= 8);
+    Kept<kRowTiles> kept;
+    EMPCAUSE_NO_UNROLL
+    for (int n = 0; n < kColumnTiles; n += 2) {
+      EMPCAUSE_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) kept.bits[m] |= pair(m, n) << n * 4;
+    }
+    return kept;
   }
 
   EMPCAUSE_DEVICE void draw(int query, int key_block, uint32_t (&words)[4]) const {
@@ -52,9 +82,9 @@ struct Dropout {
     words[3] = c3;
   }
 
-  // Of two neighbouring tiles, rows from `query` on and columns from `key` on: bit 4 tile + i stands for the lane's i-th
-  // element of that tile. A quad shares four draws: two rows of two tiles.
-  EMPCAUSE_DEVICE uint32_t kept(int query, int key) const {
+  // Of two neighbouring tiles: bit 4 tile + i stands for the lane's i-th element. A quad shares four draws: two rows of two
+  // tiles.
+  EMPCAUSE_DEVICE uint32_t kept_pair(int query, int key) const {
     const int mine = lane() % 4;
     uint32_t words[4];
     draw(query + lane_row() + mine % 2 * 8, key / 8 + mine / 2, words);
@@ -68,9 +98,8 @@ struct Dropout {
     return bits;
   }
 
-  // The same with rows from `key` on and columns from `query` on. The eight lanes of a column share eight draws, one for
-  // every element that each of them owns.
-  EMPCAUSE_DEVICE uint32_t kept_transposed(int key, int query) const {
+  // The eight lanes of a column share eight draws, one for every element that each of them owns.
+  EMPCAUSE_DEVICE uint32_t kept_pair_transposed(int key, int query) const {
     const int mine = lane_row();
     uint32_t words[4];
     draw(query + mine / 4 * 8 + lane_column() + mine % 2, key / 8 + mine / 2 % 2, words);
@@ -88,6 +117,10 @@ struct Dropout {
     }
     return bits;
   }
+
+  uint32_t threshold;
+  uint32_t seed[2];
+  uint32_t batch_head;
 };
 
 }  // namespace empcause::cuda

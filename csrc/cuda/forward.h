@@ -35,22 +35,26 @@ class ForwardBlock {
       std::conditional_t<kSplit, typename TilingsOf<T, kHeadDim>::Decode, typename TilingsOf<T, kHeadDim>::Forward>;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
 
-  static EMPCAUSE_ANYWHERE int64_t row_blocks(const ForwardArguments& f) {
-    return kSplit ? f.split.parts : (f.a.num_queries + kRows - 1) / kRows;
+  static EMPCAUSE_ANYWHERE int row_blocks(const ForwardArguments& f) {
+    return kSplit ? f.split.parts : static_cast<int>((f.a.num_queries + kRows - 1) / kRows);
   }
 
-  EMPCAUSE_DEVICE ForwardBlock(const ForwardArguments& arguments, int64_t row_block, int64_t pair)
-      : f(arguments), a(f.a), heads(kSplit ? f.split.heads : 1) {
-    const int64_t groups = a.num_heads / heads;
+  EMPCAUSE_DEVICE ForwardBlock(const ForwardArguments& arguments, int row_block, int pair)
+      : f(arguments),
+        a(f.a),
+        heads(kSplit ? f.split.heads : 1),
+        part(kSplit ? row_block : 0),
+        first_query(kSplit ? 0 : row_block * kRows),
+        warp_row(uniform_warp() * Shape::kWarpRows) {
+    const int groups = static_cast<int>(a.num_heads) / heads;
     batch = pair / groups;
     first_head = pair % groups * heads;
-    s = sequence(a, batch);
-    part = kSplit ? row_block : 0;
-    first_query = kSplit ? 0 : row_block * kRows;
+    const Sequence s = sequence(a, batch);
+    query_begin = static_cast<int>(s.query_begin);
+    key_begin = static_cast<int>(s.key_begin);
+    num_keys = static_cast<int>(s.num_keys);
     const int64_t queries = clamped(s.num_queries, 0, a.num_queries) - first_query;
     rows = static_cast<int>(clamped(queries * heads, 0, kRows));
-    num_keys = static_cast<int>(s.num_keys);
-    warp_row = static_cast<int>(warp_index()) * Shape::kWarpRows;
 
     // Beyond any key where all are seen, within a block of them where causal.
     reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
@@ -58,7 +62,7 @@ class ForwardBlock {
     tiles = (seen + kColumns - 1) / kColumns;
     if (kSplit) {
       const int share = (tiles + f.split.parts - 1) / f.split.parts;
-      first_tile = static_cast<int>(part) * share;
+      first_tile = part * share;
       tiles = static_cast<int>(clamped(tiles - first_tile, 0, share));
     }
 
@@ -75,9 +79,9 @@ class ForwardBlock {
 
   EMPCAUSE_DEVICE void run() {
     if (rows <= 0) return;
-    copy_rows<kRows, kThreads>(query_tile(), head_dim(), f.whole_chunks, [&](int row) -> const T* {
-      return row < rows ? row_of<T>(a.query, batch, head(row), query_row(row)) : nullptr;
-    });
+    copy_rows<kRows, kThreads>(
+        head_dim(), f.whole_chunks, [&](int row) { return row < rows; },
+        Copy<T, kHeadDim>{query_tile(), row_of<T>(a.query, batch, head(0), query_row(0)), a.query.row, heads, a.query.head});
     pipeline(tiles, *this);
     finish();
   }
@@ -85,7 +89,7 @@ class ForwardBlock {
   EMPCAUSE_DEVICE float fetch(int tile) const {
     const int key = first_key(tile) + thread();
     if (tile >= tiles || thread() >= kColumns || key >= num_keys) return 0.0f;
-    return load_global(row_of(a.weight, batch, first_head, s.key_begin + key));
+    return load_global(row_of(a.weight, batch, first_head, key_begin + key));
   }
 
   EMPCAUSE_DEVICE void publish(int tile, float weight) const {
@@ -93,14 +97,11 @@ class ForwardBlock {
   }
 
   EMPCAUSE_DEVICE void copy(int tile) const {
-    const auto present_rows = [&](const Matrices& m) {
-      return [=, from = row_of<T>(m, batch, first_head / (a.num_heads / a.num_key_heads), s.key_begin + first_key(tile)),
-              stride = m.row, this](int row) -> const T* {
-        return load_shared<float>(log_weight(tile, row)) > -kInfinity ? from + row * stride : nullptr;
-      };
-    };
-    copy_rows<kColumns, kThreads>(key_tile(tile), head_dim(), f.whole_chunks, present_rows(a.key));
-    copy_rows<kColumns, kThreads>(value_tile(tile), head_dim(), f.whole_chunks, present_rows(a.value));
+    const int row = key_begin + first_key(tile);
+    copy_rows<kColumns, kThreads>(
+        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log_weight(tile, key)) > -kInfinity; },
+        Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head(), row), a.key.row},
+        Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head(), row), a.value.row});
   }
 
   EMPCAUSE_DEVICE void compute(int tile) {
@@ -136,10 +137,11 @@ class ForwardBlock {
 
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
   EMPCAUSE_DEVICE int first_key(int tile) const { return (first_tile + tile) * kColumns; }
+  EMPCAUSE_DEVICE int key_head() const { return first_head / static_cast<int>(a.num_heads / a.num_key_heads); }
   // Row r of the block is a query of a head; the heads of one query are neighbours.
-  EMPCAUSE_DEVICE int64_t head(int row) const { return first_head + row % heads; }
-  EMPCAUSE_DEVICE int64_t query(int row) const { return first_query + row / heads; }
-  EMPCAUSE_DEVICE int64_t query_row(int row) const { return s.query_begin + query(row); }
+  EMPCAUSE_DEVICE int head(int row) const { return first_head + row % heads; }
+  EMPCAUSE_DEVICE int query(int row) const { return first_query + row / heads; }
+  EMPCAUSE_DEVICE int query_row(int row) const { return query_begin + query(row); }
   EMPCAUSE_DEVICE int last_key(int row) const { return reach + row / heads; }
 
   // One tile of keys: logits, their exponentials, and what they take of the values.
@@ -168,7 +170,11 @@ class ForwardBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) soften(p.at[m], m, half);
     }
-    if constexpr (kDropout) drop(p, first_key(tile));
+    // After the sums: dropout acts on the normalised probability. The factor of those kept waits for the end.
+    if constexpr (kDropout) {
+      drop(p, Dropout(a, f.dropout, batch, first_head)
+                  .template kept<Shape::kRowTiles, kColumns / 8>(first_query + warp_row, first_key(tile)));
+    }
     accumulate(output, p, value_tile(tile), 0);
   }
 
@@ -198,19 +204,14 @@ class ForwardBlock {
     }
   }
 
-  // After the sums: dropout acts on the normalised probability. The factor of those kept waits for the end.
-  EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p, int key) const {
-    const Dropout dropout(a, f.dropout, batch, first_head);
+  static EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p,
+                                   const Kept<Shape::kRowTiles>& kept) {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
-      for (int n = 0; n < kColumns / 8; n += 2) {
-        const uint32_t kept = dropout.kept(static_cast<int>(first_query) + warp_row + m * 16, key + n * 8);
+      for (int n = 0; n < kColumns / 8; ++n) {
         EMPCAUSE_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          float& value = p.at[m][n + i / 4][i % 4];
-          value = (kept >> i & 1) != 0 ? value : 0.0f;
-        }
+        for (int i = 0; i < 4; ++i) p.at[m][n][i] = kept.at(m, n, i) ? p.at[m][n][i] : 0.0f;
       }
     }
   }
@@ -273,10 +274,8 @@ class ForwardBlock {
 
   const ForwardArguments& f;
   const Attention& a;
-  const int heads;
-  int64_t batch, first_head, part, first_query;
-  Sequence s;
-  int rows, num_keys, warp_row;
+  const int heads, part, first_query, warp_row;
+  int batch, first_head, query_begin, key_begin, num_keys, rows;
   int reach;  // the last key that query 0 of the block sees
   int first_tile = 0, tiles;
 
@@ -297,9 +296,10 @@ struct ForwardKernel {
   }
 
   static EMPCAUSE_DEVICE void run(const ForwardArguments& f) {
-    const int64_t row_blocks = Block::row_blocks(f), row_block = block_index().x % row_blocks;
+    const int row_blocks = Block::row_blocks(f), block = static_cast<int>(block_index().x);
+    const int row_block = block % row_blocks;
     // The longest rows first.
-    Block(f, f.a.causal && !kSplit ? row_blocks - 1 - row_block : row_block, block_index().x / row_blocks).run();
+    Block(f, f.a.causal && !kSplit ? row_blocks - 1 - row_block : row_block, block / row_blocks).run();
   }
 };
 

@@ -43,6 +43,9 @@ struct Fragment {
 EMPCAUSE_DEVICE int lane() { return static_cast<int>(lane_index()); }
 EMPCAUSE_DEVICE int thread() { return static_cast<int>(thread_index()); }
 
+// The same for all lanes, and the compiler sees it: branches upon it leave the warp together.
+EMPCAUSE_DEVICE int uniform_warp() { return shuffle(static_cast<int>(warp_index()), 0); }
+
 // Of the lane's first element in a tile.
 EMPCAUSE_DEVICE int lane_row() { return lane() / 4; }
 EMPCAUSE_DEVICE int lane_column() { return lane() % 4 * 2; }

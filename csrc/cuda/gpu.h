@@ -37,25 +37,28 @@ EMPCAUSE_DEVICE Shared shared_memory() {
 
 template <class T>
 EMPCAUSE_DEVICE T load_shared(Shared from) {
+  static_assert(kOneAccess<T> && sizeof(T) >= 2);
   return *static_cast<const T*>(__cvta_shared_to_generic(from.address));
 }
 
 template <class T>
 EMPCAUSE_DEVICE void store_shared(Shared to, T value) {
+  static_assert(kOneAccess<T> && sizeof(T) >= 2);
   *static_cast<T*>(__cvta_shared_to_generic(to.address)) = value;
 }
 
 template <class T>
 EMPCAUSE_DEVICE T load_global(const T* from) {
+  static_assert(kOneAccess<T>);
   return *from;
 }
 
 template <class T>
 EMPCAUSE_DEVICE void store_global(T* to, T value) {
+  static_assert(kOneAccess<T>);
   *to = value;
 }
 
-// Zeros where not valid; then nothing is read.
 EMPCAUSE_DEVICE void copy_async(Shared to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address), "l"(__cvta_generic_to_global(from)),
                "r"(valid ? 16 : 0)
@@ -64,7 +67,6 @@ EMPCAUSE_DEVICE void copy_async(Shared to, const void* from, bool valid) {
 
 EMPCAUSE_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kPending groups of this thread are under way.
 template <int kPending>
 EMPCAUSE_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -89,19 +91,20 @@ EMPCAUSE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 
 template <>
 EMPCAUSE_DEVICE void mma<BFloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <>
 EMPCAUSE_DEVICE void mma<Float16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two values, `low` in the lower half.
 template <class T>
 EMPCAUSE_DEVICE uint32_t pack(float low, float high);
 
@@ -183,10 +186,11 @@ void launch(Index3 grid, uint32_t shared_bytes, Stream stream, const typename Ke
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   constexpr uint32_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "shared memory of a kernel");
+    constexpr auto kSize = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(run<Kernel>, kSize, static_cast<int>(shared_bytes)), "shared memory of a kernel");
   }
-  run<Kernel><<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
+  const dim3 blocks(grid.x, grid.y, grid.z);
+  run<Kernel><<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   check(cudaGetLastError(), "launch of a kernel");
 }
 

@@ -46,17 +46,17 @@ EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHea
   } else {
     static_assert(kColumnTiles % 2 == 0);
     // ldmatrix takes a row address from every lane; the four 8 x 8 parts come from eight lanes each.
-    const int a_row = first_row + lane() % 16, a_chunk = lane() / 16;
-    const int b_row = lane() % 8 + lane() / 16 * 8, b_chunk = lane() / 8 % 2;
+    const Shared a_chunk = a.chunk(first_row + lane() % 16, lane() / 16);
+    const Shared b_chunk = b.chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
     EMPCAUSE_UNROLL
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t left[kRowTiles][4];
       EMPCAUSE_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) load_matrices(left[m], a.chunk(a_row + m * 16, 2 * k + a_chunk));
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(left[m], a.further(a_chunk, m * 16, 2 * k));
       EMPCAUSE_UNROLL
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t right[4];
-        load_matrices(right, b.chunk(b_row + n * 8, 2 * k + b_chunk));
+        load_matrices(right, b.further(b_chunk, n * 8, 2 * k));
         EMPCAUSE_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           mma<T>(c.at[m][n], left[m], {right[0], right[1]});
@@ -99,7 +99,7 @@ EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Frag
     }
   } else {
     static_assert(kDepthTiles % 2 == 0 && kColumnTiles % 2 == 0);
-    const int b_row = lane() % 16, b_chunk = first_column / 8 + lane() / 16;
+    const Shared b_chunk = b.chunk(lane() % 16, lane() / 16);
     EMPCAUSE_UNROLL
     for (int k = 0; k < kDepthTiles; k += 2) {
       // Two tiles of a result are one operand of the next product, as they stand.
@@ -115,7 +115,7 @@ EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Frag
       EMPCAUSE_UNROLL
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t right[4];
-        load_matrices_transposed(right, b.chunk(b_row + k * 8, b_chunk + n));
+        load_matrices_transposed(right, b.further(b_chunk, k * 8, first_column / 8 + n));
         EMPCAUSE_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           mma<T>(c.at[m][n], left[m], {right[0], right[1]});

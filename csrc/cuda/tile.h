@@ -36,13 +36,23 @@ struct Tile {
   static constexpr int kChunks = kRowBytes / kChunkBytes;
   static_assert(kChunks % 4 == 0);
 
-  Shared start;
+  // Rows of whole 128-byte lines are told apart by eight places; of others, two neighbours begin in different halves of one.
+  static constexpr int kPlaces = kChunks % 8 == 0 ? 8 : 4;
 
-  // Rows that fill whole lines of 128 bytes are told apart by eight places; of others, two neighbours fill different halves.
-  static EMPCAUSE_DEVICE int swizzle(int row) { return kChunks % 8 == 0 ? row & 7 : row >> 1 & 3; }
+  Shared start;  // a multiple of 128
+
+  static EMPCAUSE_DEVICE int swizzle(int row) { return kPlaces == 8 ? row % 8 : row / 2 % 4; }
 
   EMPCAUSE_DEVICE Shared chunk(int row, int index) const {
     return start + static_cast<uint32_t>(row * kRowBytes + (index ^ swizzle(row)) * kChunkBytes);
+  }
+
+  // From chunk 0 or 1 of a row to where a multiple of 8 rows and of 2 chunks further on is: little work where these are
+  // known to the compiler.
+  static EMPCAUSE_DEVICE Shared further(Shared chunk, int rows, int chunks) {
+    const int within = chunks % kPlaces;
+    return Shared{chunk.address ^ static_cast<uint32_t>(within * kChunkBytes)} +
+           static_cast<uint32_t>(rows * kRowBytes + (chunks - within) * kChunkBytes);
   }
 
   EMPCAUSE_DEVICE Shared element(int row, int column) const {
@@ -51,28 +61,55 @@ struct Tile {
   }
 };
 
-// Copies kRows rows, row r from source(r), zeros where that is null and in columns beyond head_dim. Where rows are made of
-// whole, aligned chunks the copy is asynchronous; other rows come element by element.
-template <int kRows, int kThreads, class T, int kHeadDim, class Source>
-EMPCAUSE_DEVICE void copy_rows(Tile<T, kHeadDim> to, int head_dim, bool whole_chunks, Source source) {
+// A tile to fill, and where its rows come from: the first one and the elements between two. Where `group` rows, from as
+// many heads, belong together, the stride is that of a group.
+template <class T, int kHeadDim>
+struct Copy {
+  Tile<T, kHeadDim> to;
+  const T* from;
+  int64_t stride;
+  int group = 1;
+  int64_t group_stride = 0;
+
+  EMPCAUSE_DEVICE const T* row(int index) const {
+    return from + index / group * stride + index % group * group_stride;
+  }
+};
+
+// Copies kRows rows of each, zeros where keep(row) is false and in columns beyond head_dim. Where rows are made of whole,
+// aligned chunks the copy is asynchronous; other rows come element by element.
+template <int kRows, int kThreads, class Keep, class T, int kHeadDim, class... More>
+EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<T, kHeadDim> first, More... more) {
   constexpr int kChunks = Tile<T, kHeadDim>::kChunks;
   static_assert(kRows * kChunks % kThreads == 0);
   if (whole_chunks) {
+    const auto step = [&](int row, int chunk) {
+      const int column = chunk * Chunk<T>::kSize;
+      const bool valid = keep(row) && column < head_dim;
+      const auto copy = [&](const Copy<T, kHeadDim>& c) {
+        copy_async(c.to.chunk(row, chunk), c.row(row) + column, valid);
+      };
+      copy(first);
+      (copy(more), ...);
+    };
     EMPCAUSE_UNROLL
     for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-      const int index = i * kThreads + thread(), row = index / kChunks, chunk = index % kChunks;
-      const int column = chunk * Chunk<T>::kSize;
-      const T* from = source(row);
-      const bool valid = from != nullptr && column < head_dim;
-      copy_async(to.chunk(row, chunk), from + column, valid);
+      if constexpr (kThreads % kChunks == 0) {
+        step(thread() / kChunks + i * (kThreads / kChunks), thread() % kChunks);
+      } else {
+        step((thread() + i * kThreads) / kChunks, (thread() + i * kThreads) % kChunks);
+      }
     }
   } else {
     EMPCAUSE_NO_UNROLL
     for (int index = thread(); index < kRows * kHeadDim; index += kThreads) {
       const int row = index / kHeadDim, column = index % kHeadDim;
-      const T* from = source(row);
-      const bool valid = from != nullptr && column < head_dim;
-      store_shared(to.element(row, column), valid ? load_global(from + column) : T{});
+      const bool valid = keep(row) && column < head_dim;
+      const auto copy = [&](const Copy<T, kHeadDim>& c) {
+        store_shared(c.to.element(row, column), valid ? load_global(c.row(row) + column) : T{});
+      };
+      copy(first);
+      (copy(more), ...);
     }
   }
 }

@@ -24,10 +24,10 @@ struct Tilings;
 // results, of which a block takes the part of kSlices. Decode is one warp for the few queries there are.
 template <>
 struct Tilings<false, 32> {
-  using Forward = Tiling<4, 2, 64, 3>;
+  using Forward = Tiling<4, 2, 64, 2>;
   using Decode = Tiling<1, 1, 32, 8>;
-  using GradQuery = Tiling<4, 2, 32, 3>;
-  using GradKey = Tiling<4, 2, 32, 3>;
+  using GradQuery = Tiling<4, 2, 32, 2>;
+  using GradKey = Tiling<4, 2, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
@@ -35,7 +35,7 @@ struct Tilings<false, 64> {
   using Forward = Tiling<4, 2, 64, 2>;
   using Decode = Tiling<1, 1, 32, 8>;
   using GradQuery = Tiling<4, 2, 32, 2>;
-  using GradKey = Tiling<4, 2, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
@@ -51,13 +51,13 @@ struct Tilings<false, 128> {
   using Forward = Tiling<4, 2, 32, 2>;
   using Decode = Tiling<1, 1, 32, 4>;
   using GradQuery = Tiling<4, 1, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using GradKey = Tiling<4, 1, 16, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<false, 256> {
   using Forward = Tiling<4, 1, 32, 2>;
-  using Decode = Tiling<1, 1, 32, 2>;
+  using Decode = Tiling<1, 1, 16, 2>;
   using GradQuery = Tiling<4, 1, 16, 2>;
   using GradKey = Tiling<4, 1, 16, 2>;
   static constexpr int kSlices = 2;

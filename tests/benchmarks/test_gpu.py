@@ -1,7 +1,8 @@
-"""What of the GPU benchmark runs without a GPU: its peers, gates, budget, timings on the CPU, files; and the sentence it says here."""
+"""What of the GPU benchmark runs without a GPU: peers, gates, time budget, timings on the CPU, files, the sentence it says."""
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,8 @@ import torch
 import training_steps
 from correctness import Gate, disagreement
 from gpu_report import Row, plot, ratios, write_csv
-from peers import Case, Peer, formula, make_inputs, peers, this_package
+from peers import Peer, formula, make_inputs, peers, this_package
+from shapes import Case
 from timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwatch, Timing
 from torch.nn.attention import SDPBackend
 from training_steps import Texts
@@ -52,7 +54,11 @@ class TestPeers:
             try:
                 verdict = gate.verdict(peer, peer.prepare(inputs, CASES[name].dropout_p))
             except (RuntimeError, ValueError, NotImplementedError) as error:
-                assert name == "packed" or "FlexAttention" in str(error), f"{peer.name}: {error}"
+                expected = (
+                    "FlexAttention|no packed sequences|FlashAttention and without dropout|flash_attention_forward"
+                )
+                if not re.search(expected, str(error)):
+                    raise
             else:
                 assert verdict is None, f"{peer.name}: {verdict}"
                 right.append(peer.name)
@@ -161,9 +167,15 @@ class TestTiming:
         assert budget.skipped == ["that"]
 
     def test_the_whole_run_is_below_eight_minutes(self):
-        assert gpu.CHECKED < gpu.TIMED < gpu.TRAINED < 480
+        assert gpu.BUILT < gpu.CHECKED < gpu.TIMED < gpu.TRAINED < 480
 
 
+@pytest.fixture
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(gpu, "ROUNDS_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("few_rounds")
 class TestRun:
     def test_attention(self):
         budget = Budget()
@@ -181,7 +193,7 @@ class TestRun:
         assert marked == {"sdpa flash, no weights"}
 
     def test_what_is_wrong_is_not_timed(self):
-        liar = replace(this_package("cpu"), prepare=lambda *_: lambda q, k, v, c: q + 0 * (k + v))
+        liar = replace(this_package("cpu"), prepare=lambda *_: lambda q, k, v, c: q + 0 * (k + v + c.sum()))
         rows = list(gpu.time_case(SMALL, [liar], "cpu", Stopwatch("cpu"), 60.0))
         assert [row.timing for row in rows] == [None]
         assert "error" in rows[0].status
@@ -209,15 +221,13 @@ class TestRun:
     def test_a_wrong_loss_is_red(self, monkeypatch):
         texts, variant = Texts("padded", 3, 24), training_steps.variants(["cpu"], False)[0]
         assert training_steps.judge(variant, texts, SIZES, "cpu") is None
-        from empcause.ops import biased_attention
+        right = training_steps.biased_attention
 
-        def without_causes(query, key, value, cause, **options):
-            return biased_attention(query, key, value, None, **options | {"backend": "cpu"}) * 1.5
+        def wrong_on_the_cpu(*leaves, backend, **options):
+            return right(*leaves, backend=backend, **options) * (1.5 if backend == "cpu" else 1.0)
 
-        monkeypatch.setattr(training_steps, "biased_attention", without_causes)
-        right = training_steps.using
-        monkeypatch.setattr(training_steps, "using", lambda name: right(name) if name != "reference" else _original())
-        assert "reference" in training_steps.judge(variant, texts, SIZES, "cpu")
+        monkeypatch.setattr(training_steps, "biased_attention", wrong_on_the_cpu)
+        assert "with the reference" in training_steps.judge(variant, texts, SIZES, "cpu")
 
     def test_batches_hold_the_same_texts(self):
         padded = training_steps.make_batch(Texts("padded", 3, 24), 100, "cpu")
@@ -226,12 +236,6 @@ class TestRun:
         assert torch.equal(padded["input_ids"][real], packed["input_ids"][0])
         assert torch.equal(padded["labels"][real], packed["labels"][0])
         assert (padded["labels"][~real] == -100).all()
-
-
-def _original():
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 class TestReport:

@@ -85,10 +85,20 @@ def exact(case: Case) -> list[Tensor]:
     return gradients(lambda *leaves: biased_attention_reference(*leaves, **options)[0], doubles)
 
 
-def measured(case: Case, backend: str) -> list[Tensor]:
-    """A backend on the same tensors."""
+def move(value: Any, device: str) -> Any:
+    """Tensors to a device; everything else as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def measured(case: Case, backend: str, device: str = "cpu") -> list[Tensor]:
+    """A backend on the same tensors, computed on a device."""
     tensors, options = case.make()
-    return gradients(lambda *leaves: biased_attention(*leaves, **options, backend=backend), tensors)
+    options = {name: move(value, device) for name, value in options.items()}
+
+    def call(*leaves: Tensor) -> Tensor:
+        return biased_attention(*(move(leaf, device) for leaf in leaves), **options, backend=backend).cpu()
+
+    return gradients(call, tensors)
 
 
 def plain_torch(case: Case) -> list[Tensor]:
@@ -132,9 +142,9 @@ def plain_torch(case: Case) -> list[Tensor]:
 EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
-def assert_close(case: Case, backend: str) -> None:
+def assert_close(case: Case, backend: str, device: str = "cpu") -> None:
     """Errors against fp64, bounded by those of plain torch in the same precision and by its rounding unit."""
-    truth, ours, plain = exact(case), measured(case, backend), plain_torch(case)
+    truth, ours, plain = exact(case), measured(case, backend, device), plain_torch(case)
     names = ["output", "grad query", "grad key", "grad value", "grad cause"]
     for name, expected, got, usual in zip(names, truth, ours, plain, strict=False):
         assert got.shape == expected.shape, name
@@ -162,6 +172,7 @@ __all__ = [
     "exact",
     "gradients",
     "measured",
+    "move",
     "pack",
     "plain_torch",
 ]

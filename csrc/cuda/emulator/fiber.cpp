@@ -37,7 +37,8 @@ Stack::~Stack() {
   unused.push_back(memory_);
 }
 
-// What empcause_switch_fiber pops from a stack: the registers that a callee keeps, all zero, and the address to go on at.
+// The registers that a callee keeps stand on the stack that is left, and so does the address to go on at. A new stack
+// is prepared as if it had been left: registers 0, and the address of `run`.
 #if defined(__x86_64__)
 
 asm(R"(

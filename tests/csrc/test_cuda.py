@@ -1,0 +1,255 @@
+"""The CUDA kernels against fp64, over shapes, masks, strides and precisions.
+
+Where the CUDA backend is built and there is a device, the kernels run on it; elsewhere under the emulator, which also finds
+races, uninitialised shared memory and accesses outside of the tensors, and ends the call with an error.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.cases import Case, gradients
+from ops.contract import TOLERANCE, Contract, packed_case
+
+import empcause
+from empcause.ops import biased_attention, biased_attention_varlen
+from empcause.ops.backends import load_cuda
+
+ROOT = Path(__file__).parents[2]
+ON_DEVICE = empcause.info()["cuda"].built and torch.cuda.is_available()
+DEVICE = "cuda" if ON_DEVICE else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """Path of the library that runs the kernels on the host, built where that is possible."""
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    for tool in ("cmake", "ninja", os.environ.get("CXX", "c++")):
+        if shutil.which(tool, path=environment["PATH"]) is None:
+            pytest.skip(f"{tool} is not installed: it builds the CUDA kernels for the emulator")
+    build = ROOT / "build" / "cuda_emulation"
+    options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    for command in (["-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], ["--build", str(build)]):
+        done = subprocess.run(["cmake", *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build / "libempcause_cuda_emulation.so"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loaded(request):
+    if ON_DEVICE:
+        return
+    if empcause.info()["cuda"].built:
+        pytest.skip("the CUDA backend is built, but there is no device")
+    load_cuda(request.getfixturevalue("emulation"))
+
+
+MATRIX = {
+    "batch": st.integers(1, 2),
+    "grouping": st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]),  # query heads, key heads
+    "queries": st.sampled_from([1, 2, 16, 17, 31, 64, 65, 129]),
+    "keys": st.sampled_from([1, 7, 8, 31, 64, 65, 97, 200]),
+    "dim": st.sampled_from([1, 8, 15, 16, 33, 64, 80, 96, 104]),
+    "dtype": st.sampled_from(DTYPES),
+    "causal": st.booleans(),
+    "dropout_p": st.sampled_from([0.0, 0.0, 0.1, 0.5]),
+    "cause_shape": st.sampled_from(["BK", "1K", "BHK", "B1K", "1HK", "11K", None]),
+    "masked": st.booleans(),
+    "per_head": st.booleans(),
+    "query_offset": st.sampled_from([None, 0, 3, -2]),
+    "layout": st.sampled_from(["BHND", "BNHD", "BHDN"]),
+    "seed": st.integers(0, 5),
+}
+
+
+WRONG_SUMS = [
+    [0, 6, 4000],
+    [0, 6, -4000],
+    [0, 6, 3],
+    [0, -1, 31],
+    [-5, 40, 31],
+    [31, 31, 0],
+    [-(2**31), 2**31 - 1, -(2**31)],
+]
+
+
+def fused_views(queries, keys, dtype, lead):
+    """Views of one fused projection whose memory begins `lead` elements into its storage."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, keys, (2 + 1 + 1) * 16, generator=generator).to(dtype)
+    storage = torch.empty(values.numel() + lead, dtype=dtype, device=DEVICE)
+    fused = storage[lead:].view(values.shape).copy_(values)
+    query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in fused.split([32, 16, 16], -1))
+    return query[:, :, keys - queries :], key, value
+
+
+@pytest.mark.usefixtures("_loaded")
+class TestCuda(Contract):
+    backend, device, dtypes = "cuda", DEVICE, DTYPES
+
+    def check(self, grouping, **arguments):
+        heads, key_heads = grouping
+        self.assert_close(Case(heads=heads, key_heads=key_heads, **arguments))
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(**MATRIX)
+    def test_case_matrix(self, **arguments):
+        self.check(**arguments)
+
+    @pytest.mark.slow
+    @settings(max_examples=600, deadline=None, derandomize=True)
+    @given(**MATRIX | {"dim": st.integers(1, 256), "seed": st.integers(6, 50)})
+    def test_larger_case_matrix(self, **arguments):
+        self.check(**arguments)
+
+    @pytest.mark.parametrize("dim", [32, 27, 64, 61, 96, 90, 128, 127, 256, 250])
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    def test_every_kernel(self, dtype, dropout_p, dim):
+        """More rows than a block owns, and several tiles of columns, seen whole and in part."""
+        length = 150 if dim <= 128 else 70
+        shape = {"batch": 1, "heads": 1, "key_heads": 1, "queries": length, "keys": length, "dim": dim}
+        self.assert_close(Case(**shape, dtype=dtype, dropout_p=dropout_p, masked=True))
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(batch=1, queries=1, keys=300, dim=64),
+            Case(batch=1, heads=6, key_heads=2, dim=32, queries=40, keys=50, dtype=torch.float16),
+            Case(batch=1, queries=40, keys=10),
+            Case(batch=1, queries=300, keys=40, causal=False, dtype=torch.bfloat16),
+            Case(batch=1, heads=2, queries=20, keys=400, causal=False, dtype=torch.bfloat16),
+            Case(batch=1, heads=2, queries=10, keys=40, query_offset=7),
+            Case(batch=1, heads=2, queries=20, keys=20, query_offset=-(2**40)),
+            Case(batch=1, heads=2, queries=20, keys=20, query_offset=2**40),
+            Case(batch=1, heads=2, queries=4, keys=20, query_offset=-(2**40)),
+            Case(batch=1, heads=2, queries=4, keys=20, query_offset=2**40),
+        ],
+        ids=[
+            "decoding",
+            "grouped fp16",
+            "dead rows",
+            "many queries",
+            "many keys",
+            "offset",
+            "before everything",
+            "after everything",
+            "decoding before everything",
+            "decoding after everything",
+        ],
+    )
+    def test_notable_cases(self, case):
+        self.assert_close(case)
+
+    @pytest.mark.parametrize("queries", [5, 150], ids=["decoding", "general"])
+    def test_views_of_a_fused_projection_aligned_or_not(self, dtype, queries):
+        """Rows that 16-byte copies can take, and the same an element further on, which come element by element."""
+
+        def call(query, key, value):
+            return biased_attention(query, key, value, backend=self.backend)
+
+        aligned, shifted = (fused_views(queries, 150, dtype, lead) for lead in (0, 1))
+        got = gradients(call, aligned)
+        for one, other in zip(got, gradients(call, shifted), strict=True):
+            assert torch.equal(one, other)
+        truth = gradients(
+            lambda *leaves: biased_attention(*leaves, backend="reference"), tuple(view.double() for view in aligned)
+        )
+        tolerance = TOLERANCE[dtype]
+        for expected, actual in zip(truth, got, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    def test_strides_that_are_not_chunks(self, dtype, queries):
+        """Rows whose length fits 16-byte copies, at distances that do not."""
+        whole = Case(batch=2, queries=queries, dtype=dtype).make()[0][:3]
+        padded = tuple(torch.nn.functional.pad(tensor, (0, 1))[..., :-1] for tensor in whole)
+        assert all(tensor.stride(-1) == 1 and tensor.stride(-2) % 8 for tensor in padded)
+        got, expected = (gradients(self.attend, tensors) for tensors in (padded, whole))
+        for ours, theirs in zip(got, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_grad_output_of_any_strides(self):
+        tensors, options = Case(batch=1).make()
+        leaves = [self.moved(tensor).requires_grad_(True) for tensor in tensors]
+        output = biased_attention(*leaves, **options, backend=self.backend)
+        row = torch.randn(16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        expanded = row.expand(output.shape)
+        columns = expanded.transpose(2, 3).contiguous().transpose(2, 3)
+        shifted = torch.nn.functional.pad(expanded, (1, 0))[..., 1:]
+        expected = torch.autograd.grad(output, leaves, expanded.contiguous(), retain_graph=True)
+        for grad_output in (expanded, columns, shifted):
+            got = torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("cause_shape", [None, "HM", "1M"])
+    def test_varlen_causes(self, cause_shape):
+        (query, key, value, cause), options = packed_case([7, 20], [7, 20])
+        if cause_shape is None:
+            leaves = (query, key, value)
+        else:
+            leaves = (query, key, value, torch.stack([cause, 1 - cause]) if cause_shape == "HM" else cause[None])
+        got = gradients(lambda *leaves: self.attend(*leaves, operator=biased_attention_varlen, **options), leaves)
+        doubles = tuple(leaf.double() for leaf in leaves)
+        truth = gradients(lambda *leaves: biased_attention_varlen(*leaves, **options, backend="reference"), doubles)
+        for expected, actual in zip(truth, got, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=3e-5)
+
+    @pytest.mark.parametrize("longest", [25, 7, 5000])
+    @pytest.mark.parametrize("wrong", WRONG_SUMS)
+    @pytest.mark.parametrize("names", [["cu_seqlens_q"], ["cu_seqlens_k"], ["cu_seqlens_q", "cu_seqlens_k"]])
+    def test_prefix_sums_that_do_not_fit_lead_nowhere(self, names, wrong, longest):
+        """They cannot be refused without waiting for the GPU. The kernels stay inside the tensors all the same, as the emulator
+        sees, and a sequence that fits is right."""
+        tensors, options = packed_case([6, 25], [6, 25])
+        expected = self.attend(*tensors, operator=biased_attention_varlen, **options)
+        options |= {name: torch.tensor(wrong, dtype=torch.int32) for name in names}
+        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        output, *_ = gradients(
+            lambda *leaves: self.attend(*leaves, operator=biased_attention_varlen, **options), tensors
+        )
+        if wrong[:2] == [0, 6]:
+            assert torch.equal(output[:6], expected[:6])
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(batch=1, heads=4, key_heads=2, queries=3, keys=700, dim=20),
+            Case(batch=1, heads=4, key_heads=2, queries=3, keys=700, dim=21, dtype=torch.bfloat16),
+            Case(batch=1, heads=4, key_heads=2, queries=3, keys=700, dim=20, per_head=True),
+            Case(
+                batch=1, heads=6, key_heads=1, queries=4, keys=700, dim=20, dtype=torch.bfloat16
+            ),  # three heads at a time
+            Case(batch=1, heads=20, key_heads=1, queries=1, keys=700, dim=20, dtype=torch.bfloat16),
+            Case(batch=1, heads=2, key_heads=1, queries=2, keys=600, causal=False, masked=True, dtype=torch.float16),
+            Case(batch=1, heads=2, key_heads=1, queries=2, keys=700, query_offset=100),  # later parts see no key
+            Case(batch=1, heads=2, key_heads=1, queries=16, keys=700, query_offset=-3),  # first rows see no key
+            Case(batch=9, heads=4, key_heads=4, queries=2, keys=300),  # enough blocks without
+        ],
+        ids=[
+            "grouped",
+            "odd head size",
+            "weights per head",
+            "some heads together",
+            "more heads than rows",
+            "fp16",
+            "cache longer than it is full",
+            "dead rows",
+            "one part",
+        ],
+    )
+    def test_decoding_in_several_parts(self, case):
+        self.assert_close(case)
+
+    def test_the_raw_operator_refuses_wider_heads(self):
+        wide = self.moved(torch.randn(1, 1, 3, 257))
+        options = (None, 1.0, None, None, True, 1.0, 0.0, None, None)
+        with pytest.raises(RuntimeError, match="head sizes up to 256"):
+            torch.ops.empcause_cuda.attention(wide, wide, wide, *options)

@@ -1,0 +1,351 @@
+"""What every backend for GPUs is tested for. Each has a class that derives from this one, and cases of its own: tests/kernels for
+Triton, tests/csrc for CUDA C++."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ops.cases import Case, assert_close, exact, gradients, measured, move, pack
+
+from empcause.ops import biased_attention, biased_attention_varlen
+from empcause.ops.philox import dropout_keep_mask
+
+NOT_FINITE = "cause must be finite with 1 \\+ strength \\* cause >= 0 wherever key_mask is True"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+def packed_case(lengths_q, lengths_k, dim=12, dtype=torch.float32, heads=2):
+    """Tensors of packed sequences with the options that describe them."""
+    case = Case(
+        batch=len(lengths_q),
+        heads=heads,
+        key_heads=1,
+        queries=max(lengths_q),
+        keys=max(lengths_k),
+        dim=dim,
+        dtype=dtype,
+    )
+    (query, key, value, cause), _ = case.make()
+    mask = torch.rand(cause.shape, generator=torch.Generator().manual_seed(2)) > 0.2
+    packed = (pack(query, lengths_q), pack(key, lengths_k), pack(value, lengths_k), pack(cause, lengths_k))
+    sums = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k)]
+    return packed, {
+        "cu_seqlens_q": sums[0],
+        "cu_seqlens_k": sums[1],
+        "max_seqlen_q": max(lengths_q),
+        "max_seqlen_k": max(lengths_k),
+        "key_mask": pack(mask, lengths_k),
+        "strength": 0.5,
+        "seed": 9,
+    }
+
+
+class Contract:
+    """Tests with CPU tensors, which go to `device` and back.
+
+    A few queries are decoded, by kernels of their own; tests that are run twice, "decoding" and "general", meet both.
+    """
+
+    backend: str
+    device: str
+    dtypes: list[torch.dtype]
+    assertion: type[Exception] = (
+        RuntimeError  # what a failed assertion of the device raises where the host runs the kernels
+    )
+
+    def pytest_generate_tests(self, metafunc):
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", self.dtypes, ids=str)
+
+    @pytest.fixture(autouse=True)
+    def _poisoned_memory(self):
+        """Memory that is allocated is full of NaN, so that what a kernel leaves out shows."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    def moved(self, value):
+        return move(value, self.device)
+
+    def attend(self, *tensors, operator=biased_attention, **options):
+        """The operator on `device`, for tensors of the CPU."""
+        options = {name: self.moved(value) for name, value in options.items()}
+        return operator(*map(self.moved, tensors), **options, backend=self.backend).cpu()
+
+    def measured(self, case):
+        """Output and gradients of the kernels."""
+        return measured(case, self.backend, self.device)
+
+    def assert_close(self, case):
+        assert_close(case, self.backend, self.device)
+
+    def leave_memory_alone(self, monkeypatch):
+        """Neither fills nor copies what a test allocates."""
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+    def test_allocated_memory_is_full_of_nan(self):
+        assert torch.zeros(1, device=self.device).new_empty(4).isnan().all()
+
+    @pytest.mark.parametrize(("queries", "keys", "batch"), [(0, 5, 2), (20, 0, 2), (3, 0, 2), (0, 0, 1), (4, 4, 0)])
+    def test_empty_inputs(self, queries, keys, batch):
+        output, *grads = self.measured(Case(queries=queries, keys=keys, batch=batch, causal=False))
+        assert output.shape == (batch, 4, queries, 16)
+        assert not output.any()
+        assert all(not grad.any() for grad in grads)
+
+    def test_output_layout(self):
+        tensors, options = Case(batch=1).make()
+        output = biased_attention(*map(self.moved, tensors), **options, backend=self.backend)
+        assert output.transpose(1, 2).is_contiguous()
+
+    @pytest.mark.parametrize("queries", [2, 40], ids=["decoding", "general"])
+    def test_nan_in_masked_keys_reaches_nothing(self, dtype, queries):
+        case = Case(batch=1, masked=True, queries=queries, keys=40, dtype=dtype)
+        clean = self.measured(case)
+        (query, key, value, cause), options = case.make()
+        hidden = ~options["key_mask"]
+        key, value, cause = key.clone(), value.clone(), cause.clone()
+        for tensor in (key, value):
+            tensor.transpose(1, 2)[hidden] = float("nan")
+        cause[hidden] = float("nan")
+        got = gradients(lambda *leaves: self.attend(*leaves, **options), (query, key, value, cause))
+        for expected, actual in zip(clean, got, strict=True):
+            assert torch.equal(expected, actual)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    def test_nan_in_an_attended_key_is_seen(self, dtype, queries):
+        (query, key, value, cause), options = Case(batch=1, queries=queries, dtype=dtype).make()
+        first = 33 - queries + 1  # the key that the second row is the first to see
+        key[0, 0, first, 0] = float("nan")
+        leaves = tuple(tensor.requires_grad_() for tensor in (query, key, value, cause))
+        output = self.attend(*leaves, **options)
+        assert output[0, 0, 1:].isnan().all()
+        assert not output[0, 0, :1].isnan().any()
+        assert not output[0, 2:].isnan().any(), "heads of the other key head"
+        grads = torch.autograd.grad(output.sum(), leaves)
+        assert grads[0][0, 0, 1:].isnan().all(), "capping the exponent does not hide it"
+        assert all(grad.isnan().any() for grad in grads)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    @pytest.mark.parametrize("cause_shape", ["11K", "1HK"])
+    def test_nan_in_a_removed_key_reaches_nothing(self, dtype, cause_shape, queries):
+        """A weight of 0 takes the key out of some heads or of all; the others see it."""
+        (query, key, value, cause), options = Case(
+            batch=1, heads=2, key_heads=1, cause_shape=cause_shape, dtype=dtype
+        ).make()
+        query = query[:, :, -queries:]
+        removed = 5
+        cause[0, 0, removed] = -1 / options["strength"]
+        clean = gradients(lambda *leaves: self.attend(*leaves, **options), (query, key, value, cause))
+        key[0, 0, removed], value[0, 0, removed] = float("nan"), float("nan")
+        got = gradients(lambda *leaves: self.attend(*leaves, **options), (query, key, value, cause))
+        heads = slice(None) if cause_shape == "11K" else slice(0, 1)
+        others = torch.arange(33) != removed
+        assert torch.equal(got[0][:, heads], clean[0][:, heads])
+        assert torch.equal(got[1][:, heads], clean[1][:, heads])
+        if cause_shape == "11K":
+            assert torch.equal(got[2], clean[2])
+            assert torch.equal(got[3], clean[3])
+        else:
+            assert got[0][:, 1].isnan().any(), "the other head does attend to the key"
+        assert torch.equal(got[4][0, 0, others], clean[4][0, 0, others])
+
+    @pytest.mark.parametrize("queries", [12, 40], ids=["decoding", "general"])
+    def test_removed_key(self, queries):
+        """cause = -1 / strength gives weight 0: the key is gone exactly, yet its cause has a gradient."""
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, 2, queries, 8, generator=generator) for _ in range(3))
+        strength = 0.3
+        cause = torch.zeros(1, queries)
+        cause[0, 4] = -1 / strength
+        keep = torch.arange(queries) != 4
+        expected = self.attend(query, key, value, key_mask=keep[None])
+        assert torch.equal(self.attend(query, key, value, cause, strength=strength), expected)
+
+        def gradient(cause, backend, dtype):
+            leaf = cause.to(dtype).requires_grad_(True)
+            tensors = (query.to(dtype), key.to(dtype), value.to(dtype), leaf)
+            output = biased_attention(*map(self.moved, tensors), strength=strength, backend=backend)
+            return torch.autograd.grad(output.sum(), leaf)[0]
+
+        truth = gradient(cause, "reference", torch.float64)
+        assert float(truth[0, 4].abs()) > 1e-3
+        torch.testing.assert_close(gradient(cause, self.backend, torch.float32), truth.float(), rtol=1e-4, atol=1e-5)
+
+    def test_huge_logits_of_a_removed_key_stay_finite(self):
+        query, key, value = (torch.ones(1, 1, 20, 4) for _ in range(3))
+        key[:, :, 0] = 500.0
+        cause = torch.zeros(1, 20)
+        cause[0, 0] = -1.0
+        output, *grads = gradients(self.attend, (query, key, value, cause))
+        assert torch.equal(output[0, 0, 0], torch.zeros(4)), "the only key of the first row is removed"
+        assert all(grad.isfinite().all() for grad in grads)
+
+    @pytest.mark.parametrize("queries", [8, 30], ids=["decoding", "general"])
+    def test_nan_in_dead_rows_reaches_nothing(self, dtype, queries):
+        """Rows without a key give 0, whatever stands in them and in the gradient that comes back."""
+        tensors, options = Case(batch=1, queries=queries, keys=5, cause_shape="1K", dtype=dtype).make()
+        dead = queries - 5
+
+        def call(*leaves):
+            return self.attend(*leaves, **options)
+
+        clean = gradients(call, tensors)
+        query = tensors[0].clone()
+        query[:, :, :dead] = float("nan")
+        leaves = [tensor.detach().requires_grad_(True) for tensor in (query, *tensors[1:])]
+        output = call(*leaves)
+        assert torch.equal(output, clean[0])
+        assert not output[:, :, :dead].any()
+        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(
+            dtype
+        )
+        grad_output[:, :, :dead] = float("nan")
+        for expected, actual in zip(clean[1:], torch.autograd.grad(output, leaves, grad_output), strict=True):
+            assert torch.equal(expected, actual)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    def test_every_key_masked(self, queries):
+        case = Case(batch=2, queries=queries, extra={"key_mask": torch.tensor([[False] * 33, [True] * 33])})
+        output, *grads = self.measured(case)
+        assert not output[0].any()
+        assert output[1].any()
+        assert all(not grad[0].any() for grad in grads)
+        self.assert_close(case)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -2.0])
+    def test_forbidden_cause_is_a_device_assertion(self, value):
+        if self.device == "cuda":
+            pytest.skip("a failed assertion ends the use of the CUDA device by this process")
+        (query, key, _, cause), options = Case(batch=1).make()
+        cause[0, 7] = value
+        with pytest.raises(self.assertion, match=NOT_FINITE):
+            self.attend(query, key, key, cause, **options)
+        options["key_mask"] = (torch.arange(33) != 7)[None]
+        assert self.attend(query, key, key, cause, **options).isfinite().all()
+
+    @pytest.mark.parametrize("queries", [5, 20])
+    def test_dropout_uses_the_common_bits(self, dtype, queries):
+        """With identical logits and one-hot values the output shows which probabilities survived, and grad_value of a sum over
+        the columns how many in each column."""
+        keys, p, seed = 24, 0.4, 123 + 2**40
+        query, key = torch.zeros(2, 3, queries, 24, dtype=dtype), torch.zeros(2, 3, keys, 24, dtype=dtype)
+        value = torch.eye(24, dtype=dtype).expand(2, 3, keys, 24).contiguous().requires_grad_(True)
+        output = self.attend(query, key, value, causal=False, dropout_p=p, seed=seed)
+        keep = dropout_keep_mask(seed, p, 2, 3, queries, keys)
+        torch.testing.assert_close(output.float(), keep / keys / (1 - p), rtol=0.01, atol=0)
+        grad = torch.autograd.grad(output.sum(), value)[0]
+        kept = (keep / keys / (1 - p)).sum(2)[..., None].expand(grad.shape)
+        torch.testing.assert_close(grad.float(), kept, rtol=0.01, atol=0)
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize(
+        ("lengths_q", "lengths_k", "dropout_p"),
+        [
+            ([5, 0, 37, 1], [9, 4, 37, 1], 0.0),
+            ([5, 0, 37, 1], [9, 4, 37, 1], 0.3),
+            ([1, 3, 0, 2], [300, 7, 5, 2], 0.0),
+        ],
+        ids=["training", "dropout", "decoding"],
+    )
+    def test_varlen(self, lengths_q, lengths_k, dropout_p, dtype, causal):
+        tensors, options = packed_case(lengths_q, lengths_k, dtype=dtype)
+        options |= {"dropout_p": dropout_p, "causal": causal}
+        got = gradients(lambda *leaves: self.attend(*leaves, operator=biased_attention_varlen, **options), tensors)
+        doubles = tuple(tensor.double() for tensor in tensors)
+        truth = gradients(lambda *leaves: biased_attention_varlen(*leaves, **options, backend="reference"), doubles)
+        tolerance = TOLERANCE[dtype]
+        for expected, actual in zip(truth, got, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * 12**0.5)
+
+    @pytest.mark.parametrize("queries", [3, 20], ids=["decoding", "general"])
+    def test_packed_sequence_without_keys(self, queries):
+        tensors, options = packed_case([queries, 2, 5], [queries, 3, 5])
+        without = options | {"cu_seqlens_k": torch.tensor([0, queries, queries, queries + 5], dtype=torch.int32)}
+        shorter = tuple(torch.cat([tensor[:queries], tensor[-5:]]) for tensor in (*tensors[1:], options["key_mask"]))
+        without["key_mask"] = shorter[3]
+        got = gradients(
+            lambda *leaves: self.attend(*leaves, operator=biased_attention_varlen, **without),
+            (tensors[0], *shorter[:3]),
+        )
+        expected = gradients(lambda *leaves: self.attend(*leaves, operator=biased_attention_varlen, **options), tensors)
+        rows = torch.arange(len(tensors[0]))
+        others = (rows < queries) | (rows >= queries + 2)
+        assert not got[0][~others].any()
+        assert not got[1][~others].any()
+        assert torch.equal(got[0][others], expected[0][others])
+        assert torch.equal(got[1][others], expected[1][others])
+        for ours, theirs in zip(got[2:], expected[2:], strict=True):
+            assert torch.equal(ours, torch.cat([theirs[:queries], theirs[-5:]]))
+
+    @pytest.mark.parametrize("dim", [32, 27, 64, 96, 128, 256, 250])
+    def test_decoding_equals_the_last_rows(self, dtype, dim):
+        """One query over a cache gives what the full pass gives for it, up to the order of sums."""
+        case = Case(batch=1, queries=300, keys=300, heads=2, key_heads=1, dim=dim, dtype=dtype)
+        (query, key, value, cause), options = case.make()
+        full = self.attend(query[:, :, -20:], key, value, cause, **options)
+        last = self.attend(query[:, :, -1:], key, value, cause, **options)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(last, full[:, :, -1:], rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("queries", [2, 20], ids=["decoding", "general"])
+    def test_offsets_beyond_32_bits(self, queries, monkeypatch):
+        """Rows so far apart that within a tile offsets exceed 2 ** 31; only the pages that are touched take memory."""
+        self.leave_memory_alone(monkeypatch)
+        keys, dim, stride = 64, 16, 2**25 + 2**20
+        assert (keys - 1) * stride > 2**31
+        storage = torch.empty(keys * stride, dtype=torch.float16, device=self.device)
+        far = storage.as_strided((1, 1, keys, dim), (1, 1, stride, 1))
+        far.copy_(torch.randn(far.shape, generator=torch.Generator().manual_seed(0)))
+        near = far.contiguous()
+
+        def call(query, key, value):
+            return biased_attention(query, key, value, backend=self.backend)
+
+        got = gradients(call, (far[:, :, -queries:], far, far))
+        expected = gradients(call, (near[:, :, -queries:], near, near))
+        for ours, theirs in zip(got, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_half_precision_gradients_of_cause_are_accumulated_in_fp32(self):
+        case = Case(batch=1, heads=2, key_heads=1, dtype=self.dtypes[-1], queries=128, keys=128, dim=32)
+        got, truth = self.measured(case)[4], exact(case)[4]
+        assert got.dtype == torch.float32
+        assert float((got.double() - truth).abs().max() / truth.abs().max()) < 0.02
+
+    @pytest.mark.parametrize("queries", [4, 80], ids=["decoding", "general"])
+    def test_bitwise_deterministic(self, queries):
+        """Whatever the order in which the blocks run."""
+        dropout_p = 0.0 if queries == 4 else 0.2
+        case = Case(queries=queries, keys=300, masked=True, dtype=self.dtypes[-1], dropout_p=dropout_p)
+        first = self.measured(case)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, self.measured(case), strict=True))
+
+    def test_gradients_only_of_what_asks_for_them(self):
+        (query, key, value, cause), options = Case(batch=1).make()
+        query.requires_grad_(True)
+        self.attend(query, key, value, cause, **options).sum().backward()
+        assert query.grad.isfinite().all()
+        assert cause.grad is None
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_opcheck(self, requires_grad):
+        operators = getattr(torch.ops, f"empcause_{self.backend}")
+        tensors, _ = Case(queries=7, keys=9).make()
+        leaves = [self.moved(tensor).requires_grad_(requires_grad) for tensor in tensors]
+        mask, seed = self.moved(torch.rand(2, 9) > 0.2), self.moved(torch.tensor(3))
+        options = (0.7, None, mask, True, 0.25, 0.1, seed, None)
+        torch.library.opcheck(operators.attention, (*leaves, *options))
+        sums = self.moved(torch.tensor([0, 3, 7], dtype=torch.int32))
+        packed = [self.moved(torch.randn(7, heads, 16)).requires_grad_(requires_grad) for heads in (4, 2, 2)]
+        packed_cause = self.moved(torch.rand(7)).requires_grad_(requires_grad)
+        options = (0.7, None, None, sums, sums, 4, 4, True, 0.25, 0.0, None, None)
+        torch.library.opcheck(operators.attention_varlen, (*packed, packed_cause, *options))
+
+    def test_case_bound_can_fail(self):
+        """The comparison itself notices a wrong result."""
+        case = Case(batch=1)
+        wrong = replace(case, extra={"strength": 0.9})
+        for got, expected in zip(self.measured(wrong), exact(case), strict=True):
+            assert float((got.double() - expected).abs().max()) > 1e-3
