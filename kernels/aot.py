@@ -10,11 +10,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from empcause.kernels.operators import Call
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-
-from empcause.kernels.operators import Call
 
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (64, 128, 256)
@@ -22,11 +21,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Causal attention with and without what adds code to it; what is not causal runs one of its two loops.
 _OPTIONS = {
-    "forward": ("", "causal", "causal dropout"),
+    "forward": ("", "causal", "causal dropout", "causal packed"),
     "delta": ("",),
-    "keys": ("causal", "causal cause_grad", "causal dropout cause_grad"),
-    "queries": ("causal", "causal dropout"),
-    "split": ("causal",),
+    "keys": ("causal", "causal cause_grad", "causal dropout cause_grad", "causal cause_grad packed"),
+    "queries": ("causal", "causal dropout", "causal packed"),
+    "split": ("causal", "causal packed"),
     "merge": ("",),
 }
 
@@ -38,7 +37,7 @@ class Variant:
     kernel: str
     dtype: str
     head_dim: int
-    options: str  # words of "causal", "dropout", "cause_grad"
+    options: str  # words of "causal", "dropout", "cause_grad", "packed"
 
 
 def shipped() -> Iterator[Variant]:
@@ -57,12 +56,44 @@ def compiled(variant: Variant, arch: int) -> Any:
     Args:
         arch: compute capability times 10.
     """
-    kernel, arguments, options = _launches(variant, arch)[f"{variant.kernel}_kernel"]
-    driver.set_active(_Absent(arch))
-    try:
-        return kernel.warmup(*arguments, grid=(1,), **options)
-    finally:
-        driver._active = None
+    return _launches(variant, arch)[f"{variant.kernel}_kernel"].compiled(arch)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what it was to be launched with."""
+
+    kernel: Any
+    arguments: tuple
+    options: dict[str, Any]
+
+    def compiled(self, arch: int) -> Any:
+        driver.set_active(_Absent(arch))
+        try:
+            return self.kernel.warmup(*self.arguments, grid=(1,), **self.options)
+        finally:
+            driver._active = None  # the next one to ask finds the machine's own
+
+
+def launches(arch: int, *arguments: Any, cause_grad: bool) -> dict[str, Launch]:
+    """What a forward and a backward call launch on an architecture, by the kernel's name.
+
+    Args:
+        arguments: those of `Call`, the tensors on the device "meta".
+    """
+    recorded = {}
+
+    class Recorded(Call):
+        def launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+            recorded[kernel.__name__] = Launch(kernel, arguments, options)
+
+        def architecture(self) -> int:
+            return arch
+
+    call = Recorded(*arguments)
+    output, logsumexp = call.forward()
+    call.backward(output, output, logsumexp, cause_grad)
+    return recorded
 
 
 class _Absent:
@@ -82,30 +113,25 @@ class _Absent:
 
 
 @cache
-def _launches(variant: Variant, arch: int) -> dict[str, tuple[Any, tuple, dict[str, Any]]]:
-    """What one forward and backward call of the variant's kind launches, by the kernel's name."""
-    launches = {}
-
-    class Recorded(Call):
-        def launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-            launches[kernel.__name__] = (kernel, arguments, options)
-
-        def architecture(self) -> int:
-            return arch
-
+def _launches(variant: Variant, arch: int) -> dict[str, Launch]:
     batch, heads, queries, keys = 4, 8, 1 if variant.kernel in ("split", "merge") else 1024, 1024
-    dim = variant.head_dim or 64
-
-    def rows(count: int) -> Tensor:
-        return torch.empty((batch, count, heads, dim), dtype=DTYPES[variant.dtype], device="meta").transpose(1, 2)
+    dim, words = variant.head_dim or 64, variant.options.split()
 
     def meta(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def rows(count: int) -> Tensor:
+        tensor = meta(batch, count, heads, dim, dtype=DTYPES[variant.dtype])
+        return tensor.flatten(0, 1) if "packed" in words else tensor.transpose(1, 2)
+
     query, key = rows(queries), rows(keys)
-    bias = (meta(batch, keys, dtype=torch.float32), 1.0, None, meta(batch, keys, dtype=torch.bool))
-    dropout, seed = (0.1, meta(dtype=torch.int64)) if "dropout" in variant.options else (0.0, None)
-    call = Recorded(query, key, key, bias, None, "causal" in variant.options, dim**-0.5, dropout, seed, None)
-    output, logsumexp = call.forward()
-    call.backward(output, output, logsumexp, "cause_grad" in variant.options)
-    return launches
+    cause, key_mask = meta(batch, keys, dtype=torch.float32), meta(batch, keys, dtype=torch.bool)
+    packing = None
+    if "packed" in words:
+        cause, key_mask = cause.flatten(), key_mask.flatten()
+        sums = meta(batch + 1, dtype=torch.int32)
+        packing = (sums, sums, queries, keys)
+    dropout_p, seed = (0.1, meta(dtype=torch.int64)) if "dropout" in words else (0.0, None)
+    options = ("causal" in words, dim**-0.5, dropout_p, seed, None)
+    bias = (cause, 1.0, None, key_mask)
+    return launches(arch, query, key, key, bias, packing, *options, cause_grad="cause_grad" in words)

@@ -12,6 +12,25 @@ quantities per row `[batch, heads, rows]`. Offsets are 64-bit.
 import triton
 import triton.language as tl
 
+# Arguments that change from call to call while the compiled code would gain nothing from knowing more of them: without this
+# list a length that happens to be 1 or a multiple of 16 would compile the kernel once more.
+UNSPECIALIZED = [
+    "num_heads",
+    "packed_heads",
+    "total_queries",
+    "total_keys",
+    "max_queries",
+    "num_outer",
+    "num_blocks",
+    "splits",
+    "keys_per_split",
+    "threshold",
+    "weight_batch",
+    "weight_head",
+    "cause_batch",
+    "cause_head",
+]
+
 # Kernels work in powers of two: exp(x) = exp2(x * LOG2E).
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)

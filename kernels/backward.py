@@ -15,15 +15,24 @@ and z is multiplied once, at the end.
 
 import triton
 import triton.language as tl
-
-from empcause.kernels.attention import LOG2E, load_rows, result_index, row_index, row_pointer, sequence, shifted, store_rows
+from empcause.kernels.attention import (
+    LOG2E,
+    UNSPECIALIZED,
+    load_rows,
+    result_index,
+    row_index,
+    row_pointer,
+    sequence,
+    shifted,
+    store_rows,
+)
 from empcause.kernels.dropout import kept
 
 # e may overflow for a key whose weight is 0, where only dw uses it: its exponent is capped at 80, here as a power of two.
 LARGEST_EXPONENT: tl.constexpr = tl.constexpr(80.0 * 1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["num_heads", "total_queries", "num_blocks"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def delta_kernel(
     output,
     grad_output,
@@ -68,12 +77,11 @@ def accumulate_keys(
     delta,
     query_stride,
     grad_output_stride,
-    keys,
+    first_rows,
     first_key,
     begin,
     end,
     num_queries,
-    offset,
     scale,
     seed,
     batch_head,
@@ -92,44 +100,45 @@ def accumulate_keys(
     Args:
         grad_key, grad_value, grad_weight: running sums; the first two in units of z, grad_key also without the scale.
         query, grad_output, logsumexp, delta: pointers to row 0.
-        BOUNDED: some row may not see every key.
+        first_rows: the first row that sees each key; looked at if BOUNDED, where a row may not see every key.
     """
     present = (bias > float("-inf"))[:, None]
     weight = tl.exp2(bias)[:, None]
+    columns = tl.arange(0, BLOCK_M)
     for start in range(begin, end, BLOCK_M):
         start = tl.multiple_of(start, BLOCK_M)
-        rows = start + tl.arange(0, BLOCK_M)
-        inside = rows < num_queries
-        lse = tl.load(logsumexp + rows, mask=inside, other=float("inf"))
-        # Rows that see no key take no part, whatever stands in them: their e is 0, but 0 * NaN would count.
-        alive = lse != float("inf")
+        inside = columns < num_queries - start
+        lse = tl.load(logsumexp + start + columns, mask=inside, other=0.0)
+        d = tl.load(delta + start + columns, mask=inside, other=0.0) / kept_factor
+        # Rows that see no key take no part, whatever stands in them: their e is 0, but 0 * NaN would count. Rows beyond the end
+        # are zeros, and so is all they add.
+        alive = inside & (lse != float("inf"))
         q = load_rows(shifted(query, start, query_stride), query_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
         do = load_rows(
             shifted(grad_output, start, grad_output_stride), grad_output_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D
         )
-        d = tl.load(delta + rows, mask=inside, other=0.0) / kept_factor
 
         exponent = tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, (lse * -LOG2E)[None, :])
         e = tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
         if BOUNDED:
-            e = tl.where(keys[:, None] <= rows[None, :] + offset, e, 0.0)
+            e = tl.where((first_rows - start)[:, None] <= columns[None, :], e, 0.0)
         b = tl.where(present, weight * e, 0.0)
-        grad_probability = tl.dot(v, tl.trans(do), input_precision="ieee")
-        dropped = b
         if DROPOUT:
-            keep = tl.trans(kept(seed, batch_head, rows, first_key, threshold, BLOCK_M, BLOCK_N))
-            dropped = tl.where(keep, b, 0.0)
+            keep = tl.trans(kept(seed, batch_head, start, first_key, threshold, BLOCK_M, BLOCK_N))
+            b = tl.where(keep, b, 0.0)
+        grad_value = tl.dot(b.to(do.dtype), do, grad_value, input_precision="ieee")
+        grad_probability = tl.dot(v, tl.trans(do), input_precision="ieee")
+        if DROPOUT:
             grad_probability = tl.where(keep, grad_probability, 0.0)
-        grad_value = tl.dot(dropped.to(do.dtype), do, grad_value, input_precision="ieee")
-        centred = grad_probability - d[None, :]
+        e *= grad_probability - d[None, :]
         if CAUSE_GRAD:
-            grad_weight += tl.sum(e * centred, 1)
-        grad_logits = tl.where(present, b * centred, 0.0)
+            grad_weight += tl.sum(e, 1)
+        grad_logits = tl.where(present, weight * e, 0.0)
         grad_key = tl.dot(grad_logits.to(q.dtype), q, grad_key, input_precision="ieee")
     return grad_key, grad_value, grad_weight
 
 
-@triton.jit(do_not_specialize=["num_heads", "total_queries", "total_keys", "num_blocks", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def keys_kernel(
     grad_output,
     query,
@@ -150,7 +159,8 @@ def keys_kernel(
     query_strides,
     key_strides,
     value_strides,
-    weight_strides,
+    weight_batch,
+    weight_head,
     num_heads,
     group,
     total_queries,
@@ -197,7 +207,9 @@ def keys_kernel(
     for member in range(group):
         head = key_head * group + member
         bias = tl.load(
-            row_pointer(log2_weight, weight_strides, outer, head, key_begin) + keys, mask=inside, other=float("-inf")
+            row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin) + keys,
+            mask=inside,
+            other=float("-inf"),
         )
         weight_sum = tl.zeros([BLOCK_N], tl.float32)
         for bounded in tl.static_range(1 if CAUSAL else 0, -1, -1):
@@ -214,12 +226,11 @@ def keys_kernel(
                 delta + row_index(outer, head, query_begin, total_queries, num_heads),
                 query_strides[2],
                 grad_output_strides[2],
-                keys,
+                keys - offset,
                 first_key,
                 begin if bounded else full,
                 full if bounded else num_queries,
                 num_queries,
-                offset,
                 scale,
                 seed,
                 batch * num_heads + head,
@@ -236,7 +247,9 @@ def keys_kernel(
         if CAUSE_GRAD:
             weight_sum *= kept_factor
             if key_mask is not None:
-                mask = tl.load(key_mask + tl.cast(outer, tl.int64) * total_keys + key_begin + keys, mask=inside, other=0)
+                mask = tl.load(
+                    key_mask + tl.cast(outer, tl.int64) * total_keys + key_begin + keys, mask=inside, other=0
+                )
                 weight_sum = tl.where(mask != 0, weight_sum, 0.0)
             index = row_index(outer, head, key_begin + keys, total_keys, num_heads)
             tl.store(grad_weight + index, weight_sum, mask=inside)
@@ -261,8 +274,8 @@ def accumulate_queries(
     log2_weight,
     key_stride,
     value_stride,
-    rows,
-    offset,
+    first_row,
+    last_keys,
     begin,
     end,
     num_keys,
@@ -275,7 +288,6 @@ def accumulate_queries(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BOUNDED: tl.constexpr,
-    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
     """One block of query rows against the keys [begin, end), tile by tile.
@@ -284,33 +296,36 @@ def accumulate_queries(
         grad_query: running sum, in units of z and without the scale.
         lse: in powers of two; d: D / z.
         key, value, log2_weight: pointers to key 0.
+        last_keys: the last key that each row sees.
         BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
     """
+    columns = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
-        keys = start + tl.arange(0, BLOCK_N)
         if BOUNDED:
-            bias = tl.load(log2_weight + keys, mask=keys < num_keys, other=float("-inf"))
+            inside = columns < num_keys - start
+            bias = tl.load(log2_weight + start + columns, mask=inside, other=0.0)
+            present = inside & (bias > float("-inf"))
         else:
-            bias = tl.load(log2_weight + keys)
+            bias = tl.load(log2_weight + start + columns)
+            present = bias > float("-inf")
         # 0 * NaN would reach the sum, so rows of absent keys are not loaded; their b is exp2 of minus infinity.
-        present = bias > float("-inf")
         k = load_rows(shifted(key, start, key_stride), key_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         logits = tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
         b = tl.exp2(logits - lse[:, None])
         grad_probability = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            keep = kept(seed, batch_head, rows, start, threshold, BLOCK_M, BLOCK_N)
+            keep = kept(seed, batch_head, first_row, start, threshold, BLOCK_M, BLOCK_N)
             grad_probability = tl.where(keep, grad_probability, 0.0)
         grad_logits = b * (grad_probability - d[:, None])
-        if BOUNDED and CAUSAL:
-            grad_logits = tl.where(keys[None, :] <= rows[:, None] + offset, grad_logits, 0.0)
+        if BOUNDED:
+            grad_logits = tl.where(columns[None, :] <= (last_keys - start)[:, None], grad_logits, 0.0)
         grad_query = tl.dot(grad_logits.to(k.dtype), k, grad_query, input_precision="ieee")
     return grad_query
 
 
-@triton.jit(do_not_specialize=["num_heads", "total_queries", "total_keys", "num_blocks", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def queries_kernel(
     grad_output,
     query,
@@ -328,7 +343,8 @@ def queries_kernel(
     query_strides,
     key_strides,
     value_strides,
-    weight_strides,
+    weight_batch,
+    weight_head,
     num_heads,
     group,
     total_queries,
@@ -370,7 +386,9 @@ def queries_kernel(
     # Keys [0, full) are seen by every row.
     end = num_keys
     full = num_keys // BLOCK_N * BLOCK_N
+    last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
     if CAUSAL:
+        last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, tl.minimum(first_row + BLOCK_M, num_queries) + offset)
         full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
     query_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -383,11 +401,11 @@ def queries_kernel(
             d,
             row_pointer(key, key_strides, outer, head // group, key_begin),
             row_pointer(value, value_strides, outer, head // group, key_begin),
-            row_pointer(log2_weight, weight_strides, outer, head, key_begin),
+            row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin),
             key_strides[2],
             value_strides[2],
-            rows,
-            offset,
+            first_row,
+            last_keys,
             full if bounded else 0,
             end if bounded else full,
             num_keys,
@@ -400,7 +418,6 @@ def queries_kernel(
             BLOCK_N,
             BLOCK_D,
             bounded == 1,
-            CAUSAL,
             DROPOUT,
         )
 

@@ -1,28 +1,156 @@
-"""Tile sizes, warps and pipeline stages of every kernel (first guess)."""
+"""Tile sizes, warps and pipeline stages of every kernel, by architecture, head size and dtype.
 
-from dataclasses import dataclass
+What decides:
+
+- Nothing spills. Registers are the scarce resource: a thread has 255 and an SM 65536, so blocks_per_sm is what registers leave.
+  Dropout needs more of them (the bits, and two selections), hence tiles of its own.
+- Double-buffered tiles. Which rows of values are loaded follows from the weights, which are loaded themselves, so the software
+  pipeline has two levels: with 5 stages keys and values are two tiles ahead and weights four; 3 stages buffer a tile once.
+- A warp's share of the query rows (of the keys, where a program owns those). On sm_80 every warp reads all of the other operand from
+  shared memory: with 16 rows that takes as long as the matrix instructions, with 32 half of it, so 4 warps on 128 rows where the
+  registers last. sm_90's instructions take 64 rows of a group of 4 warps and read shared memory themselves; sm_100's take 128
+  rows and keep their sums in tensor memory.
+- Shared memory: 163 KiB per block on sm_80, 227 KiB on sm_90 and sm_100, 99 KiB on sm_86, sm_89 and sm_120.
+- fp32 has no matrix instructions (TF32 would round to 10 bits): small tiles of multiply-adds.
+
+The figures behind these choices are in benchmarks/results/resources.csv.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Configuration:
+    """How a kernel is cut up.
+
+    Args:
+        block_m, block_n: query rows and keys of a tile.
+        num_warps: of a program.
+        blocks_per_sm: programs that are to run side by side on an SM.
+        num_stages: of the software pipeline.
+    """
+
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
-    max_registers: int | None = None
+    blocks_per_sm: int = 1
+    num_stages: int = 5
+
+    @property
+    def max_registers(self) -> int | None:
+        """Of a thread, so that blocks_per_sm fit; None where the hardware's own bound is lower."""
+        share = 65536 // (32 * self.num_warps * self.blocks_per_sm) // 8 * 8
+        return share if share < 255 else None
+
+
+_C = Configuration
+
+# kernel -> architecture -> head size up to which it holds -> without dropout, with dropout.
+_HALF = {
+    "forward": {
+        80: {
+            64: (_C(128, 64, 4, 2), _C(128, 64, 8)),
+            128: (_C(128, 32, 4, 2), _C(128, 32, 8)),
+            256: (_C(64, 32, 8), _C(64, 32, 8)),
+        },
+        90: {
+            64: (_C(128, 64, 8, 2), _C(128, 64, 8)),
+            128: (_C(128, 64, 8), _C(128, 64, 8)),
+            256: (_C(128, 32, 8), _C(128, 32, 8)),
+        },
+        100: {
+            64: (_C(128, 64, 8), _C(128, 64, 8)),
+            128: (_C(128, 64, 8), _C(128, 64, 8)),
+            256: (_C(128, 32, 8), _C(128, 32, 8)),
+        },
+    },
+    "keys": {
+        80: {
+            64: (_C(32, 64, 4, 2), _C(16, 128, 8)),
+            128: (_C(32, 64, 8), _C(32, 64, 8)),
+            256: (_C(32, 32, 8), _C(32, 32, 8)),
+        },
+        90: {
+            64: (_C(64, 128, 8), _C(64, 128, 8)),
+            128: (_C(64, 128, 8), _C(32, 128, 8)),
+            256: (_C(64, 32, 8), _C(64, 32, 8)),
+        },
+        100: {
+            64: (_C(64, 128, 8), _C(64, 128, 8)),
+            128: (_C(64, 128, 8), _C(32, 128, 8)),
+            256: (_C(32, 64, 8), _C(32, 64, 8, num_stages=3)),
+        },
+    },
+    "queries": {
+        80: {
+            64: (_C(128, 64, 8), _C(64, 32, 4, 2)),
+            128: (_C(128, 32, 8), _C(64, 32, 4, 2)),
+            256: (_C(64, 32, 8), _C(64, 32, 8)),
+        },
+        90: {
+            64: (_C(128, 64, 8), _C(128, 64, 8)),
+            128: (_C(128, 64, 8), _C(128, 64, 8)),
+            256: (_C(64, 32, 8), _C(64, 32, 8)),
+        },
+        100: {
+            64: (_C(128, 64, 8), _C(128, 64, 8)),
+            128: (_C(128, 64, 8), _C(128, 32, 8)),
+            256: (_C(64, 32, 8), _C(64, 32, 8)),
+        },
+    },
+}
+
+# The same for every architecture: head size up to which it holds -> without dropout, with dropout.
+_FULL = {
+    "forward": {
+        64: (_C(32, 32, 4, 2), _C(32, 32, 4, 2)),
+        128: (_C(32, 32, 8), _C(32, 32, 8)),
+        256: (_C(16, 16, 8), _C(16, 16, 8)),
+    },
+    "keys": {
+        64: (_C(32, 32, 8), _C(32, 32, 8)),
+        128: (_C(16, 32, 8), _C(16, 32, 8)),
+        256: (_C(16, 16, 8), _C(16, 16, 8)),
+    },
+    "queries": {
+        64: (_C(32, 32, 8), _C(32, 32, 8)),
+        128: (_C(32, 16, 8), _C(32, 16, 8)),
+        256: (_C(16, 16, 8), _C(16, 16, 8)),
+    },
+}
+
+# Decoding is bound by memory: enough bytes in flight per SM, and rows no more than a matrix instruction's 16.
+_SPLIT = {64: _C(16, 64, 4, 4), 128: _C(16, 64, 4, 2), 256: _C(16, 32, 4, 2)}
+_SPLIT_FULL = {64: _C(16, 32, 4, 2), 128: _C(16, 32, 4), 256: _C(16, 16, 4)}
+# One pass over rows of output and its gradient; block_n is not used.
+_DELTA = {64: _C(64, 1, 4, 4), 128: _C(32, 1, 4, 4), 256: _C(16, 1, 4, 4)}
 
 
 def block_d(head_dim: int) -> int:
+    """Columns of a tile: the head size rounded up to a power of two that matrix instructions take."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Configuration:
-    if kernel == "split":
-        return Configuration(16, 64, 4, 3)
+    """The configuration of a kernel.
+
+    Args:
+        kernel: "forward", "keys", "queries", "split" or "delta".
+        head_dim: up to 256.
+        arch: compute capability times 10.
+        dropout: whether the call drops probabilities.
+    """
+    size = next(size for size in (64, 128, 256) if head_dim <= size)
+    full = dtype == torch.float32
     if kernel == "delta":
-        return Configuration(64, 0, 4, 1)
-    if dtype == torch.float32:
-        return Configuration(32, 32, 4, 1)
-    return Configuration(64, 64, 4, 2)
+        return _DELTA[size]
+    if kernel == "split":
+        return (_SPLIT_FULL if full else _SPLIT)[size]
+    if full:
+        return _FULL[kernel][size][dropout]
+    # sm_87 has sm_80's shared memory; what has less of it, or is newer than the table, takes sm_80's tiles buffered once.
+    family = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(arch)
+    chosen = _HALF[kernel][family or 80][size][dropout]
+    return chosen if family else replace(chosen, num_stages=3)

@@ -6,25 +6,13 @@ read once for all of them; weights of its own give each head its own tile.
 
 import triton
 import triton.language as tl
-
-from empcause.kernels.attention import LN2, result_index, row_index, row_pointer, sequence
+from empcause.kernels.attention import LN2, UNSPECIALIZED, result_index, row_index, row_pointer, sequence
 from empcause.kernels.forward import attend
 
 MAX_SPLITS = 128
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_heads",
-        "packed_heads",
-        "total_queries",
-        "total_keys",
-        "max_queries",
-        "num_outer",
-        "splits",
-        "keys_per_split",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def split_kernel(
     query,
     key,
@@ -38,7 +26,8 @@ def split_kernel(
     query_strides,
     key_strides,
     value_strides,
-    weight_strides,
+    weight_batch,
+    weight_head,
     num_heads,
     group,
     packed_heads,
@@ -80,7 +69,9 @@ def split_kernel(
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, num_keys)
     seen_by_all = end
+    last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
     if CAUSAL:
+        last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, offset + num_queries)
         seen_by_all = tl.minimum(end, offset + 1)
     full = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_N * BLOCK_N
@@ -95,11 +86,11 @@ def split_kernel(
             q,
             row_pointer(key, key_strides, outer, first_head // group, key_begin),
             row_pointer(value, value_strides, outer, first_head // group, key_begin),
-            row_pointer(log2_weight, weight_strides, outer, first_head, key_begin),
+            row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, first_head, key_begin),
             key_strides[2],
             value_strides[2],
-            rows,
-            rows + offset,
+            0,
+            last_keys,
             full if bounded else begin,
             end if bounded else full,
             num_keys,
@@ -112,7 +103,6 @@ def split_kernel(
             BLOCK_N,
             BLOCK_D,
             bounded == 1,
-            CAUSAL,
             False,
         )
 
@@ -129,7 +119,7 @@ def split_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_heads", "total_queries", "num_outer", "splits"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     part_output,
     part_logsumexp,

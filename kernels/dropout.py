@@ -9,12 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def kept(seed, batch_head, rows, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which probabilities of a tile survive: `[BLOCK_M, BLOCK_N]` of the query rows `rows` and the keys from `first_key` on.
+def kept(seed, batch_head, first_row, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which probabilities of a tile survive: `[BLOCK_M, BLOCK_N]` from query row `first_row` and key `first_key` on.
 
     `first_key` is a multiple of 8, `seed` a pointer.
     """
     zero = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.int32)
+    rows = first_row + tl.arange(0, BLOCK_M)
     draws = first_key // 8 + tl.arange(0, BLOCK_N // 8)
     w0, w1, w2, w3 = tl.philox(tl.load(seed), zero + batch_head, zero + rows[:, None], zero + draws[None, :], zero)
     # Dimensions appended: the high bit of a word's number, its low bit, the half. Flattened, that is the order of keys.

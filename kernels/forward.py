@@ -2,8 +2,17 @@
 
 import triton
 import triton.language as tl
-
-from empcause.kernels.attention import LN2, load_rows, result_index, row_index, row_pointer, sequence, shifted, store_rows
+from empcause.kernels.attention import (
+    LN2,
+    UNSPECIALIZED,
+    load_rows,
+    result_index,
+    row_index,
+    row_pointer,
+    sequence,
+    shifted,
+    store_rows,
+)
 from empcause.kernels.dropout import kept
 
 
@@ -18,7 +27,7 @@ def attend(
     log2_weight,
     key_stride,
     value_stride,
-    rows,
+    first_row,
     last_keys,
     begin,
     end,
@@ -32,7 +41,6 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BOUNDED: tl.constexpr,
-    CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
     """One block of query rows against the keys [begin, end), tile by tile.
@@ -40,31 +48,33 @@ def attend(
     Args:
         accumulator, row_max, row_sum: running output, unnormalised, with the maximum (in powers of two) it refers to and the
             sum of the weighted probabilities.
-        query: the rows themselves; `rows` their numbers, for dropout.
+        query: the rows themselves; `first_row` the number of the first, for dropout.
         key, value, log2_weight: pointers to key 0.
-        last_keys: the last key each row sees, if CAUSAL.
+        last_keys: the last key that each row sees.
         scale: times log2(e).
         BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
 
     Returns:
         accumulator, row_max, row_sum.
     """
+    columns = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
-        keys = start + tl.arange(0, BLOCK_N)
+        # Both bounds are relative to `start`: what is compared with them stays the same in every tile, in the same registers.
         if BOUNDED:
-            inside = keys < num_keys
-            bias = tl.load(log2_weight + keys, mask=inside, other=float("-inf"))
+            inside = columns < num_keys - start
+            bias = tl.load(log2_weight + start + columns, mask=inside, other=0.0)
             k = load_rows(shifted(key, start, key_stride), key_stride, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+            present = inside & (bias > float("-inf"))
         else:
-            bias = tl.load(log2_weight + keys)
+            bias = tl.load(log2_weight + start + columns)
             k = load_rows(shifted(key, start, key_stride), key_stride, None, BLOCK_N, HEAD_DIM, BLOCK_D)
-        present = bias > float("-inf")
+            present = bias > float("-inf")
         # Weight, scale and log2(e) in one multiply-add. A key that is not there must not even show as NaN.
         logits = tl.fma(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
-        seen = present[None, :]
-        if BOUNDED and CAUSAL:
-            seen = seen & (keys[None, :] <= last_keys[:, None])
+        seen = (bias > float("-inf"))[None, :]
+        if BOUNDED:
+            seen = seen & (columns[None, :] <= (last_keys - start)[:, None])
         logits = tl.where(seen, logits, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(logits, 1))
@@ -74,7 +84,7 @@ def attend(
         row_sum = row_sum * correction + tl.sum(probability, 1)
         row_max = new_max
         if DROPOUT:
-            keep = kept(seed, batch_head, rows, start, threshold, BLOCK_M, BLOCK_N)
+            keep = kept(seed, batch_head, first_row, start, threshold, BLOCK_M, BLOCK_N)
             probability = tl.where(keep, probability, 0.0)
         # 0 * NaN would reach the output, so rows of absent keys are not loaded.
         v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -83,7 +93,7 @@ def attend(
     return accumulator, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_heads", "total_queries", "total_keys", "num_blocks", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     query,
     key,
@@ -98,7 +108,8 @@ def forward_kernel(
     query_strides,
     key_strides,
     value_strides,
-    weight_strides,
+    weight_batch,
+    weight_head,
     num_heads,
     group,
     total_queries,
@@ -133,12 +144,14 @@ def forward_kernel(
     q = load_rows(query, query_strides[2], inside, BLOCK_M, HEAD_DIM, BLOCK_D)
     key = row_pointer(key, key_strides, outer, head // group, key_begin)
     value = row_pointer(value, value_strides, outer, head // group, key_begin)
-    log2_weight = row_pointer(log2_weight, weight_strides, outer, head, key_begin)
+    log2_weight = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin)
 
     # Keys [0, full) are seen by every row: no index is compared there.
     end = num_keys
     full = num_keys // BLOCK_N * BLOCK_N
+    last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
     if CAUSAL:
+        last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, tl.minimum(first_row + BLOCK_M, num_queries) + offset)
         full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -155,8 +168,8 @@ def forward_kernel(
             log2_weight,
             key_strides[2],
             value_strides[2],
-            rows,
-            rows + offset,
+            first_row,
+            last_keys,
             full if bounded else 0,
             end if bounded else full,
             num_keys,
@@ -169,7 +182,6 @@ def forward_kernel(
             BLOCK_N,
             BLOCK_D,
             bounded == 1,
-            CAUSAL,
             DROPOUT,
         )
 

@@ -6,19 +6,17 @@ reading outside their arguments. Nothing waits for the GPU.
 
 import contextlib
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-
 from empcause.kernels import weights
 from empcause.kernels.backward import delta_kernel, keys_kernel, queries_kernel
 from empcause.kernels.configurations import Configuration, block_d, configuration
 from empcause.kernels.decode import MAX_SPLITS, merge_kernel, split_kernel
 from empcause.kernels.forward import forward_kernel
+from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,13 +135,18 @@ class Call:
     ) -> None:
         self.packed = packing is not None
         rows, heads = (0, 1) if self.packed else (2, 1)
-        _require(query.dim() == key.dim() == value.dim() == (3 if self.packed else 4), "query, key and value have 4 dimensions, packed 3")
+        _require(
+            query.dim() == key.dim() == value.dim() == (3 if self.packed else 4),
+            "query, key and value have 4 dimensions, packed 3",
+        )
         self.num_heads, self.num_key_heads, self.head_dim = query.shape[heads], key.shape[heads], query.shape[-1]
         self.num_queries, self.num_keys = query.shape[rows], key.shape[rows]  # of the tensors
         self.outer = 1 if self.packed else query.shape[0]  # batch of the tensors
         fits = key.shape == value.shape and key.shape[-1] == self.head_dim
         _require(fits and (self.packed or key.shape[0] == self.outer), "query, key and value do not fit each other")
-        _require(self.num_key_heads > 0 and self.num_heads % self.num_key_heads == 0, "key heads must divide query heads")
+        _require(
+            self.num_key_heads > 0 and self.num_heads % self.num_key_heads == 0, "key heads must divide query heads"
+        )
         _require(query.dtype in _DTYPES, "the triton backend takes float32, bfloat16 and float16")
         _require(key.dtype == value.dtype == query.dtype, "query, key and value must share a dtype")
         self.query, self.key, self.value = _whole_rows(query), _whole_rows(key), _whole_rows(value)
@@ -155,7 +158,10 @@ class Call:
             self.batch = self.cu_queries.numel() - 1
             for sums in (self.cu_queries, self.cu_keys):
                 _require(sums.dtype == torch.int32 and sums.is_contiguous(), "cu_seqlens must be contiguous int32")
-            _require(self.batch >= 0 and self.cu_keys.numel() == self.batch + 1, "cu_seqlens_q and cu_seqlens_k differ in length")
+            _require(
+                self.batch >= 0 and self.cu_keys.numel() == self.batch + 1,
+                "cu_seqlens_q and cu_seqlens_k differ in length",
+            )
         _require(dropout_p == 0.0 or seed is not None, "dropout needs a seed")
         self.causal, self.scale, self.dropout_p = causal, scale, dropout_p
         self.seed, self.query_offset = seed, query_offset
@@ -168,11 +174,8 @@ class Call:
         with self.device:
             self.log2_weight = self.compute_weights()
         _, heads, keys = self.log2_weight.shape
-        self.weight_strides = (
-            0 if self.log2_weight.shape[0] == 1 else heads * keys,
-            0 if heads == 1 else keys,
-            1,
-        )
+        # Of batch and heads; what is 1 there is broadcast.
+        self.weight_strides = (0 if self.log2_weight.shape[0] == 1 else heads * keys, 0 if heads == 1 else keys)
 
     def compute_weights(self) -> Tensor:
         """log2 of the weights, `[B or 1, H or 1, K]`."""
@@ -185,7 +188,8 @@ class Call:
                 "cause must be contiguous float32 with one value per key",
             )
             _require(
-                cause_outer in (1, self.outer) and cause_heads in (1, self.num_heads), "cause does not fit batch and heads"
+                cause_outer in (1, self.outer) and cause_heads in (1, self.num_heads),
+                "cause does not fit batch and heads",
             )
         if self.head_strength is not None:
             fits = self.head_strength.shape == (self.num_heads,) and self.head_strength.is_contiguous()
@@ -252,7 +256,7 @@ class Call:
             self.strides(self.query),
             self.strides(self.key),
             self.strides(self.value),
-            self.weight_strides,
+            *self.weight_strides,
             self.num_heads,
             self.num_heads // self.num_key_heads,
             self.num_queries,
@@ -289,7 +293,7 @@ class Call:
             self.strides(self.query),
             self.strides(self.key),
             self.strides(self.value),
-            self.weight_strides,
+            *self.weight_strides,
             self.num_heads,
             self.num_heads // self.num_key_heads,
             packed_heads,
@@ -323,8 +327,12 @@ class Call:
     def backward(
         self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, cause_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _require(grad_output.dtype == output.dtype == self.query.dtype, "output and grad_output must have query's dtype")
-        _require(grad_output.shape == output.shape == self.query.shape, "output and grad_output must have query's shape")
+        _require(
+            grad_output.dtype == output.dtype == self.query.dtype, "output and grad_output must have query's dtype"
+        )
+        _require(
+            grad_output.shape == output.shape == self.query.shape, "output and grad_output must have query's shape"
+        )
         _require(
             logsumexp.dtype == torch.float32
             and logsumexp.is_contiguous()
@@ -343,7 +351,7 @@ class Call:
         with self.device:
             self.compute_delta(output, grad_output, logsumexp, delta)
             rows = (grad_output, self.query, self.key, self.value)
-            strides = (*(self.strides(tensor) for tensor in rows), self.weight_strides)
+            strides = (*(self.strides(tensor) for tensor in rows), *self.weight_strides)
             packing = (self.cu_queries, self.cu_keys, self.query_offset, self.seed)
             sizes = (self.num_heads, self.num_heads // self.num_key_heads, self.num_queries, self.num_keys)
             numbers = (self.scale_log2, self.threshold, self.kept_factor)

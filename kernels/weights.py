@@ -6,6 +6,7 @@ exp2. The logarithm is taken once per key here instead of once per tile there.
 
 import triton
 import triton.language as tl
+from empcause.kernels.attention import UNSPECIALIZED
 
 # Rounding may leave a weight meant as 0 slightly below it.
 SMALLEST_WEIGHT: tl.constexpr = tl.constexpr(-1e-6)
@@ -15,7 +16,7 @@ OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 BLOCK = 512
 
 
-@triton.jit(debug=True, do_not_specialize=["strength", "num_keys", "num_blocks", "num_heads"])
+@triton.jit(debug=True, do_not_specialize=UNSPECIALIZED)
 def weights_kernel(
     cause,
     head_strength,
@@ -25,25 +26,25 @@ def weights_kernel(
     cause_batch,
     cause_head,
     num_heads,
-    num_keys,
+    total_keys,
     num_blocks,
     BLOCK: tl.constexpr,
 ):
-    """log2 of the weights, contiguous `[batch, num_heads, num_keys]`; one program per block of keys.
+    """log2 of the weights, contiguous `[batch, num_heads, total_keys]`; one program per block of keys.
 
     Args:
         cause: fp32 with strides cause_batch, cause_head, 1; None: all weights are 0 or 1.
         head_strength: fp32 `[num_heads]`, or None: `strength` for all.
-        key_mask: `[batch, num_keys]` bool, or None: all keys.
+        key_mask: `[batch, total_keys]` bool, or None: all keys.
     """
     pair = tl.program_id(0) // num_blocks
     keys = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     batch = tl.cast(pair // num_heads, tl.int64)
     head = pair % num_heads
-    present = keys < num_keys
+    present = keys < total_keys
     inside = present
     if key_mask is not None:
-        present = present & (tl.load(key_mask + batch * num_keys + keys, mask=inside, other=0) != 0)
+        present = present & (tl.load(key_mask + batch * total_keys + keys, mask=inside, other=0) != 0)
     weight = tl.where(present, 1.0, 0.0)
     if cause is not None:
         if head_strength is not None:
@@ -58,4 +59,4 @@ def weights_kernel(
             "cause must be finite with 1 + strength * cause >= 0 wherever key_mask is True",
         )
         weight = tl.where(present, tl.maximum(biased, 0.0), 0.0)
-    tl.store(log2_weight + tl.cast(pair, tl.int64) * num_keys + keys, tl.log2(weight), mask=inside)
+    tl.store(log2_weight + tl.cast(pair, tl.int64) * total_keys + keys, tl.log2(weight), mask=inside)

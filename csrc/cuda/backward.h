@@ -16,7 +16,7 @@ struct BackwardArguments {
   AttentionBackward g;
   DropoutRate dropout;
   bool whole_chunks;
-  float* delta;  // strides of logsumexp
+  Rows delta;  // laid out as logsumexp
 };
 
 // e may overflow for a key of weight 0, where only the gradient of the weight uses it.
@@ -28,7 +28,7 @@ EMPCAUSE_DEVICE float exponential(float logit, float scale, float negative_logsu
 }
 
 // -LSE in base 2: -infinity for a row that sees no key, whose e then is 0.
-EMPCAUSE_DEVICE float negative_logsumexp(const Attention& a, int64_t batch, int64_t head, int64_t row) {
+EMPCAUSE_DEVICE float negative_logsumexp(const Attention& a, int batch, int head, int row) {
   return -load_global(row_of(a.logsumexp, batch, head, row)) * kLog2E;
 }
 
@@ -45,11 +45,11 @@ struct DeltaKernel {
     const Attention& a = f.g.forward;
     const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
     if (index >= num_rows(a)) return;
-    const int64_t query = index % a.num_queries, head = index / a.num_queries % a.num_heads,
-                  batch = index / a.num_queries / a.num_heads;
+    const int query = static_cast<int>(index % a.num_queries), head = static_cast<int>(index / a.num_queries % a.num_heads),
+              batch = static_cast<int>(index / a.num_queries / a.num_heads);
     const Sequence s = sequence(a, batch);
     if (query >= s.num_queries) return;
-    const int64_t row = s.query_begin + query;
+    const int row = static_cast<int>(s.query_begin) + query;
     const T* const output = row_of<T>(a.output, batch, head, row);
     const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, row);
     float delta = 0.0f;
@@ -59,7 +59,7 @@ struct DeltaKernel {
     delta = warp_sum(delta);
     const bool dead = load_global(row_of(a.logsumexp, batch, head, row)) == kInfinity;
     if (lane() == 0) {
-      store_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + row, dead ? 0.0f : delta);
+      store_global(row_of(f.delta, batch, head, row), dead ? 0.0f : delta);
     }
   }
 };
@@ -119,7 +119,7 @@ class GradKeyBlock {
     if (tile >= tiles || thread() >= kColumns || query >= num_queries) return {-kInfinity, 0.0f};
     const int row = query_begin + query;
     return {negative_logsumexp(a, batch, head, row),
-            load_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + row)};
+            load_global(row_of(f.delta, batch, head, row))};
   }
 
   EMPCAUSE_DEVICE void publish(int tile, Pair value) const {
@@ -335,7 +335,7 @@ class GradQueryBlock {
         const int query = query_begin + first_query + row;
         negative_lse[m][half] = row < rows ? negative_logsumexp(a, batch, head, query) : -kInfinity;
         delta[m][half] =
-            row < rows ? load_global(f.delta + batch * a.logsumexp.batch + head * a.logsumexp.head + query) : 0.0f;
+            row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
       }
     }
   }
@@ -353,8 +353,8 @@ class GradQueryBlock {
     store_rows<T>(
         grad_query, 0, head_dim(), f.whole_chunks, [&](int, int) { return a.scale; },
         [&](int m, int half) -> T* {
-          const int row = fragment_row(m, half);
-          return row < rows ? row_of<T>(f.g.grad_query, batch, head, query_begin + first_query + row) : nullptr;
+          const int index = fragment_row(m, half);
+          return index < rows ? row_of<T>(f.g.grad_query, batch, head, row + index) : nullptr;
         });
   }
 

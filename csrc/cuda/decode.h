@@ -37,8 +37,8 @@ struct CombineKernel {
     const Attention& a = f.a;
     const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
     if (index >= num_rows(a)) return;
-    const int64_t query = index % a.num_queries, head = index / a.num_queries % a.num_heads,
-                  batch = index / a.num_queries / a.num_heads;
+    const int query = static_cast<int>(index % a.num_queries), head = static_cast<int>(index / a.num_queries % a.num_heads),
+              batch = static_cast<int>(index / a.num_queries / a.num_heads);
     const Sequence s = sequence(a, batch);
     if (query >= s.num_queries) return;
 
@@ -53,7 +53,8 @@ struct CombineKernel {
       sum = fused(load_global(f.split.sum + row), factor(row), sum);
     }
     const bool dead = sum == 0.0f;
-    T* const output = row_of<T>(a.output, batch, head, s.query_begin + query);
+    const int query_row = static_cast<int>(s.query_begin) + query;
+    T* const output = row_of<T>(a.output, batch, head, query_row);
     for (int column = lane(); column < a.head_dim; column += kWarp) {
       float total = 0.0f;
       for (int part = 0; part < f.split.parts; ++part) {
@@ -63,7 +64,7 @@ struct CombineKernel {
       store_global(output + column, from_float<T>(dead ? 0.0f : total / sum));
     }
     if (lane() == 0) {
-      store_global(row_of(a.logsumexp, batch, head, s.query_begin + query),
+      store_global(row_of(a.logsumexp, batch, head, query_row),
                    dead ? kInfinity : (maximum + log2(sum)) * kLn2);
     }
   }

@@ -54,7 +54,7 @@ class Dropout {
   static EMPCAUSE_DEVICE Kept<kRowTiles> collect(Pair pair) {
     static_assert(kColumnTiles <= 8);
     Kept<kRowTiles> kept;
-    EMPCAUSE_NO_UNROLL
+    EMPCAUSE_UNROLL_BY(1)
     for (int n = 0; n < kColumnTiles; n += 2) {
       EMPCAUSE_UNROLL
       for (int m = 0; m < kRowTiles; ++m) kept.bits[m] |= pair(m, n) << n * 4;
@@ -65,7 +65,7 @@ class Dropout {
   EMPCAUSE_DEVICE void draw(int query, int key_block, uint32_t (&words)[4]) const {
     uint32_t c0 = batch_head, c1 = static_cast<uint32_t>(query), c2 = static_cast<uint32_t>(key_block), c3 = 0;
     uint32_t k0 = seed[0], k1 = seed[1];
-    EMPCAUSE_UNROLL
+    EMPCAUSE_UNROLL_BY(2)  // not all of them, or the compiler keeps the keys of every round in registers
     for (int round = 0; round < 10; ++round) {
       const uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
       const uint32_t high1 = multiply_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;

@@ -81,7 +81,8 @@ class ForwardBlock {
     if (rows <= 0) return;
     copy_rows<kRows, kThreads>(
         head_dim(), f.whole_chunks, [&](int row) { return row < rows; },
-        Copy<T, kHeadDim>{query_tile(), row_of<T>(a.query, batch, head(0), query_row(0)), a.query.row, heads, a.query.head});
+        Copy<T, kHeadDim>{query_tile(), row_of<T>(a.query, batch, head(0), query_row(0)), a.query.row,
+                          static_cast<uint32_t>(heads), a.query.head});
     pipeline(tiles, *this);
     finish();
   }

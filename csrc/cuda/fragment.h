@@ -10,11 +10,12 @@
 #include "device.h"
 
 #if defined(__CUDACC__)
-#define EMPCAUSE_UNROLL _Pragma("unroll")
-#define EMPCAUSE_NO_UNROLL _Pragma("unroll 1")
+#define EMPCAUSE_PRAGMA(text) _Pragma(#text)
+#define EMPCAUSE_UNROLL EMPCAUSE_PRAGMA(unroll)
+#define EMPCAUSE_UNROLL_BY(count) EMPCAUSE_PRAGMA(unroll count)
 #else
 #define EMPCAUSE_UNROLL
-#define EMPCAUSE_NO_UNROLL
+#define EMPCAUSE_UNROLL_BY(count)
 #endif
 
 namespace empcause::cuda {

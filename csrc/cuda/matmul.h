@@ -16,7 +16,7 @@ EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHea
                               Tile<T, kHeadDim> b) {
   c.clear();
   if constexpr (std::is_same_v<T, float>) {
-    EMPCAUSE_NO_UNROLL
+    EMPCAUSE_UNROLL_BY(1)
     for (int k = 0; k < Tile<T, kHeadDim>::kChunks; ++k) {
       Chunk<float> left[kRowTiles][2];
       EMPCAUSE_UNROLL
@@ -72,23 +72,25 @@ template <class T, int kHeadDim, int kRowTiles, int kDepthTiles, int kColumnTile
 EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Fragment<kRowTiles, kDepthTiles>& p,
                                 Tile<T, kHeadDim> b, int first_column) {
   if constexpr (std::is_same_v<T, float>) {
-    // Every lane of a quad needs the whole row of P, of which it owns two columns in eight.
-    EMPCAUSE_UNROLL
-    for (int k = 0; k < kDepthTiles; ++k) {
+    // Every lane of a quad needs the whole row of P, of which each owns two columns in eight.
+    EMPCAUSE_UNROLL_BY(1)
+    for (int column = 0; column < 8; ++column) {
+      const int owner = lane() / 4 * 4 + column / 2;
+      const bool odd = column % 2 != 0;
+      const Shared b_chunk = b.chunk(column, lane_column() / 4) + static_cast<uint32_t>(lane_column() % 4 * 4);
       EMPCAUSE_UNROLL
-      for (int j = 0; j < 8; ++j) {
+      for (int k = 0; k < kDepthTiles; ++k) {
         float left[kRowTiles][2];
         EMPCAUSE_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           EMPCAUSE_UNROLL
           for (int half = 0; half < 2; ++half) {
-            left[m][half] = shuffle(p.at[m][k][2 * half + j % 2], lane() / 4 * 4 + j / 2);
+            left[m][half] = shuffle(odd ? p.at[m][k][2 * half + 1] : p.at[m][k][2 * half], owner);
           }
         }
         EMPCAUSE_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
-          const int column = first_column + n * 8 + lane_column();
-          const auto right = load_shared<Pair>(b.element(k * 8 + j, column));
+          const auto right = load_shared<Pair>(b.further(b_chunk, k * 8, first_column / 4 + 2 * n));
           EMPCAUSE_UNROLL
           for (int m = 0; m < kRowTiles; ++m) {
             EMPCAUSE_UNROLL

@@ -19,12 +19,13 @@ struct alignas(8) Pair {
   float at[2];
 };
 
+// Indices fit 32 bits, offsets do not. Unsigned, since the sign of an index would take a register of its own.
 template <class T>
-EMPCAUSE_DEVICE T* row_of(const Matrices& m, int64_t batch, int64_t head, int64_t row) {
+EMPCAUSE_DEVICE T* row_of(const Matrices& m, uint32_t batch, uint32_t head, uint32_t row) {
   return static_cast<T*>(m.data) + batch * m.batch + head * m.head + row * m.row;
 }
 
-EMPCAUSE_DEVICE float* row_of(const Rows& r, int64_t batch, int64_t head, int64_t row) {
+EMPCAUSE_DEVICE float* row_of(const Rows& r, uint32_t batch, uint32_t head, uint32_t row) {
   return r.data + batch * r.batch + head * r.head + row;
 }
 
@@ -68,10 +69,10 @@ struct Copy {
   Tile<T, kHeadDim> to;
   const T* from;
   int64_t stride;
-  int group = 1;
+  uint32_t group = 1;
   int64_t group_stride = 0;
 
-  EMPCAUSE_DEVICE const T* row(int index) const {
+  EMPCAUSE_DEVICE const T* row(uint32_t index) const {
     return from + index / group * stride + index % group * group_stride;
   }
 };
@@ -92,7 +93,7 @@ EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<
       copy(first);
       (copy(more), ...);
     };
-    EMPCAUSE_UNROLL
+    EMPCAUSE_UNROLL_BY(4)
     for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
       if constexpr (kThreads % kChunks == 0) {
         step(thread() / kChunks + i * (kThreads / kChunks), thread() % kChunks);
@@ -101,7 +102,7 @@ EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<
       }
     }
   } else {
-    EMPCAUSE_NO_UNROLL
+    EMPCAUSE_UNROLL_BY(1)
     for (int index = thread(); index < kRows * kHeadDim; index += kThreads) {
       const int row = index / kHeadDim, column = index % kHeadDim;
       const bool valid = keep(row) && column < head_dim;

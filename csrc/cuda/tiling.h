@@ -27,7 +27,7 @@ struct Tilings<false, 32> {
   using Forward = Tiling<4, 2, 64, 2>;
   using Decode = Tiling<1, 1, 32, 8>;
   using GradQuery = Tiling<4, 2, 32, 2>;
-  using GradKey = Tiling<4, 2, 32, 2>;
+  using GradKey = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
@@ -48,7 +48,7 @@ struct Tilings<false, 96> {
 };
 template <>
 struct Tilings<false, 128> {
-  using Forward = Tiling<4, 2, 32, 2>;
+  using Forward = Tiling<4, 1, 64, 2>;
   using Decode = Tiling<1, 1, 32, 4>;
   using GradQuery = Tiling<4, 1, 32, 2>;
   using GradKey = Tiling<4, 1, 16, 2>;

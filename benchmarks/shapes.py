@@ -1,0 +1,67 @@
+"""Shapes of attention that are timed and modelled."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape. Attention is causal, the last query aligned with the last key.
+
+    Attributes:
+        name: in the results.
+        batch, heads, key_heads, queries, keys, dim: sizes of the tensors; `keys` is the longest sequence.
+        dtype: of query, key and value.
+        dropout_p: dropout of attention probabilities.
+        padded: sequences of several lengths, padded on the right.
+        packed: the same sequences one after another, without padding.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+    dropout_p: float = 0.0
+    padded: bool = False
+    packed: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys of each sequence: all the same, or falling evenly from the longest to a quarter of it."""
+        if not (self.padded or self.packed):
+            return [self.keys] * self.batch
+        return [self.keys - 3 * self.keys * index // (4 * max(1, self.batch - 1)) for index in range(self.batch)]
+
+    @property
+    def decoding(self) -> bool:
+        """One query over a cache: there is no backward pass to time."""
+        return self.queries == 1
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the forward pass's two matrix products, over visible pairs of real tokens."""
+        pairs = 0
+        for length in self.lengths:
+            queries = min(self.queries, length)
+            pairs += queries * (length - queries) + queries * (queries + 1) // 2
+        return 4 * self.dim * self.heads * pairs
+
+
+CASES = [
+    Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64),
+    Case("decode 16x12x1/4096x64", 16, 12, 12, 1, 4096, 64),
+    Case("dialogues 16x12x256x64, padded", 16, 12, 12, 256, 256, 64, padded=True),
+    Case("dialogues 16x12x256x64, packed", 16, 12, 12, 256, 256, 64, packed=True),
+    Case("long 4x32x4096x64", 4, 32, 32, 4096, 4096, 64),
+    Case("grouped 4x32/8x2048x128", 4, 32, 8, 2048, 2048, 128),
+    Case("GPT-2 8x12x1024x64, dropout", 8, 12, 12, 1024, 1024, 64, dropout_p=0.1),
+    Case("decode grouped 8x32/8x1/8192x128", 8, 32, 8, 1, 8192, 128),
+    Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64, torch.float16),
+    Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64, torch.float32),
+    Case("wide 4x8x2048x256", 4, 8, 8, 2048, 2048, 256),
+]

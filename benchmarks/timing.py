@@ -1,0 +1,117 @@
+"""Time budgets, and timings of several functions taken in turn."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# Written between repeats so that no call finds its inputs in the cache: more than any GPU's L2 holds.
+FLUSHED_BYTES = 256 * 2**20
+MIN_REPEATS, MAX_REPEATS = 5, 100
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> "Timing":
+        if len(milliseconds) == 1:
+            return cls(*milliseconds * 3, 1)
+        low, *_, high = statistics.quantiles(milliseconds, n=5, method="inclusive")
+        return cls(statistics.median(milliseconds), low, high, len(milliseconds))
+
+
+class Stopwatch:
+    """Times functions on a device: events on the GPU's own clock, or the host's clock for CPU tensors."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device.startswith("cuda")
+        self._flushed = torch.empty(FLUSHED_BYTES if self.on_gpu else 0, dtype=torch.int8, device=device)
+
+    def interleave(self, calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+        """Time functions in turn, each round beginning with another one, so that what drifts meets all alike.
+
+        Args:
+            calls: functions, warmed up here by two calls each.
+            seconds: what all rounds together may take; there are at least 5 and at most 100 rounds.
+
+        Returns:
+            A timing per function.
+        """
+        estimate = 0.0
+        for call in calls.values():
+            call()
+            estimate += self._seconds(call)
+        rounds = max(MIN_REPEATS, min(MAX_REPEATS, int(seconds / max(estimate, 1e-6))))
+        names = list(calls)
+        spans: dict[str, list] = {name: [] for name in names}
+        for start in range(rounds):
+            for step in range(len(names)):
+                name = names[(start + step) % len(names)]
+                spans[name].append(self._span(calls[name]))
+        self._wait()
+        return {name: Timing.of([self._milliseconds(span) for span in spans[name]]) for name in names}
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        self._span(call)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _span(self, call: Callable[[], object]) -> tuple:
+        self._flushed.zero_()
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return start, time.perf_counter()
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        call()
+        events[1].record()
+        return events
+
+    def _milliseconds(self, span: tuple) -> float:
+        return span[0].elapsed_time(span[1]) if self.on_gpu else (span[1] - span[0]) * 1e3
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+@dataclass
+class Budget:
+    """Seconds of a whole run, of which each section may use up to a point in time.
+
+    A section that is done early leaves its time to the next ones. `skipped` collects what was not reached.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._start = self._end = self.clock()
+
+    def begin(self, section: str, until: float) -> None:
+        """Begin a section that may last until so many seconds after the start of the run."""
+        print(f"== {section} ({self.clock() - self._start:.0f} s)", flush=True)
+        self._end = self._start + until
+
+    def left(self) -> float:
+        """Seconds left to the section."""
+        return self._end - self.clock()
+
+    def allows(self, what: str, seconds: float) -> bool:
+        """Whether the section has so many seconds for this; if not, it is noted as not reached."""
+        if self.left() >= seconds:
+            return True
+        self.skipped.append(what)
+        return False

@@ -1,0 +1,160 @@
+"""Whole training steps of the generator beside stock GPT-2: forward, backward, clipping, AdamW, in bf16 under autocast."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from empcause import biased_attention
+from empcause.data.sequences import IGNORED
+from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
+from empcause.integration import attention as integration
+
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of texts of several lengths, the longest first and the last a quarter of it.
+
+    Attributes:
+        name: in the results.
+        number, longest: of the texts, and of the longest one's tokens.
+        packed: one row, the texts one after another, in place of one padded row for each.
+    """
+
+    name: str
+    number: int
+    longest: int
+    packed: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [self.longest - 3 * self.longest * i // (4 * max(1, self.number - 1)) for i in range(self.number)]
+
+
+def make_batch(texts: Texts, vocabulary: int, device: str) -> dict[str, Tensor]:
+    """Random tokens under the names of the generator's `forward`; the last quarter of each text is labelled."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in texts.lengths:
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
+        answer = torch.arange(length) >= length - length // 4
+        rows.append(
+            {
+                "input_ids": ids,
+                "token_type_ids": answer.long(),
+                "labels": torch.where(answer, ids, IGNORED),
+                "cause_probs": torch.where(answer, 0.0, torch.rand(length, generator=generator)),
+                "position_ids": torch.arange(length),
+            }
+        )
+        # The first token of a packed text must not be predicted from the text before it.
+        rows[-1]["labels"][0] = IGNORED
+    if texts.packed:
+        batch = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0]}
+    else:
+        fills = {"labels": IGNORED}
+        batch = {
+            name: nn.utils.rnn.pad_sequence([row[name] for row in rows], True, fills.get(name, 0)) for name in rows[0]
+        }
+        lengths = torch.tensor(texts.lengths)[:, None]
+        batch["attention_mask"] = (torch.arange(texts.longest) < lengths).long()
+        del batch["position_ids"]
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is trained.
+
+    Attributes:
+        name: in the results.
+        attention: implementation of attention by its name in transformers.
+        generator: the empathetic generator in place of stock GPT-2.
+        backend: of `biased_attention`, where the generator uses causes.
+        compiled: through `torch.compile`.
+    """
+
+    name: str
+    attention: str
+    generator: bool = False
+    backend: str | None = None
+    compiled: bool = False
+
+
+def variants(backends: list[str], compiled: bool) -> list[Variant]:
+    """What is compared: the generator with causes, the same class without, stock GPT-2 with eager attention and SDPA."""
+    found = [Variant(f"generator, empcause {name}", "empcause", True, name, compiled) for name in backends]
+    found.append(Variant("stock, sdpa", "sdpa", compiled=compiled))
+    found.append(Variant("stock, eager", "eager", compiled=compiled))
+    if not compiled:
+        found.append(Variant("generator without causes, sdpa", "sdpa", generator=True))
+    return found
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Let the generator's attention run on this backend."""
+    with mock.patch.object(integration, "biased_attention", functools.partial(biased_attention, backend=backend)):
+        yield
+
+
+def build(variant: Variant, sizes: dict[str, int], device: str) -> nn.Module:
+    """The model from nothing, the same weights for all variants."""
+    torch.manual_seed(0)
+    config_class, model_class = (
+        (EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel) if variant.generator else (GPT2Config, GPT2LMHeadModel)
+    )
+    config = config_class(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0)
+    return model_class._from_config(config, attn_implementation=variant.attention).to(device)
+
+
+def loss_of(model: nn.Module, variant: Variant, batch: dict[str, Tensor]) -> Tensor:
+    """The loss under bf16 autocast; stock models are not given what they do not know."""
+    names = set(batch)
+    if variant.backend is None:
+        names.discard("cause_probs")
+    if not variant.generator:
+        names.discard("token_type_ids")
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
+        return model(**{name: batch[name] for name in names}).loss
+
+
+def make_step(model: nn.Module, variant: Variant, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """One optimiser step, as a function."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=batch["input_ids"].is_cuda)
+    run = torch.compile(model) if variant.compiled else model
+    model.train()
+
+    def step() -> None:
+        loss_of(run, variant, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def judge(variant: Variant, texts: Texts, sizes: dict[str, int], device: str) -> str | None:
+    """What is wrong with a backend's loss and gradients beside the reference's for the same weights; None if nothing is."""
+    batch = make_batch(texts, sizes["vocab_size"], device)
+    model = build(variant, sizes, device).eval()
+    figures = []
+    for backend in ("reference", variant.backend):
+        with using(backend):
+            loss = loss_of(model, variant, batch)
+            loss.backward()
+        norm = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None]).norm()
+        model.zero_grad(set_to_none=True)
+        figures.append((loss.item(), norm.item()))
+    for name, expected, got in zip(("loss", "gradient norm"), *figures, strict=True):
+        if not abs(got - expected) <= 0.01 * abs(expected):
+            return f"{name} {got:.5g}, with the reference {expected:.5g}"
+    return None
