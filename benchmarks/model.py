@@ -100,7 +100,7 @@ def tile(backend: str, kernel: str, case: Case, arch: int) -> Tile:
         # A warp reads the other operand's tile for its own rows.
         shape = (columns, rows) if kernel == "keys" else (rows, columns)
         return Tile(*shape, 16 * row_tiles, width, slices)
-    chosen = configuration(kernel, case.dim, case.dtype, arch)
+    chosen = configuration(kernel, case.dim, case.dtype, arch, case.dropout_p > 0)
     rows = chosen.block_n if kernel == "keys" else chosen.block_m
     # mma is a warp's, wgmma a group's of four warps, tcgen05 a block's.
     units = {80: chosen.num_warps, 90: max(1, chosen.num_warps // 4), 100: 1}[arch]

@@ -179,9 +179,9 @@ def triton_figures(variant: aot.Variant, arch: int) -> list[Figures]:
     threads = 32 * metadata.num_warps
     possible = possible_blocks(arch, registers, threads, metadata.shared, metadata.tmem_size or 0)
     planned = 1
-    if variant.kernel != "weights":
-        chosen = configuration(variant.kernel, variant.head_dim, aot.DTYPES[variant.dtype], arch)
-        planned = getattr(chosen, "blocks_per_sm", 1)
+    if variant.kernel not in ("weights", "merge"):  # which have one configuration, without a plan
+        dtype, dropout = aot.DTYPES[variant.dtype], "dropout" in variant.options
+        planned = configuration(variant.kernel, variant.head_dim, dtype, arch, dropout).blocks_per_sm
     named = ("triton", variant.kernel, variant.dtype, variant.head_dim, variant.options, arch)
     figures = (registers, local, metadata.shared, threads, planned, possible, matrix, copies)
     return [Figures(*named, *figures, triton_compiler(arch))]

@@ -6,9 +6,9 @@ What decides:
   Dropout needs more of them (the bits, and two selections), hence tiles of its own.
 - Double-buffered tiles. Which rows of values are loaded follows from the weights, which are loaded themselves, so the software
   pipeline has two levels: with 5 stages keys and values are two tiles ahead and weights four; 3 stages buffer a tile once.
-- A warp's share of the query rows (of the keys, where a program owns those). On sm_80 every warp reads all of the other operand from
-  shared memory: with 16 rows that takes as long as the matrix instructions, with 32 half of it, so 4 warps on 128 rows where the
-  registers last. sm_90's instructions take 64 rows of a group of 4 warps and read shared memory themselves; sm_100's take 128
+- A warp's share of the query rows (of the keys, where a program owns those). On sm_80 every warp reads all of the other operand
+  from shared memory: with 16 rows that takes as long as the matrix instructions, with 32 half of it, so 4 warps on 128 rows where
+  the registers last. sm_90's instructions take 64 rows of a group of 4 warps and read shared memory themselves; sm_100's take 128
   rows and keep their sums in tensor memory.
 - Shared memory: 163 KiB per block on sm_80, 227 KiB on sm_90 and sm_100, 99 KiB on sm_86, sm_89 and sm_120.
 - fp32 has no matrix instructions (TF32 would round to 10 bits): small tiles of multiply-adds.

@@ -172,6 +172,17 @@ class Contract:
         assert float(truth[0, 4].abs()) > 1e-3
         torch.testing.assert_close(gradient(cause, self.backend, torch.float32), truth.float(), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("queries", [12, 40], ids=["decoding", "general"])
+    def test_a_weight_that_rounding_leaves_below_zero_counts_as_zero(self, queries):
+        (query, key, value, cause), _ = Case(batch=1, queries=queries, keys=40).make()
+        cause = torch.zeros_like(cause)
+        cause[0, 4] = -(1 + 5e-7)
+        assert -1e-6 < float(1 + cause[0, 4]) < 0
+        output, *grads = gradients(self.attend, (query, key, value, cause))
+        keep = torch.arange(40) != 4
+        assert torch.equal(output, self.attend(query, key, value, key_mask=keep[None]))
+        assert all(grad.isfinite().all() for grad in grads)
+
     def test_huge_logits_of_a_removed_key_stay_finite(self):
         query, key, value = (torch.ones(1, 1, 20, 4) for _ in range(3))
         key[:, :, 0] = 500.0
