@@ -2,7 +2,7 @@
 
     python benchmarks/resources.py                 compiles everything, rewrites benchmarks/results/resources.csv and resources.md
     python benchmarks/resources.py --check         compiles everything; exit code 1 if a limit is broken or a figure got worse
-    python benchmarks/resources.py --check --fast  a part, in half a minute
+    python benchmarks/resources.py --check --fast  a part, in about half a minute
 
 Limits: no local memory (spills, stacks), matrix instructions in every kernel with products of 16-bit numbers, and registers and
 shared memory that let the planned number of blocks share a multiprocessor. Figures are compared with the committed table if the

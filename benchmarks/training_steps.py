@@ -4,13 +4,14 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from empcause import biased_attention
+from empcause import biased_attention, biased_attention_varlen
 from empcause.data.sequences import IGNORED
 from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
 from empcause.integration import attention as integration
@@ -39,7 +40,11 @@ class Texts:
         return [self.longest - 3 * self.longest * i // (4 * max(1, self.number - 1)) for i in range(self.number)]
 
 
-def make_batch(texts: Texts, vocabulary: int, device: str) -> dict[str, Tensor]:
+# How the package's attention is told of packed texts; stock attention finds them in position_ids, without a mask.
+PACKING = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def make_batch(texts: Texts, vocabulary: int, device: str) -> dict[str, Any]:
     """Random tokens under the names of the generator's `forward`; the last quarter of each text is labelled."""
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -58,7 +63,10 @@ def make_batch(texts: Texts, vocabulary: int, device: str) -> dict[str, Tensor]:
         # The first token of a packed text must not be predicted from the text before it.
         rows[-1]["labels"][0] = IGNORED
     if texts.packed:
-        batch = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0]}
+        batch: dict[str, Any] = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0]}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.tensor([0, *texts.lengths]).cumsum(0).int()
+        batch["max_length_q"] = batch["max_length_k"] = texts.longest
     else:
         fills = {"labels": IGNORED}
         batch = {
@@ -67,7 +75,7 @@ def make_batch(texts: Texts, vocabulary: int, device: str) -> dict[str, Tensor]:
         lengths = torch.tensor(texts.lengths)[:, None]
         batch["attention_mask"] = (torch.arange(texts.longest) < lengths).long()
         del batch["position_ids"]
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,8 @@ def variants(backends: list[str], compiled: bool) -> list[Variant]:
 @contextmanager
 def using(backend: str) -> Iterator[None]:
     """Let the generator's attention run on this backend."""
-    with mock.patch.object(integration, "biased_attention", functools.partial(biased_attention, backend=backend)):
+    one, packed = (functools.partial(call, backend=backend) for call in (biased_attention, biased_attention_varlen))
+    with mock.patch.multiple(integration, biased_attention=one, biased_attention_varlen=packed):
         yield
 
 
@@ -116,9 +125,11 @@ def build(variant: Variant, sizes: dict[str, int], device: str) -> nn.Module:
     return model_class._from_config(config, attn_implementation=variant.attention).to(device)
 
 
-def loss_of(model: nn.Module, variant: Variant, batch: dict[str, Tensor]) -> Tensor:
+def loss_of(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Tensor:
     """The loss under bf16 autocast; stock models are not given what they do not know."""
     names = set(batch)
+    if "cu_seq_lens_q" in batch and variant.attention != "empcause":
+        names -= set(PACKING)
     if variant.backend is None:
         names.discard("cause_probs")
     if not variant.generator:
@@ -127,7 +138,7 @@ def loss_of(model: nn.Module, variant: Variant, batch: dict[str, Tensor]) -> Ten
         return model(**{name: batch[name] for name in names}).loss
 
 
-def make_step(model: nn.Module, variant: Variant, batch: dict[str, Tensor]) -> Callable[[], None]:
+def make_step(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Callable[[], None]:
     """One optimiser step, as a function."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=batch["input_ids"].is_cuda)
     run = torch.compile(model) if variant.compiled else model

@@ -1,6 +1,6 @@
-// Backward pass: probabilities are computed again from the saved log-sum-exp, by two kernels that add up in a fixed order.
-// GradKey owns rows of keys, for all heads that share them, and goes over the queries; GradQuery owns rows of queries and
-// goes over the keys. Both need delta_i = grad_output_i . output_i, computed first.
+// Backward pass: probabilities are computed again from the saved log-sum-exp, by two kernels that add up in a fixed
+// order. GradKey owns rows of keys, for all heads that share them, and goes over the queries; GradQuery owns rows of
+// queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed first.
 //
 //   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
 #pragma once
@@ -45,8 +45,9 @@ struct DeltaKernel {
     const Attention& a = f.g.forward;
     const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
     if (index >= num_rows(a)) return;
-    const int query = static_cast<int>(index % a.num_queries), head = static_cast<int>(index / a.num_queries % a.num_heads),
-              batch = static_cast<int>(index / a.num_queries / a.num_heads);
+    const int query = static_cast<int>(index % a.num_queries);
+    const int head = static_cast<int>(index / a.num_queries % a.num_heads);
+    const int batch = static_cast<int>(index / a.num_queries / a.num_heads);
     const Sequence s = sequence(a, batch);
     if (query >= s.num_queries) return;
     const int row = static_cast<int>(s.query_begin) + query;
@@ -64,7 +65,8 @@ struct DeltaKernel {
   }
 };
 
-// Rows of keys, tiles of queries: everything is transposed, so that b and dS, as they stand, are left operands of the sums.
+// Rows of keys, tiles of queries: everything is transposed, so that b and dS, as they stand, are left operands of the
+// sums.
 template <class T, int kHeadDim, bool kDropout>
 class GradKeyBlock {
  public:
@@ -130,7 +132,8 @@ class GradKeyBlock {
     const int row = query_begin + first_query(tile);
     const Matrices& grad_output = f.g.grad_output;
     copy_rows<kColumns, kThreads>(
-        head_dim(), f.whole_chunks, [&](int query) { return load_shared<float>(query_values(tile, query)) != -kInfinity; },
+        head_dim(), f.whole_chunks,
+        [&](int query) { return load_shared<float>(query_values(tile, query)) != -kInfinity; },
         Copy<T, kHeadDim>{query_tile(tile), row_of<T>(a.query, batch, head, row), a.query.row},
         Copy<T, kHeadDim>{grad_output_tile(tile), row_of<T>(grad_output, batch, head, row), grad_output.row});
   }
@@ -290,7 +293,9 @@ struct GradKeyKernel {
   static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
   static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
 
-  static int64_t num_blocks(const Attention& a) { return a.batch * a.num_key_heads * Block::kSlices * Block::row_blocks(a); }
+  static int64_t num_blocks(const Attention& a) {
+    return a.batch * a.num_key_heads * Block::kSlices * Block::row_blocks(a);
+  }
 
   static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
     const int row_blocks = Block::row_blocks(f.g.forward), block = static_cast<int>(block_index().x);

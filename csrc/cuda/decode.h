@@ -1,5 +1,6 @@
-// Decoding: few queries over many keys. The queries of the heads that share keys are the rows of one warp, so that keys are
-// read once, and the keys are divided into enough parts to occupy the GPU. The parts' sums are combined in their order.
+// Decoding: few queries over many keys. The queries of the heads that share keys are the rows of one warp, so that keys
+// are read once, and the keys are divided into enough parts to occupy the GPU. The parts' sums are combined in their
+// order.
 #pragma once
 
 #include "forward.h"
@@ -37,8 +38,9 @@ struct CombineKernel {
     const Attention& a = f.a;
     const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
     if (index >= num_rows(a)) return;
-    const int query = static_cast<int>(index % a.num_queries), head = static_cast<int>(index / a.num_queries % a.num_heads),
-              batch = static_cast<int>(index / a.num_queries / a.num_heads);
+    const int query = static_cast<int>(index % a.num_queries);
+    const int head = static_cast<int>(index / a.num_queries % a.num_heads);
+    const int batch = static_cast<int>(index / a.num_queries / a.num_heads);
     const Sequence s = sequence(a, batch);
     if (query >= s.num_queries) return;
 

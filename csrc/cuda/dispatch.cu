@@ -1,4 +1,5 @@
 // Which kernels take a problem, the scratch memory they need, and the kernels that know no dtype.
+#include <algorithm>
 #include <stdexcept>
 
 #include "decode.h"
@@ -9,8 +10,13 @@ namespace empcause::cuda {
 
 namespace {
 
-const Kernels& kernels_of(DType dtype) {
-  switch (dtype) {
+const Kernels& kernels_of(const Attention& a) {
+  // Indices of rows are of 32 bits, with room for sums.
+  constexpr int64_t kMostRows = 1 << 30;
+  if (std::max({a.num_queries, a.num_keys, a.total_queries, a.total_keys}) >= kMostRows) {
+    throw std::runtime_error("empcause: the CUDA kernels take fewer than 2^30 queries and keys");
+  }
+  switch (a.dtype) {
     case DType::kFloat32: return kernels_fp32;
     case DType::kBFloat16: return kernels_bf16;
     case DType::kFloat16: return kernels_fp16;
@@ -34,7 +40,7 @@ int64_t forward_scratch(const Attention& a) {
   return d.parts == 1 ? 0 : d.parts * a.batch * a.num_heads * a.num_queries * (a.head_dim + 2);
 }
 
-void forward(const Attention& a, float* scratch, Stream stream) { kernels_of(a.dtype).forward(a, scratch, stream); }
+void forward(const Attention& a, float* scratch, Stream stream) { kernels_of(a).forward(a, scratch, stream); }
 
 int64_t backward_scratch(const AttentionBackward& g) {
   const Attention& a = g.forward;
@@ -42,7 +48,7 @@ int64_t backward_scratch(const AttentionBackward& g) {
 }
 
 void backward(const AttentionBackward& g, float* scratch, Stream stream) {
-  kernels_of(g.forward.dtype).backward(g, scratch, stream);
+  kernels_of(g.forward).backward(g, scratch, stream);
 }
 
 }  // namespace empcause::cuda

@@ -1,6 +1,6 @@
-// Which probabilities dropout keeps, from Philox4x32-10 (Salmon et al., 2011): key = seed, counter = (batch * heads + head,
-// query row, key / 8, 0). The eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word first; a
-// probability is dropped where its lane is below round(p * 65536).
+// Which probabilities dropout keeps, from Philox4x32-10 (Salmon et al., 2011): key = seed, counter = (batch * heads +
+// head, query row, key / 8, 0). The eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word
+// first; a probability is dropped where its lane is below round(p * 65536).
 //
 // A draw is one row of a tile of queries by keys, or one column of a tile of keys by queries. Either way the lanes that
 // share draws compute one each and exchange their words.
@@ -31,13 +31,13 @@ struct Kept {
 class Dropout {
  public:
   EMPCAUSE_DEVICE Dropout(const Attention& a, DropoutRate rate, int batch, int head)
-      : threshold(rate.threshold), batch_head(static_cast<uint32_t>(batch) * static_cast<uint32_t>(a.num_heads) + static_cast<uint32_t>(head)) {
+      : threshold(rate.threshold), batch_head(static_cast<uint32_t>(batch * a.num_heads + head)) {
     const uint64_t value = a.seed == nullptr ? 0 : static_cast<uint64_t>(load_global(a.seed));
     seed[0] = static_cast<uint32_t>(value);
     seed[1] = static_cast<uint32_t>(value >> 32);
   }
 
-  // Of a fragment with rows from `query` and columns from `key` on. A loop, so that draws do not take all registers at once.
+  // Of a fragment with rows from `query` and columns from `key` on.
   template <int kRowTiles, int kColumnTiles>
   EMPCAUSE_DEVICE Kept<kRowTiles> kept(int query, int key) const {
     return collect<kRowTiles, kColumnTiles>([&](int m, int n) { return kept_pair(query + m * 16, key + n * 8); });
@@ -46,7 +46,8 @@ class Dropout {
   // The same with rows from `key` and columns from `query` on.
   template <int kRowTiles, int kColumnTiles>
   EMPCAUSE_DEVICE Kept<kRowTiles> kept_transposed(int key, int query) const {
-    return collect<kRowTiles, kColumnTiles>([&](int m, int n) { return kept_pair_transposed(key + m * 16, query + n * 8); });
+    return collect<kRowTiles, kColumnTiles>(
+        [&](int m, int n) { return kept_pair_transposed(key + m * 16, query + n * 8); });
   }
 
  private:
@@ -54,7 +55,7 @@ class Dropout {
   static EMPCAUSE_DEVICE Kept<kRowTiles> collect(Pair pair) {
     static_assert(kColumnTiles <= 8);
     Kept<kRowTiles> kept;
-    EMPCAUSE_UNROLL_BY(1)
+    EMPCAUSE_UNROLL_BY(1)  // draws side by side would take all registers
     for (int n = 0; n < kColumnTiles; n += 2) {
       EMPCAUSE_UNROLL
       for (int m = 0; m < kRowTiles; ++m) kept.bits[m] |= pair(m, n) << n * 4;
@@ -82,8 +83,8 @@ class Dropout {
     words[3] = c3;
   }
 
-  // Of two neighbouring tiles: bit 4 tile + i stands for the lane's i-th element. A quad shares four draws: two rows of two
-  // tiles.
+  // Of two neighbouring tiles: bit 4 tile + i stands for the lane's i-th element. A quad shares four draws: two rows of
+  // two tiles.
   EMPCAUSE_DEVICE uint32_t kept_pair(int query, int key) const {
     const int mine = lane() % 4;
     uint32_t words[4];

@@ -1,5 +1,5 @@
-// Forward pass: online softmax over tiles of keys, a block of query rows a thread block. The same code decodes: then its
-// rows are the few queries of all heads that share keys, and its tiles a part of them (see decode.h).
+// Forward pass: online softmax over tiles of keys, a block of query rows a thread block. The same code decodes: then
+// its rows are the few queries of all heads that share keys, and its tiles a part of them (see decode.h).
 #pragma once
 
 #include "dropout.h"
@@ -121,9 +121,10 @@ class ForwardBlock {
   static constexpr int kEverything = 1 << 30;
   static constexpr uint32_t kQueryBytes = kRows * RowTile::kRowBytes, kKeyBytes = kColumns * RowTile::kRowBytes;
   static constexpr uint32_t kWeightBytes = kColumns * sizeof(float);
+  static constexpr uint32_t kWeights = kQueryBytes + 2 * kTileStages * kKeyBytes;
 
  public:
-  static constexpr uint32_t kSharedBytes = kQueryBytes + 2 * kTileStages * kKeyBytes + kValueStages * kWeightBytes;
+  static constexpr uint32_t kSharedBytes = kWeights + kValueStages * kWeightBytes;
 
  private:
   EMPCAUSE_DEVICE RowTile query_tile() const { return {shared_memory()}; }
@@ -132,8 +133,8 @@ class ForwardBlock {
   }
   EMPCAUSE_DEVICE RowTile value_tile(int tile) const { return {key_tile(tile).start + kKeyBytes}; }
   EMPCAUSE_DEVICE Shared log_weight(int tile, int key) const {
-    return shared_memory() + (kQueryBytes + 2 * kTileStages * kKeyBytes +
-                              static_cast<uint32_t>(tile % kValueStages) * kWeightBytes + static_cast<uint32_t>(key) * 4);
+    return shared_memory() + (kWeights + static_cast<uint32_t>(tile % kValueStages) * kWeightBytes +
+                              static_cast<uint32_t>(key) * static_cast<uint32_t>(sizeof(float)));
   }
 
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }

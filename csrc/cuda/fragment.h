@@ -1,6 +1,6 @@
-// Who owns what in a warp. Every matrix that a warp holds in registers is divided as mma.m16n8k16 divides its result, for
-// fp32 too, so that masks, softmax and dropout are written once: in a tile of 16 rows by 8 columns lane 4 g + t owns the
-// elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), in this order.
+// Who owns what in a warp. Every matrix that a warp holds in registers is divided as mma.m16n8k16 divides its result,
+// for fp32 too, so that masks, softmax and dropout are written once: in a tile of 16 rows by 8 columns lane 4 g + t
+// owns the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), in this order.
 #pragma once
 
 #include <math.h>

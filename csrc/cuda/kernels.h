@@ -1,5 +1,5 @@
-// The operator on CUDA devices, for callers in C++: raw pointers to memory of the current device, and a stream. Nothing here
-// waits for the GPU. Sums are made in a fixed order, so that results repeat bit by bit on one model of GPU.
+// The operator on CUDA devices, for callers in C++: raw pointers to memory of the current device, and a stream. Nothing
+// here waits for the GPU. Sums are made in a fixed order, so that results repeat bit by bit on one model of GPU.
 #pragma once
 
 #include "../attention.h"

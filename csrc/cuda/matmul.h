@@ -1,4 +1,5 @@
-// The two products of attention, warp by warp: by matrix instructions for bf16 and fp16, by fused multiply-adds for fp32.
+// The two products of attention, warp by warp: by matrix instructions for bf16 and fp16, by fused multiply-adds for
+// fp32.
 //
 //   multiply     C = A B^T    A and B rows in shared memory: logits, and grad_output . value
 //   accumulate   C += P B     P in registers, B rows in shared memory: everything else
@@ -67,7 +68,8 @@ EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHea
   }
 }
 
-// P has 8 kDepthTiles columns, as many as rows of `b` take part; C is columns [first_column, + 8 kColumnTiles) of the product.
+// P has 8 kDepthTiles columns, as many as rows of `b` take part; C is columns [first_column, + 8 kColumnTiles) of the
+// product.
 template <class T, int kHeadDim, int kRowTiles, int kDepthTiles, int kColumnTiles>
 EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Fragment<kRowTiles, kDepthTiles>& p,
                                 Tile<T, kHeadDim> b, int first_column) {

@@ -9,7 +9,8 @@ constexpr int kTileStages = 2;
 // Of what stands beside a tile's rows, one value each: a key's weight, or a query's log-sum-exp.
 constexpr int kValueStages = 3;
 
-// Tiles [0, count) of a Block. The values of a tile decide which of its rows are copied, so they run one tile ahead of the rows:
+// Tiles [0, count) of a Block. The values of a tile decide which of its rows are copied, so they run one tile ahead of
+// the rows:
 //   fetch(tile)             this thread's value of a tile, also of the two beyond the last one
 //   publish(tile, value)    to shared memory, stage tile % kValueStages
 //   copy(tile)              begins to copy the rows, stage tile % kTileStages

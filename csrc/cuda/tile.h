@@ -1,4 +1,5 @@
-// Rows of query, key, value or grad_output in shared memory, and the ways between global memory, shared memory and registers.
+// Rows of query, key, value or grad_output in shared memory, and the ways between global memory, shared memory and
+// registers.
 #pragma once
 
 #include "../attention.h"
@@ -29,15 +30,17 @@ EMPCAUSE_DEVICE float* row_of(const Rows& r, uint32_t batch, uint32_t head, uint
   return r.data + batch * r.batch + head * r.head + row;
 }
 
-// kHeadDim columns a row, in chunks of 16 bytes. Chunk c of a row stands in place c ^ swizzle(row): eight neighbouring rows
-// read at one chunk, as ldmatrix does, fall on all 32 banks, and so do four rows of one parity, as the fp32 product does.
+// kHeadDim columns a row, in chunks of 16 bytes. Chunk c of a row stands in place c ^ swizzle(row): eight neighbouring
+// rows read at one chunk, as ldmatrix does, fall on all 32 banks, and four rows of one parity, as the fp32 product
+// reads them, fall on 16 different ones.
 template <class T, int kHeadDim>
 struct Tile {
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
   static constexpr int kChunks = kRowBytes / kChunkBytes;
   static_assert(kChunks % 4 == 0);
 
-  // Rows of whole 128-byte lines are told apart by eight places; of others, two neighbours begin in different halves of one.
+  // Rows of whole 128-byte lines are told apart by eight places; of others, two neighbours begin in different halves of
+  // one.
   static constexpr int kPlaces = kChunks % 8 == 0 ? 8 : 4;
 
   Shared start;  // a multiple of 128
@@ -77,8 +80,8 @@ struct Copy {
   }
 };
 
-// Copies kRows rows of each, zeros where keep(row) is false and in columns beyond head_dim. Where rows are made of whole,
-// aligned chunks the copy is asynchronous; other rows come element by element.
+// Copies kRows rows of each, zeros where keep(row) is false and in columns beyond head_dim. Where rows are made of
+// whole, aligned chunks the copy is asynchronous; other rows come element by element.
 template <int kRows, int kThreads, class Keep, class T, int kHeadDim, class... More>
 EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<T, kHeadDim> first, More... more) {
   constexpr int kChunks = Tile<T, kHeadDim>::kChunks;
@@ -115,8 +118,8 @@ EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<
   }
 }
 
-// Stores the rows of a fragment times factor(m, half), which begin at pointer(m, half) and `first_column`; nothing where
-// the pointer is null. Four tiles at a time are exchanged in the quad so that a lane holds the eight columns of one tile.
+// Stores the rows of a fragment times factor(m, half), which begin at pointer(m, half) and `first_column`; nothing
+// where the pointer is null. Four tiles at a time are exchanged in the quad so that a lane holds eight columns of one.
 template <class T, int kRowTiles, int kColumnTiles, class Factor, class Pointer>
 EMPCAUSE_DEVICE void store_rows(const Fragment<kRowTiles, kColumnTiles>& rows, int first_column, int head_dim,
                                 bool whole_chunks, Factor factor, Pointer pointer) {

@@ -1,9 +1,10 @@
-// How the kernels divide their work, for every dtype and head size. A block has kWarps warps of 16 kRowTiles rows each and
-// goes through tiles of kColumns; kMinBlocks of them are to share a multiprocessor's registers.
+// How the kernels divide their work, for every dtype and head size. A block has kWarps warps of 16 kRowTiles rows each
+// and goes through tiles of kColumns; kMinBlocks of them share a multiprocessor of sm_80: so much room is there in its
+// registers and its shared memory.
 //
-// Two row tiles a warp halve what is read from shared memory for a product, which else takes as long as the product itself;
-// they are taken where the accumulators leave registers for them. No block needs more than 99 KiB of shared memory, which
-// every GPU from sm_80 on has, and all but the widest leave room for a second block on the large ones.
+// Two row tiles a warp halve what is read from shared memory for a product, which else takes as long as the product
+// itself; they are taken where the accumulators leave registers for them, without spilling any on sm_80, sm_90 and
+// sm_100. No block needs more than 99 KiB of shared memory, which every GPU from sm_80 on has.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +21,8 @@ struct Tiling {
 template <bool kFloat32, int kHeadDim>
 struct Tilings;
 
-// Rows of queries, columns of keys: Forward, and GradQuery. Rows of keys, columns of queries: GradKey, which accumulates two
-// results, of which a block takes the part of kSlices. Decode is one warp for the few queries there are.
+// Rows of queries, columns of keys: Forward and GradQuery. Rows of keys, columns of queries: GradKey, which accumulates
+// two results, of which a block takes one of kSlices parts. Decode is one warp for the few queries there are.
 template <>
 struct Tilings<false, 32> {
   using Forward = Tiling<4, 2, 64, 2>;
@@ -41,7 +42,7 @@ struct Tilings<false, 64> {
 template <>
 struct Tilings<false, 96> {
   using Forward = Tiling<4, 2, 32, 2>;
-  using Decode = Tiling<1, 1, 32, 6>;
+  using Decode = Tiling<1, 1, 32, 5>;
   using GradQuery = Tiling<4, 1, 32, 2>;
   using GradKey = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
@@ -56,10 +57,10 @@ struct Tilings<false, 128> {
 };
 template <>
 struct Tilings<false, 256> {
-  using Forward = Tiling<4, 1, 32, 2>;
-  using Decode = Tiling<1, 1, 16, 2>;
-  using GradQuery = Tiling<4, 1, 16, 2>;
-  using GradKey = Tiling<4, 1, 16, 2>;
+  using Forward = Tiling<4, 1, 32, 1>;
+  using Decode = Tiling<1, 1, 16, 3>;
+  using GradQuery = Tiling<4, 1, 16, 1>;
+  using GradKey = Tiling<4, 1, 16, 1>;
   static constexpr int kSlices = 2;
 };
 
@@ -83,24 +84,24 @@ template <>
 struct Tilings<true, 96> {
   using Forward = Tiling<4, 1, 32, 2>;
   using Decode = Tiling<1, 1, 32, 2>;
-  using GradQuery = Tiling<4, 1, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using GradQuery = Tiling<4, 1, 32, 1>;
+  using GradKey = Tiling<4, 1, 32, 1>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<true, 128> {
-  using Forward = Tiling<4, 1, 32, 2>;
+  using Forward = Tiling<4, 1, 32, 1>;
   using Decode = Tiling<1, 1, 32, 2>;
-  using GradQuery = Tiling<4, 1, 16, 2>;
-  using GradKey = Tiling<4, 1, 16, 2>;
+  using GradQuery = Tiling<4, 1, 16, 1>;
+  using GradKey = Tiling<4, 1, 16, 1>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<true, 256> {
-  using Forward = Tiling<2, 1, 16, 2>;
+  using Forward = Tiling<2, 1, 16, 1>;
   using Decode = Tiling<1, 1, 16, 2>;
-  using GradQuery = Tiling<1, 1, 16, 2>;
-  using GradKey = Tiling<1, 1, 16, 2>;
+  using GradQuery = Tiling<1, 1, 16, 1>;
+  using GradKey = Tiling<1, 1, 16, 1>;
   static constexpr int kSlices = 2;
 };
 

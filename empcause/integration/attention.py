@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from empcause.integration.masks import decode_mask
-from empcause.ops import biased_attention
+from empcause.ops import biased_attention, biased_attention_varlen
 
 # Features of other models' attention that the operator does not have.
 _REFUSED = {
@@ -44,6 +44,10 @@ def empcause_attention(
     cause_probs: Tensor | None = None,
     cause_gamma: float = 1.0,
     cause_witness: set[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Biased attention of one layer.
@@ -59,6 +63,9 @@ def empcause_attention(
         cause_probs: `[B or 1, n]` cause probability of the first n <= K keys; later keys have 0.
         cause_gamma: factor of the strength.
         cause_witness: the layer's index is added to it, so that `steer` sees that the causes arrived.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences in a batch of one row, as transformers'
+            flattening collator makes them: prefix sums `[sequences + 1]` int32, and the longest lengths. Pass an
+            attention_mask of ones with them, or transformers itself looks for packing in position_ids.
 
     Returns:
         `[B, Q, H, D]` contiguous, and None for the attention weights, which are never formed.
@@ -85,18 +92,27 @@ def empcause_attention(
         strength = layer_strength(module, cause_gamma)
         if cause_witness is not None:
             cause_witness.add(int(module.layer_idx))  # type: ignore[arg-type]
-    output = biased_attention(
-        query,
-        key,
-        value,
-        cause,
-        strength=strength,
-        key_mask=key_mask,
-        causal=causal,
-        scale=scaling,
-        dropout_p=dropout,
-        query_offset=query_offset,
-    )
+    options: dict[str, Any] = {"strength": strength, "causal": causal, "scale": scaling, "dropout_p": dropout}
+    if cu_seq_lens_q is not None:
+        if query.shape[0] != 1 or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
+            raise ValueError(
+                "Packed sequences are one row of a batch with cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k; "
+                f"the batch has {query.shape[0]} rows, or one of these is missing."
+            )
+        packed = biased_attention_varlen(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            None if cause is None else cause[0],
+            key_mask=None if key_mask is None else key_mask[0],
+            cu_seqlens_q=cu_seq_lens_q,
+            cu_seqlens_k=cu_seq_lens_k,
+            max_seqlen_q=max_length_q,
+            max_seqlen_k=max_length_k,
+            **options,
+        )
+        return packed[None], None
+    output = biased_attention(query, key, value, cause, key_mask=key_mask, query_offset=query_offset, **options)
     return output.transpose(1, 2), None
 
 

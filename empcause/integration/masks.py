@@ -51,8 +51,8 @@ def biased_attention_mask(
         raise ValueError(
             'attn_implementation="empcause" does causal and bidirectional attention over padded batches; this model asks for '
             "another pattern (a sliding or chunked window, packed sequences found in position_ids, or a custom mask). "
-            "For packed sequences pass an attention_mask with a batch of its own per sequence, or use "
-            "empcause.biased_attention_varlen."
+            "For packed sequences pass an attention_mask of ones together with cu_seq_lens_q, cu_seq_lens_k, max_length_q and "
+            "max_length_k."
         )
     elif attention_mask is None and isinstance(q_offset, int) and kv_length == q_length + q_offset and not kv_offset:
         return None

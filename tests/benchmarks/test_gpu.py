@@ -214,8 +214,7 @@ class TestRun:
         rows = list(gpu.time_steps(texts, ["cpu"], SIZES, "cpu", Stopwatch("cpu"), budget))
         timed = {(row.case, row.peer) for row in rows if row.status == "ok"}
         for peer in ("generator, empcause cpu", "stock, sdpa", "stock, eager", "generator without causes, sdpa"):
-            assert ("padded", peer) in timed
-        assert ("packed", "stock, sdpa") in timed
+            assert {("padded", peer), ("packed", peer)} <= timed
         assert any(what.startswith("compiled step, padded, generator") for what in budget.skipped)
 
     def test_a_wrong_loss_is_red(self, monkeypatch):

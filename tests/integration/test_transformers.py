@@ -98,6 +98,27 @@ def test_without_causes_logits_equal_eagers(config, inputs):
     torch.testing.assert_close(ours[real], eager[real], rtol=1e-5, atol=1e-5)
 
 
+def test_packed_sequences_equal_rows_of_their_own(config):
+    model = make(config)
+    lengths = [7, 1, 11]
+    rows = [torch.randint(3, 120, (1, length)) for length in lengths]
+    causes = [torch.rand(1, length) for length in lengths]
+    tokens = torch.cat(rows, 1)
+    sums = torch.tensor([0, *lengths]).cumsum(0).int()
+    packing = {"cu_seq_lens_q": sums, "cu_seq_lens_k": sums, "max_length_q": 11, "max_length_k": 11}
+    with empcause.steer(model, torch.cat(causes, 1)):
+        packed = model(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            use_cache=False,
+            **packing,
+        ).logits
+    for row, cause, part in zip(rows, causes, packed.split(lengths, 1), strict=True):
+        with empcause.steer(model, cause):
+            torch.testing.assert_close(part, model(row).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_from_pretrained_takes_the_name(tiny_gpt2_dir, tiny_llama_dir):
     for folder in (tiny_gpt2_dir, tiny_llama_dir):
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="empcause")
@@ -296,10 +317,17 @@ class TestRefusals:
             raise ZeroDivisionError
         assert torch.equal(model(**inputs).logits, before)
 
-    def test_packed_sequences(self):
+    def test_packed_sequences_without_their_lengths(self):
         model = make(LLAMA)
         with pytest.raises(ValueError, match="packed sequences"):
             model(torch.randint(3, 120, (1, 8)), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=False)
+
+    def test_packed_sequences_in_several_rows(self):
+        model = make(LLAMA)
+        sums = torch.tensor([0, 4, 8], dtype=torch.int32)
+        tokens = torch.randint(3, 120, (2, 8))
+        with pytest.raises(ValueError, match="the batch has 2 rows"):
+            model(tokens, attention_mask=torch.ones_like(tokens), cu_seq_lens_q=sums, cu_seq_lens_k=sums)
 
     def test_sliding_window(self):
         config = MistralConfig(
