@@ -160,7 +160,7 @@ class Operators {
       w.cause_batch = cause_outer_ == 1 ? 0 : cause_heads_ * keys_;
     }
     w.heads = cause_heads_ > 1 || (w.head_strength != nullptr && w.cause != nullptr) ? a_.num_heads : 1;
-    w.batch = cause_outer_ > 1 || w.key_mask != nullptr ? outer_ : 1;
+    w.batch = cause_outer_ != 1 || w.key_mask != nullptr ? outer_ : 1;
     weight_ = empty(query_, {w.batch, w.heads, keys_}, ScalarType::Float);
     w.weight = data<float>(*weight_);
     device_.compute_weights(w);
