@@ -44,7 +44,7 @@ def main(source: Path, target: Path) -> None:
     axes.set_yticks(place, [f"{shape}, {dtype}, {direction}" for direction, shape, dtype in medians], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("time of the peer / time of empcause, same run")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target.with_suffix(".png"), dpi=150)
 
