@@ -11,9 +11,10 @@ What decides:
   the registers last. sm_90's instructions take 64 rows of a group of 4 warps and read shared memory themselves; sm_100's take 128
   rows and keep their sums in tensor memory.
 - Shared memory: 163 KiB per block on sm_80, 227 KiB on sm_90 and sm_100, 99 KiB on sm_86, sm_89 and sm_120.
-- fp32 has no matrix instructions (TF32 would round to 10 bits): small tiles of multiply-adds.
+- fp32 has no matrix instructions (TF32 would round to 10 bits): small tiles of multiply-adds. They are provisional: some
+  spill at head sizes from 128 on.
 
-The figures behind these choices are in benchmarks/results/resources.csv.
+benchmarks/results/resources.csv has the figures behind those choices that are settled.
 """
 
 from dataclasses import dataclass, replace
