@@ -72,6 +72,28 @@ def sequence(batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
 
 
 @triton.jit
+def seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a block of query rows sees of the keys.
+
+    Args:
+        rows: the block's, `first_row` the first of them.
+        offset: of query positions among the keys.
+
+    Returns:
+        full, a multiple of BLOCK_N: every row sees the keys [0, full), so no index is compared there; end: none sees a key from
+        there on; the last key that each row sees.
+    """
+    end = num_keys
+    full = num_keys // BLOCK_N * BLOCK_N
+    last_keys = tl.zeros_like(rows) + num_keys - 1
+    if CAUSAL:
+        last_keys = tl.minimum(rows + offset, last_keys)
+        end = tl.minimum(end, tl.minimum(first_row + rows.shape[0], num_queries) + offset)
+        full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+    return full, end, last_keys
+
+
+@triton.jit
 def clamped(value, low, high):
     return tl.minimum(tl.maximum(value, low), high)
 

@@ -22,6 +22,7 @@ from empcause.kernels.attention import (
     result_index,
     row_index,
     row_pointer,
+    seen_keys,
     sequence,
     shifted,
     store_rows,
@@ -383,14 +384,7 @@ def queries_kernel(
     q = load_rows(query, query_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
     do = load_rows(grad_output, grad_output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
 
-    # Keys [0, full) are seen by every row.
-    end = num_keys
-    full = num_keys // BLOCK_N * BLOCK_N
-    last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
-    if CAUSAL:
-        last_keys = tl.minimum(rows + offset, last_keys)
-        end = tl.minimum(end, tl.minimum(first_row + BLOCK_M, num_queries) + offset)
-        full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+    full, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
     query_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for bounded in tl.static_range(2):
         query_sum = accumulate_queries(

@@ -40,10 +40,9 @@ class Configuration:
     num_stages: int = 5
 
     @property
-    def max_registers(self) -> int | None:
-        """Of a thread, so that blocks_per_sm fit; None where the hardware's own bound is lower."""
-        share = 65536 // (32 * self.num_warps * self.blocks_per_sm) // 8 * 8
-        return share if share < 255 else None
+    def max_registers(self) -> int:
+        """Of a thread, so that blocks_per_sm fit. Said even where it is all there are: ptxas left alone spills to save some."""
+        return min(255, 65536 // (32 * self.num_warps * self.blocks_per_sm) // 8 * 8)
 
 
 _C = Configuration

@@ -9,6 +9,7 @@ from empcause.kernels.attention import (
     result_index,
     row_index,
     row_pointer,
+    seen_keys,
     sequence,
     shifted,
     store_rows,
@@ -146,14 +147,7 @@ def forward_kernel(
     value = row_pointer(value, value_strides, outer, head // group, key_begin)
     log2_weight = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin)
 
-    # Keys [0, full) are seen by every row: no index is compared there.
-    end = num_keys
-    full = num_keys // BLOCK_N * BLOCK_N
-    last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
-    if CAUSAL:
-        last_keys = tl.minimum(rows + offset, last_keys)
-        end = tl.minimum(end, tl.minimum(first_row + BLOCK_M, num_queries) + offset)
-        full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+    full, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)

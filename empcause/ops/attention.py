@@ -112,7 +112,8 @@ def biased_attention_varlen(
         key, value: `[M, Hkv, D]`.
         cause: `[M]` or `[H or 1, M]`.
         cu_seqlens_q, cu_seqlens_k: `[sequences + 1]` int32, where each sequence starts; from 0 to N (M).
-        max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths.
+        max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths. The CPU refuses sums and bounds that do not hold; a GPU
+            would have to be waited for, so there what they leave out is undefined, though nothing outside is touched.
         key_mask: `[M]` bool.
         strength, causal, scale, dropout_p, seed, backend: see `biased_attention`. Causal alignment is bottom-right in each
             sequence; dropout counts batch, rows and keys per sequence, so packing changes nothing.
@@ -140,7 +141,7 @@ def biased_attention_varlen(
     backend = choose_backend(backend, query)
     if backend == "reference":
         check_weights(
-            cause if cause is None else cause.reshape(1, -1, keys),
+            None if cause is None else cause[None],
             strength,
             None if key_mask is None else key_mask[None],
         )

@@ -39,7 +39,7 @@ def biased_attention_varlen_reference(
             query[q0:q1].transpose(0, 1)[None],
             key[k0:k1].transpose(0, 1)[None],
             value[k0:k1].transpose(0, 1)[None],
-            None if cause is None else cause[..., k0:k1].reshape(1, -1, k1 - k0),
+            None if cause is None else cause[None, ..., k0:k1],
             key_mask=None if key_mask is None else key_mask[None, k0:k1],
             dropout_p=dropout_p,
             keep=keep,

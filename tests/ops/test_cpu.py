@@ -204,10 +204,10 @@ def test_seed_from_torchs_generator():
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_varlen_equals_sequences_one_by_one(backend, dropout_p):
-    lengths_q, lengths_k = [5, 0, 37, 1], [9, 4, 37, 1]
-    case = Case(batch=4, queries=37, keys=37, dim=12)
+    lengths_q, lengths_k = [5, 0, 37, 3, 1], [9, 4, 37, 0, 1]  # the fourth without keys
+    case = Case(batch=5, queries=37, keys=37, dim=12)
     (query, key, value, cause), _ = case.make()
-    mask = torch.rand(4, 37, generator=torch.Generator().manual_seed(2)) > 0.2
+    mask = torch.rand(5, 37, generator=torch.Generator().manual_seed(2)) > 0.2
     packed = (pack(query, lengths_q), pack(key, lengths_k), pack(value, lengths_k), pack(cause, lengths_k))
     sums = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k)]
     options = {"strength": 0.5, "dropout_p": dropout_p, "seed": 9, "backend": backend}
