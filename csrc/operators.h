@@ -17,6 +17,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -35,8 +36,26 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw std::runtime_error(std::string("empcause: ") + what);
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// On the device of `like`. Past the dispatcher, which would take longer than the kernels do for a few numbers.
+template <size_t kDims>
+Tensor empty(const Tensor& like, const std::array<int64_t, kDims>& sizes, const std::array<int64_t, kDims>& strides,
+             ScalarType dtype) {
+  int32_t device_type = 0, device_index = 0;
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(kDims, sizes.data(), strides.data(), dtype_code, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+template <size_t kDims>
+Tensor empty(const Tensor& like, const std::array<int64_t, kDims>& sizes, ScalarType dtype) {
+  std::array<int64_t, kDims> strides;
+  int64_t stride = 1;
+  for (size_t i = kDims; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  return empty(like, sizes, strides, dtype);
 }
 
 struct Packing {
@@ -161,7 +180,7 @@ class Operators {
     }
     w.heads = cause_heads_ > 1 || (w.head_strength != nullptr && w.cause != nullptr) ? a_.num_heads : 1;
     w.batch = cause_outer_ != 1 || w.key_mask != nullptr ? outer_ : 1;
-    weight_ = empty(query_, {w.batch, w.heads, keys_}, ScalarType::Float);
+    weight_ = empty<3>(query_, {w.batch, w.heads, keys_}, ScalarType::Float);
     w.weight = data<float>(*weight_);
     device_.compute_weights(w);
     a_.weight = {w.weight, w.batch == 1 ? 0 : w.heads * keys_, w.heads == 1 ? 0 : keys_};
@@ -169,8 +188,8 @@ class Operators {
 
   std::tuple<Tensor, Tensor> forward() {
     Tensor output = new_matrices(rows_, a_.num_heads);
-    Tensor logsumexp = packed_ ? empty(query_, {a_.num_heads, rows_}, ScalarType::Float)
-                               : empty(query_, {outer_, a_.num_heads, rows_}, ScalarType::Float);
+    Tensor logsumexp = packed_ ? empty<2>(query_, {a_.num_heads, rows_}, ScalarType::Float)
+                               : empty<3>(query_, {outer_, a_.num_heads, rows_}, ScalarType::Float);
     a_.output = matrices(output);
     a_.logsumexp = logsumexp_rows(logsumexp);
     device_.forward(a_, query_);
@@ -195,19 +214,19 @@ class Operators {
     std::optional<Tensor> grad_weight;
     if (cause_grad) {
       require(bias_.cause.has_value(), "cause_grad without cause");
-      grad_weight = empty(query_, {outer_, a_.num_heads, keys_}, ScalarType::Float);
+      grad_weight = empty<3>(query_, {outer_, a_.num_heads, keys_}, ScalarType::Float);
       g.grad_weight = {data<float>(*grad_weight), packed_ ? 0 : a_.num_heads * keys_, keys_};
       g.key_mask = bias_.key_mask.has_value() ? data<bool>(*bias_.key_mask) : nullptr;
       g.key_mask_batch = packed_ ? 0 : keys_;
     }
     device_.backward(g, query_);
-    return {grad_query, grad_key, grad_value, cause_grad ? reduce_grad_cause(*grad_weight) : empty(query_, {0}, ScalarType::Float)};
+    Tensor grad_cause = cause_grad ? reduce_grad_cause(*grad_weight) : empty<1>(query_, {0}, ScalarType::Float);
+    return {grad_query, grad_key, grad_value, grad_cause};
   }
 
   // Gradient of cause from the gradient of the weights, summed over what was broadcast.
   Tensor reduce_grad_cause(const Tensor& grad_weight) {
-    const std::vector<int64_t> sizes(bias_.cause->sizes().begin(), bias_.cause->sizes().end());
-    Tensor grad_cause = empty(query_, sizes, ScalarType::Float);
+    Tensor grad_cause = torch::stable::new_empty(*bias_.cause, bias_.cause->sizes());
     GradCause g{};
     g.batch = outer_;
     g.heads = a_.num_heads;
@@ -263,9 +282,9 @@ class Operators {
 
   // A new tensor of these rows, laid out so that rows come before heads: [B, N, H, D] seen as [B, H, N, D].
   Tensor new_matrices(int64_t rows, int64_t heads) {
-    if (packed_) return empty(query_, {rows, heads, a_.head_dim}, query_.scalar_type());
-    Tensor storage = empty(query_, {outer_, rows, heads, a_.head_dim}, query_.scalar_type());
-    return torch::stable::transpose(storage, 1, 2);
+    const int64_t dim = a_.head_dim;
+    if (packed_) return empty<3>(query_, {rows, heads, dim}, query_.scalar_type());
+    return empty<4>(query_, {outer_, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, query_.scalar_type());
   }
 
   Device device_;

@@ -11,10 +11,9 @@ What decides:
   the registers last. sm_90's instructions take 64 rows of a group of 4 warps and read shared memory themselves; sm_100's take 128
   rows and keep their sums in tensor memory.
 - Shared memory: 163 KiB per block on sm_80, 227 KiB on sm_90 and sm_100, 99 KiB on sm_86, sm_89 and sm_120.
-- fp32 has no matrix instructions (TF32 would round to 10 bits): small tiles of multiply-adds. They are provisional: some
-  spill at head sizes from 128 on.
+- fp32 has no matrix instructions (TF32 would round to 10 bits): small tiles of multiply-adds.
 
-benchmarks/results/resources.csv has the figures behind those choices that are settled.
+benchmarks/results/resources.csv has the figures behind these choices.
 """
 
 from dataclasses import dataclass, replace
@@ -102,28 +101,29 @@ _HALF = {
     },
 }
 
-# The same for every architecture: head size up to which it holds -> without dropout, with dropout.
+# The same for every architecture: head size up to which it holds -> without dropout, with dropout. One stage where the addresses
+# of several would not leave registers enough.
 _FULL = {
     "forward": {
-        64: (_C(32, 32, 4, 2), _C(32, 32, 4, 2)),
-        128: (_C(32, 32, 8), _C(32, 32, 8)),
-        256: (_C(16, 16, 8), _C(16, 16, 8)),
+        64: (_C(64, 32, 8, num_stages=1), _C(32, 32, 8)),
+        128: (_C(32, 32, 8, num_stages=1), _C(32, 16, 8)),
+        256: (_C(32, 16, 8, num_stages=1), _C(16, 16, 8)),
     },
     "keys": {
-        64: (_C(32, 32, 8), _C(32, 32, 8)),
-        128: (_C(16, 32, 8), _C(16, 32, 8)),
-        256: (_C(16, 16, 8), _C(16, 16, 8)),
+        64: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
+        128: (_C(16, 32, 8, num_stages=1), _C(16, 16, 8)),
+        256: (_C(16, 16, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
     },
     "queries": {
-        64: (_C(32, 32, 8), _C(32, 32, 8)),
-        128: (_C(32, 16, 8), _C(32, 16, 8)),
+        64: (_C(64, 32, 8), _C(64, 32, 8, num_stages=1)),
+        128: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
         256: (_C(16, 16, 8), _C(16, 16, 8)),
     },
 }
 
 # Decoding is bound by memory: enough bytes in flight per SM, and rows no more than a matrix instruction's 16.
 _SPLIT = {64: _C(16, 64, 4, 4), 128: _C(16, 64, 4, 2), 256: _C(16, 32, 4, 2)}
-_SPLIT_FULL = {64: _C(16, 32, 4, 2), 128: _C(16, 32, 4), 256: _C(16, 16, 4)}
+_SPLIT_FULL = {64: _C(16, 64, 8), 128: _C(16, 32, 4, 2, 1), 256: _C(16, 16, 4, 2, 1)}
 # One pass over rows of output and its gradient; block_n is not used.
 _DELTA = {64: _C(64, 1, 4, 4), 128: _C(32, 1, 4, 4), 256: _C(16, 1, 4, 4)}
 

@@ -13,6 +13,9 @@ struct Kernels {
   const char* isa;
   void (*forward)(const Attention&, ParallelFor);
   void (*backward)(const AttentionBackward&, ParallelFor);
+  // The machine's limits, for benchmarks (limits.h).
+  int64_t (*multiply_adds)(int64_t rounds);
+  float (*read_all)(const float* data, int64_t count);
 };
 
 // The kernels of one instruction set: one translation unit each.

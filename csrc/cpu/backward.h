@@ -29,7 +29,7 @@ struct QueryRows {
 };
 
 inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                         const QueryRows& packed, float* scratch) {
+                         const QueryRows& packed, float* output) {
   const Attention& a = g.forward;
   const int64_t dim = a.head_dim, stride = round_up(dim), rows = blocks.count * blocks.rows;
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
@@ -42,8 +42,8 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
     if (alive(i)) {
       load_row(a.query, a.dtype, offset(a.query) + i * a.query.row, dim, a.scale, q);
       load_row(g.grad_output, a.dtype, offset(g.grad_output) + i * g.grad_output.row, dim, 1.0f, go);
-      load_row(a.output, a.dtype, offset(a.output) + i * a.output.row, dim, 1.0f, scratch);
-      for (int64_t d = 0; d < stride; d += kWidth) total += load(scratch + d) * load(go + d);
+      load_row(a.output, a.dtype, offset(a.output) + i * a.output.row, dim, 1.0f, output);
+      for (int64_t d = 0; d < stride; d += kWidth) total += load(output + d) * load(go + d);
     } else {
       for (int64_t d = 0; d < stride; ++d) q[d] = go[d] = 0.0f;
     }
@@ -52,9 +52,9 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
   for (int64_t first = 0; first < rows; first += blocks.rows) {
     const auto counts = [&](int64_t i) { return alive(first + i); };
     pack_transposed(a.query, a.dtype, offset(a.query) + first * a.query.row, s.num_queries - first, blocks.rows, dim,
-                    a.scale * kLog2E, counts, blocks.rows, scratch, packed.query_transposed + first * dim);
+                    a.scale * kLog2E, counts, blocks.rows, packed.query_transposed + first * dim);
     pack_transposed(g.grad_output, a.dtype, offset(g.grad_output) + first * g.grad_output.row, s.num_queries - first,
-                    blocks.rows, dim, 1.0f, counts, blocks.rows, scratch, packed.grad_output_transposed + first * dim);
+                    blocks.rows, dim, 1.0f, counts, blocks.rows, packed.grad_output_transposed + first * dim);
   }
   for (int64_t i = 0; i < rows * dim; ++i) packed.grad_query[i] = 0.0f;
 }
@@ -127,13 +127,13 @@ struct BackwardPlan {
 };
 
 inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                              const float* grad_query, float* scratch) {
+                              const float* grad_query) {
   const Attention& a = g.forward;
   const int64_t offset = batch * g.grad_query.batch + head * g.grad_query.head + s.query_begin * g.grad_query.row;
   for (int64_t row = 0; row < s.num_queries; row += blocks.rows) {
     const int64_t rows = s.num_queries - row < blocks.rows ? s.num_queries - row : blocks.rows;
     unpack_transposed(grad_query + row * a.head_dim, blocks.rows, rows, a.head_dim, a.scale, g.grad_query, a.dtype,
-                      offset + row * g.grad_query.row, scratch);
+                      offset + row * g.grad_query.row);
   }
 }
 
@@ -147,7 +147,7 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   const Blocks blocks(s.num_queries, kBackwardVecs);
   const int64_t rows = blocks.count * blocks.rows, size = QueryRows::size(rows, dim);
 
-  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * blocks.rows + kWidth * stride);
+  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * blocks.rows + stride);
   const auto queries = [&](int64_t member) { return QueryRows(scratch + member * size, rows, dim); };
   float* key = scratch + group * size;
   float* value = key + kKeyTile * stride;
@@ -156,13 +156,13 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   float* probability = grad_value + kKeyTile * stride;
   float* grad_logits = probability + kKeyTile * blocks.rows;
   float* factor = grad_logits + kKeyTile * blocks.rows;
-  float* transposed = factor + kKeyTile * blocks.rows;
+  float* output = factor + kKeyTile * blocks.rows;  // one row
   TileGradients gradients;
-  gradients.key = transposed + kWidth * stride;
+  gradients.key = output + stride;
   gradients.value = gradients.key + kKeyTile * stride;
 
   for (int64_t member = 0; member < group; ++member) {
-    pack_queries(g, s, batch, first_head + member, blocks, queries(member), transposed);
+    pack_queries(g, s, batch, first_head + member, blocks, queries(member), output);
   }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
   for (int64_t first = split * kKeyTile; first < s.num_keys; first += plan.splits * kKeyTile) {
@@ -213,7 +213,7 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   for (int64_t member = 0; member < group; ++member) {
     const float* grad_query = queries(member).grad_query;
     if (plan.splits == 1) {
-      unpack_grad_query(g, s, batch, first_head + member, blocks, grad_query, transposed);
+      unpack_grad_query(g, s, batch, first_head + member, blocks, grad_query);
     } else {
       float* partial = plan.partial_at(batch, first_head + member, split);
       for (int64_t i = 0; i < rows * dim; ++i) partial[i] = grad_query[i];
@@ -230,7 +230,7 @@ inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head
     const float* other = plan.partial_at(batch, head, split);
     for (int64_t i = 0; i < blocks.count * blocks.rows * a.head_dim; ++i) total[i] += other[i];
   }
-  unpack_grad_query(plan.g, s, batch, head, blocks, total, thread_scratch(kWidth * round_up(a.head_dim)));
+  unpack_grad_query(plan.g, s, batch, head, blocks, total);
 }
 
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {

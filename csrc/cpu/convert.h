@@ -9,69 +9,126 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                   // to nearest even
 }
 
-inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, float* out) {
-  if (dtype == DType::kFloat32) {
-    const float* in = static_cast<const float*>(m.data) + offset;
-    for (int64_t d = 0; d < size; ++d) out[d] = in[d] * factor;
-  } else if (dtype == DType::kBFloat16) {
-    const uint16_t* in = static_cast<const uint16_t*>(m.data) + offset;
-    for (int64_t d = 0; d < size; ++d) out[d] = bits_to_float(static_cast<uint32_t>(in[d]) << 16) * factor;
+typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+typedef uint16_t UnalignedShortVec __attribute__((vector_size(kWidth * 2), aligned(2)));
+
+// kWidth neighbouring values of a tensor as fp32.
+template <DType kType>
+inline Vec load_values(const void* data, int64_t index) {
+  if constexpr (kType == DType::kFloat32) {
+    return load(static_cast<const float*>(data) + index);
+  } else if constexpr (kType == DType::kBFloat16) {
+    const ShortVec bits = *reinterpret_cast<const UnalignedShortVec*>(static_cast<const uint16_t*>(data) + index);
+    return reinterpret_cast<Vec>(__builtin_convertvector(bits, IntVec) << 16);
   } else {
-    const _Float16* in = static_cast<const _Float16*>(m.data) + offset;
-    for (int64_t d = 0; d < size; ++d) out[d] = static_cast<float>(in[d]) * factor;
+    Vec values;
+    for (int i = 0; i < kWidth; ++i) values[i] = static_cast<float>(static_cast<const _Float16*>(data)[index + i]);
+    return values;
   }
-  for (int64_t d = size; d < round_up(size); ++d) out[d] = 0.0f;
+}
+
+template <DType kType>
+inline float load_value(const void* data, int64_t index) {
+  if constexpr (kType == DType::kFloat32) return static_cast<const float*>(data)[index];
+  if constexpr (kType == DType::kBFloat16) return bits_to_float(uint32_t{static_cast<const uint16_t*>(data)[index]} << 16);
+  if constexpr (kType == DType::kFloat16) return static_cast<float>(static_cast<const _Float16*>(data)[index]);
+}
+
+template <DType kType>
+inline void store_value(void* data, int64_t index, float value) {
+  if constexpr (kType == DType::kFloat32) static_cast<float*>(data)[index] = value;
+  if constexpr (kType == DType::kBFloat16) static_cast<uint16_t*>(data)[index] = float_to_bfloat16(value);
+  if constexpr (kType == DType::kFloat16) static_cast<_Float16*>(data)[index] = static_cast<_Float16>(value);
+}
+
+// Calls function.template operator()<dtype>().
+template <class Function>
+inline void with_dtype(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::kFloat32: return function.template operator()<DType::kFloat32>();
+    case DType::kBFloat16: return function.template operator()<DType::kBFloat16>();
+    case DType::kFloat16: return function.template operator()<DType::kFloat16>();
+  }
+}
+
+// The same of `count` values, if these are fewer, and zeros.
+template <DType kType>
+inline Vec load_values(const void* data, int64_t index, int64_t count) {
+  if (count >= kWidth) return load_values<kType>(data, index);
+  Vec values{};
+  for (int i = 0; i < count; ++i) values[i] = load_value<kType>(data, index + i);
+  return values;
+}
+
+// The first `count` lanes, or all if it is more.
+template <DType kType>
+inline void store_values(void* data, int64_t index, int64_t count, Vec values) {
+  if (kType == DType::kFloat32 && count >= kWidth) return store(static_cast<float*>(data) + index, values);
+  if (kType == DType::kBFloat16 && count >= kWidth) {
+    const IntVec bits = reinterpret_cast<IntVec>(values);
+    const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const IntVec nan = (bits >> 16) | 0x40;
+    const ShortVec stored = __builtin_convertvector(values == values ? rounded : nan, ShortVec);
+    *reinterpret_cast<UnalignedShortVec*>(static_cast<uint16_t*>(data) + index) = stored;
+    return;
+  }
+  for (int i = 0; i < kWidth && i < count; ++i) store_value<kType>(data, index + i, values[i]);
+}
+
+// A row times `factor` into fp32, zeros up to whole vectors.
+inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, float* out) {
+  with_dtype(dtype, [&]<DType kType>() {
+    for (int64_t d = 0; d < size; d += kWidth) {
+      store(out + d, load_values<kType>(m.data, offset + d, size - d) * splat(factor));
+    }
+  });
 }
 
 inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, const float* in) {
-  if (dtype == DType::kFloat32) {
-    float* out = static_cast<float*>(m.data) + offset;
-    for (int64_t d = 0; d < size; ++d) out[d] = in[d] * factor;
-  } else if (dtype == DType::kBFloat16) {
-    uint16_t* out = static_cast<uint16_t*>(m.data) + offset;
-    for (int64_t d = 0; d < size; ++d) out[d] = float_to_bfloat16(in[d] * factor);
-  } else {
-    _Float16* out = static_cast<_Float16*>(m.data) + offset;
-    for (int64_t d = 0; d < size; ++d) out[d] = static_cast<_Float16>(in[d] * factor);
-  }
+  with_dtype(dtype, [&]<DType kType>() {
+    for (int64_t d = 0; d < size; d += kWidth) {
+      store_values<kType>(m.data, offset + d, size - d, load(in + d) * splat(factor));
+    }
+  });
 }
 
 // Rows to columns: out[d * stride + r] for rows [0, rows), factor included; columns up to `columns`, whole vectors, are zero.
-// Rows for which keep(r) is false become zero too. `scratch` holds kWidth rows.
+// Rows for which keep(r) is false become zero too.
 template <class Keep>
 inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns, int64_t head_dim,
-                            float factor, Keep keep, int64_t stride, float* scratch, float* out) {
-  const int64_t width = round_up(head_dim);
-  for (int64_t first = 0; first < columns; first += kWidth) {
-    for (int64_t r = 0; r < kWidth; ++r) {
-      if (first + r < rows && keep(first + r)) {
-        load_row(m, dtype, offset + (first + r) * m.row, head_dim, factor, scratch + r * width);
-      } else {
-        for (int64_t d = 0; d < width; d += kWidth) store(scratch + r * width + d, Vec{});
+                            float factor, Keep keep, int64_t stride, float* out) {
+  with_dtype(dtype, [&]<DType kType>() {
+    for (int64_t first = 0; first < columns; first += kWidth) {
+      bool there[kWidth];
+      for (int r = 0; r < kWidth; ++r) there[r] = first + r < rows && keep(first + r);
+      for (int64_t d = 0; d < head_dim; d += kWidth) {
+        Vec square[kWidth];
+        for (int r = 0; r < kWidth; ++r) {
+          const int64_t index = offset + (first + r) * m.row + d;
+          square[r] = there[r] ? load_values<kType>(m.data, index, head_dim - d) * splat(factor) : Vec{};
+        }
+        transpose(square);
+        for (int c = 0; c < kWidth && d + c < head_dim; ++c) store(out + (d + c) * stride + first, square[c]);
       }
     }
-    for (int64_t d = 0; d < head_dim; d += kWidth) {
-      Vec square[kWidth];
-      for (int r = 0; r < kWidth; ++r) square[r] = load(scratch + r * width + d);
-      transpose(square);
-      for (int64_t c = 0; c < kWidth && d + c < head_dim; ++c) store(out + (d + c) * stride + first, square[c]);
-    }
-  }
+  });
 }
 
 // Columns to rows: the way back, into rows [0, rows) of a tensor.
 inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, float factor,
-                              const Matrices& m, DType dtype, int64_t offset, float* scratch) {
-  const int64_t width = round_up(head_dim);
-  for (int64_t first = 0; first < rows; first += kWidth) {
-    for (int64_t d = 0; d < head_dim; d += kWidth) {
-      Vec square[kWidth];
-      for (int64_t c = 0; c < kWidth; ++c) square[c] = d + c < head_dim ? load(in + (d + c) * stride + first) : Vec{};
-      transpose(square);
-      for (int r = 0; r < kWidth; ++r) store(scratch + r * width + d, square[r]);
+                              const Matrices& m, DType dtype, int64_t offset) {
+  with_dtype(dtype, [&]<DType kType>() {
+    for (int64_t first = 0; first < rows; first += kWidth) {
+      for (int64_t d = 0; d < head_dim; d += kWidth) {
+        Vec square[kWidth];
+        for (int c = 0; c < kWidth; ++c) {
+          square[c] = d + c < head_dim ? load(in + (d + c) * stride + first) * splat(factor) : Vec{};
+        }
+        transpose(square);
+        for (int r = 0; r < kWidth && first + r < rows; ++r) {
+          store_values<kType>(m.data, offset + (first + r) * m.row + d, head_dim - d, square[r]);
+        }
+      }
     }
-    for (int64_t r = 0; r < kWidth && first + r < rows; ++r) {
-      store_row(m, dtype, offset + (first + r) * m.row, head_dim, factor, scratch + r * width);
-    }
-  }
+  });
 }

@@ -16,6 +16,7 @@ namespace EMPCAUSE_ISA {
 #include "decode.h"
 #include "forward.h"
 #include "backward.h"
+#include "limits.h"
 
 }  // namespace EMPCAUSE_ISA
 
@@ -26,6 +27,7 @@ namespace EMPCAUSE_ISA {
 
 extern const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA);
 const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA) = {EMPCAUSE_TEXT(EMPCAUSE_ISA), EMPCAUSE_ISA::forward,
-                                                       EMPCAUSE_ISA::backward};
+                                                       EMPCAUSE_ISA::backward, EMPCAUSE_ISA::multiply_adds,
+                                                       EMPCAUSE_ISA::read_all};
 
 }  // namespace empcause::cpu

@@ -84,7 +84,7 @@ class Cuda {
  private:
   // Freed with the call, reused by torch in the order of the stream.
   Tensor new_scratch(const Tensor& like, int64_t num_floats) {
-    Tensor scratch = empty(like, {num_floats}, ScalarType::Float);
+    Tensor scratch = empty<1>(like, {num_floats}, ScalarType::Float);
     borrow(scratch);
     return scratch;
   }

@@ -14,6 +14,9 @@ from empcause.ops.varlen import biased_attention_varlen_reference
 
 MAX_HEAD_DIM = 256
 
+# Straight to the kernels: in eager mode the registered formula is not asked, which alone would take as long as a small call.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
 
 def biased_attention(
     query: Tensor,
@@ -272,7 +275,8 @@ def _kernel_weights(
     cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None
 ) -> tuple[Tensor | None, float, Tensor | None, Tensor | None]:
     """What the raw operators take: fp32 cause, strength as a number or per head, key_mask."""
-    cause = None if cause is None else cause.to(torch.float32).contiguous()
+    if cause is not None:
+        cause = (cause if cause.dtype == torch.float32 else cause.to(torch.float32)).contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     if isinstance(strength, Tensor):
         return cause, 1.0, strength.detach().to(torch.float32).contiguous(), key_mask
@@ -289,10 +293,12 @@ def _apply(function: type["_Attention"] | type["_AttentionVarlen"], operators: A
     Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler needs the
     registered one (`registration.py`).
     """
-    differentiable = arguments[:4]
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _needs_grad(differentiable):
+    if torch.compiler.is_compiling():
         return function.operator(operators)(*arguments)[0]
-    return function.apply(operators, *arguments)
+    if torch.is_grad_enabled() and _needs_grad(arguments[:4]):
+        return function.apply(operators, *arguments[:4], arguments[4:])  # torch looks at each argument, but not into a tuple
+    with below_autograd():
+        return function.operator(operators)(*arguments)[0]
 
 
 def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -305,9 +311,10 @@ class _Attention(torch.autograd.Function):
         return operators.attention
 
     @staticmethod
-    def forward(ctx, operators, *arguments):  # type: ignore[no-untyped-def]
-        output, logsumexp = operators.attention(*arguments)
-        query, key, value, cause, strength, head_strength, key_mask, *options, seed, query_offset = arguments
+    def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
+        with below_autograd():
+            output, logsumexp = operators.attention(query, key, value, cause, *others)
+        strength, head_strength, key_mask, *options, seed, query_offset = others
         ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, query_offset)
         ctx.operators, ctx.strength, ctx.options = operators, strength, options
         return output
@@ -320,7 +327,7 @@ class _Attention(torch.autograd.Function):
         weights = (cause, ctx.strength, head_strength, key_mask)
         saved = (grad_output, query, key, value, output, logsumexp)
         grads = ctx.operators.attention_backward(*saved, *weights, *ctx.options, seed, offset, wants_cause)
-        return (None, *grads[:3], grads[3] if wants_cause else None, *[None] * 8)
+        return None, *grads[:3], grads[3] if wants_cause else None, None
 
 
 class _AttentionVarlen(torch.autograd.Function):
@@ -329,9 +336,10 @@ class _AttentionVarlen(torch.autograd.Function):
         return operators.attention_varlen
 
     @staticmethod
-    def forward(ctx, operators, *arguments):  # type: ignore[no-untyped-def]
-        output, logsumexp = operators.attention_varlen(*arguments)
-        query, key, value, cause, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, _ = arguments
+    def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
+        with below_autograd():
+            output, logsumexp = operators.attention_varlen(query, key, value, cause, *others)
+        strength, head_strength, key_mask, cu_q, cu_k, *options, seed, _ = others
         ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed)
         ctx.operators, ctx.strength, ctx.options = operators, strength, options
         return output
@@ -343,7 +351,6 @@ class _AttentionVarlen(torch.autograd.Function):
         wants_cause = cause is not None and ctx.needs_input_grad[4]
         weights = (cause, ctx.strength, head_strength, key_mask)
         saved = (grad_output, query, key, value, output, logsumexp)
-        grads = ctx.operators.attention_varlen_backward(
-            *saved, *weights, cu_q, cu_k, *ctx.options, seed, None, wants_cause
-        )
-        return (None, *grads[:3], grads[3] if wants_cause else None, *[None] * 12)
+        packed = (cu_q, cu_k, *ctx.options, seed, None, wants_cause)
+        grads = ctx.operators.attention_varlen_backward(*saved, *weights, *packed)
+        return None, *grads[:3], grads[3] if wants_cause else None, None

@@ -104,6 +104,7 @@ def load_cuda(path: str | Path) -> None:
     torch.ops.load_library(path)
     register("empcause_cuda")
     _load.cache_clear()
+    _find.cache_clear()
 
 
 @cache
@@ -147,6 +148,11 @@ def _has_kernels(name: str, device_type: str) -> bool:
 @torch.compiler.assume_constant_result
 def _choose(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str | None, str]:
     """The backend, or None and why the wanted one cannot run."""
+    return _find(wanted, device_type, dtype)
+
+
+@cache
+def _find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str | None, str]:
     if wanted == "reference":
         return wanted, ""
     takes_dtype = dtype in _KERNEL_DTYPES
