@@ -14,37 +14,35 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "benchmarks") if str(path) not in sys.path]
-
-import correctness
-import torch
-import training_steps
-from correctness import Gate, first_sentence
-from gpu_report import OURS, Row, machine, plot, write_csv
-from peers import Inputs, Peer, make_inputs, peers
-from shapes import CASES, Case
-from timing import Budget, Stopwatch, Timing
-from torch.nn.attention import SDPBackend
-from training_steps import Texts
+sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests") if str(path) not in sys.path]
 
 import empcause
-from empcause.ops.backends import load_cuda
 
-# In a tree that is not installed, kernels/ is not yet inside the package.
+# In a tree that is not installed, kernels/ and benchmarks/ are not yet inside the package.
 if importlib.util.find_spec("empcause.kernels") is None:
     empcause.__path__.append(str(ROOT))
+
+import torch
+from empcause.benchmarks import correctness, training_steps
+from empcause.benchmarks.comparison import time_case
+from empcause.benchmarks.gate import first_sentence
+from empcause.benchmarks.gpu_report import OURS, Row, machine, plot, write_csv
+from empcause.benchmarks.peers import Peer, peers
+from empcause.benchmarks.shapes import CASES, Case
+from empcause.benchmarks.timing import ROUNDS_SECONDS, Budget, Stopwatch, Timing
+from empcause.benchmarks.training_steps import Texts
+from torch.nn.attention import SDPBackend
+
+from empcause.ops.backends import load_cuda
 
 # Seconds after the start at which each section ends; the report takes a few more.
 BUILT, CHECKED, TIMED, TRAINED = 140.0, 165.0, 290.0, 455.0
 # What a case of attention, and a training step (not compiled, compiled), need at least: checks, compiling, some rounds.
 CASE_SECONDS, STEP_SECONDS = 8.0, (6.0, 60.0)
-# Of which so many for the rounds of a direction.
-ROUNDS_SECONDS = 1.5
 BUILD = ROOT / "build" / "cuda"
 
 KERNELS = {
@@ -116,56 +114,6 @@ def check(backend: str, device: str, budget: Budget) -> int:
         budget.skipped.append(f"{len(cases) - done} of {len(cases)} cases of the matrix on {backend}")
     print(f"   {backend}: {done - wrong} of {done} cases right", flush=True)
     return wrong
-
-
-def directions(inputs: Inputs, peer: Peer, call: Callable[..., torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed of a peer."""
-
-    def forward() -> None:
-        with torch.no_grad():
-            call(*inputs.leaves)
-
-    def with_gradients(number: int) -> Callable[[], object]:
-        leaves = [leaf.detach().requires_grad_(index < number) for index, leaf in enumerate(inputs.leaves)]
-        return lambda: torch.autograd.grad(call(*leaves), leaves[:number], inputs.grad_output)
-
-    found: dict[str, Callable[[], object]] = {"forward": forward}
-    if not inputs.case.decoding:
-        found["forward+backward"] = with_gradients(3)
-        if peer.weighted and peer.cause_gradient:
-            found["forward+backward+cause"] = with_gradients(4)
-    return found
-
-
-def time_case(case: Case, candidates: list[Peer], device: str, stopwatch: Stopwatch, seconds: float) -> Iterator[Row]:
-    """Check the peers on a case, as many as the seconds suffice for, then time those that are right, in turn."""
-    begun = time.monotonic()
-    torch.compiler.reset()
-    inputs = make_inputs(case, device)
-    gate = Gate(inputs)
-    name = f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
-    calls: dict[str, dict[str, Callable[[], object]]] = {}
-    for peer in candidates:
-        verdict: str | None = "not reached"
-        if time.monotonic() - begun < seconds:
-            try:
-                call = peer.prepare(inputs, case.dropout_p)
-                verdict = gate.verdict(peer, call)
-                if verdict is None:
-                    for direction, timed in directions(inputs, peer, call).items():
-                        timed()
-                        calls.setdefault(direction, {})[peer.name] = timed
-            except Exception as error:  # peers refuse in many ways
-                verdict = f"does not run: {first_sentence(error)}"
-        if verdict is not None:
-            yield Row("attention", name, "all", peer.name, peer.weighted, verdict)
-    weighted = {peer.name: peer.weighted for peer in candidates}
-    for direction, found in calls.items():
-        # The backward pass counts two and a half times the products of the forward pass, as in published figures.
-        flops = case.flops * (1 if direction == "forward" else 3.5)
-        for peer_name, timing in stopwatch.interleave(found, ROUNDS_SECONDS).items():
-            tflops = flops / timing.median / 1e9
-            yield Row("attention", name, direction, peer_name, weighted[peer_name], "ok", timing, tflops)
 
 
 def time_attention(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from timing import Timing
+from empcause.benchmarks.timing import Timing
 
 OURS = "empcause"
 
@@ -23,7 +23,7 @@ class Row:
         same_function: whether it weighs keys as asked, or is there as a mark of speed only.
         status: "ok", or why it was not timed.
         timing: milliseconds.
-        tflops: of the useful matrix products per second; None for training steps.
+        gflops: useful multiplications and additions of the matrix products, 10^9 per second; None for training steps.
         peak_mib: memory of a training step at its highest.
     """
 
@@ -34,7 +34,7 @@ class Row:
     same_function: bool
     status: str
     timing: Timing | None = None
-    tflops: float | None = None
+    gflops: float | None = None
     peak_mib: float | None = None
 
 
@@ -84,14 +84,14 @@ def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
         writer.writerow(
             [
                 *("section", "case", "direction", "peer", "same_function", "status"),
-                *("median_ms", "p20_ms", "p80_ms", "repeats", "tflops", "peak_mib"),
+                *("median_ms", "p20_ms", "p80_ms", "repeats", "gflops", "peak_mib"),
                 *(f"time / {name}" for name in columns),
                 *facts,
             ]
         )
         for row in rows:
             timing = asdict(row.timing) if row.timing else {}
-            figures = [*(timing.get(name) for name in ("median", "p20", "p80", "repeats")), row.tflops, row.peak_mib]
+            figures = [*(timing.get(name) for name in ("median", "p20", "p80", "repeats")), row.gflops, row.peak_mib]
             figures += [found.get((_key(row), row.peer), {}).get(name) for name in columns]
             identity = [row.section, row.case, row.direction, row.peer, row.same_function, row.status]
             writer.writerow([*identity, *(_short(figure) for figure in figures), *facts.values()])

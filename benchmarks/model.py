@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from empcause.benchmarks.shapes import CASES, Case
 from empcause.kernels.configurations import block_d, configuration
-from shapes import CASES, Case
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from shapes import Case
+from empcause.benchmarks.shapes import Case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -19,6 +19,7 @@ STRENGTH = 0.5
 SEED = 7
 # Stands for the logarithm of 0 where a mask is one more feature of the keys: large, yet fp16 holds it.
 HIDDEN = -3e4
+FLEX = "flex score_mod"
 
 Call = Callable[..., Tensor]
 
@@ -58,6 +59,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
 
     query, grad_output = random(case.heads, case.queries), random(case.heads, case.queries)
     key, value = random(case.key_heads, case.keys), random(case.key_heads, case.keys)
+    if case.decoding:
+        key, value = key.contiguous(), value.contiguous()  # as a cache keeps them
     lengths = torch.tensor(case.lengths, device=device)
     shape = (int(lengths.sum()),) if case.packed else (case.batch, case.keys)
     cause = torch.rand(shape, generator=generator, device=device)
@@ -80,6 +83,7 @@ class Peer:
         prepare: makes the call for some inputs, with this dropout; raises if it cannot do them.
         weighted: whether keys are weighted (the same function), or not (a mark of speed only).
         cause_gradient: whether gradients of cause come back too.
+        backward: whether it has a backward pass.
         ours: whether the package does it; then dropout is the seed's and can be checked.
     """
 
@@ -87,6 +91,7 @@ class Peer:
     prepare: Callable[[Inputs, float], Call]
     weighted: bool = True
     cause_gradient: bool = True
+    backward: bool = True
     ours: bool = False
 
 
@@ -145,6 +150,24 @@ def _sdpa_weighted(kernel: SDPBackend) -> Callable[[Inputs, float], Call]:
         return call
 
     return prepare
+
+
+def _sdpa_row(inputs: Inputs, dropout_p: float) -> Call:
+    """The logarithms of the weights as a mask of one row, `[B, 1, 1, K]`, beside `is_causal`: torch's CPU kernel takes both."""
+    _refuse_packed(inputs)
+    case = inputs.case
+    if case.queries not in (1, case.keys):
+        raise ValueError("its causal mask is aligned at the first key")
+    mask = _log_weight(inputs.cause, inputs.key_mask)[:, None, None].to(case.dtype)
+    return lambda query, key, value, cause: nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=case.queries > 1,
+        enable_gqa=case.heads != case.key_heads,
+    )
 
 
 def _sdpa_plain(kernel: SDPBackend) -> Callable[[Inputs, float], Call]:
@@ -268,8 +291,22 @@ def peers(backends: list[str], kernels: dict[str, SDPBackend], compiled: bool = 
             found.append(Peer(f"sdpa {name}, log-weight mask", _sdpa_weighted(kernel), cause_gradient=False))
     for name, kernel in kernels.items():
         found.append(Peer(f"sdpa {name}, no weights", _sdpa_plain(kernel), weighted=False, cause_gradient=False))
-    found.append(Peer("flex score_mod", _flex(compiled)))  # the last, since it is compiled for every case
+    found.append(Peer(FLEX, _flex(compiled)))  # the last, since it is compiled for every case
     return found
+
+
+def cpu_peers() -> list[Peer]:
+    """All peers on the CPU; FlexAttention, which has no backward pass there and is compiled for every case, is the last."""
+    flash = SDPBackend.FLASH_ATTENTION
+    return [
+        this_package("cpu"),
+        Peer("eager formula", _eager),
+        Peer("folded, sdpa", _folded(flash)),
+        Peer("sdpa, log-weight mask", _sdpa_weighted(flash), cause_gradient=False),
+        Peer("sdpa, log-weight row", _sdpa_row, cause_gradient=False),
+        Peer("sdpa, no weights", _sdpa_plain(flash), weighted=False, cause_gradient=False),
+        Peer(FLEX, _flex(compiled=True), cause_gradient=False, backward=False),
+    ]
 
 
 def _log_weight(cause: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ class Case:
         dropout_p: dropout of attention probabilities.
         padded: sequences of several lengths, padded on the right.
         packed: the same sequences one after another, without padding.
+        mixed: those lengths, one for each of the batch; empty: falling evenly from the longest to a quarter of it.
     """
 
     name: str
@@ -29,18 +30,21 @@ class Case:
     dropout_p: float = 0.0
     padded: bool = False
     packed: bool = False
+    mixed: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
-        """Keys of each sequence: all the same, or falling evenly from the longest to a quarter of it."""
+        """Keys of each sequence."""
         if not (self.padded or self.packed):
             return [self.keys] * self.batch
+        if self.mixed:
+            return list(self.mixed)
         return [self.keys - 3 * self.keys * index // (4 * max(1, self.batch - 1)) for index in range(self.batch)]
 
     @property
     def decoding(self) -> bool:
         """One query over a cache: there is no backward pass to time."""
-        return self.queries == 1
+        return self.queries == 1 < self.keys
 
     @property
     def flops(self) -> int:

@@ -10,6 +10,7 @@ import torch
 # Written between repeats so that no call finds its inputs in the cache: more than any GPU's L2 holds.
 FLUSHED_BYTES = 256 * 2**20
 MIN_REPEATS, MAX_REPEATS = 5, 100
+ROUNDS_SECONDS = 1.5
 
 
 @dataclass(frozen=True)

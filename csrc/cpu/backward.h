@@ -39,6 +39,7 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
   for (int64_t i = 0; i < rows; ++i) {
     Vec total{};
     float *q = packed.query + i * stride, *go = packed.grad_output + i * stride;
+    for (const Matrices* m : {&a.query, &g.grad_output, &a.output}) prefetch_row(*m, a.dtype, offset(*m) + (i + kAhead) * m->row, dim);
     if (alive(i)) {
       load_row(a.query, a.dtype, offset(a.query) + i * a.query.row, dim, a.scale, q);
       load_row(g.grad_output, a.dtype, offset(g.grad_output) + i * g.grad_output.row, dim, 1.0f, go);

@@ -75,6 +75,16 @@ inline void store_values(void* data, int64_t index, int64_t count, Vec values) {
   for (int i = 0; i < kWidth && i < count; ++i) store_value<kType>(data, index + i, values[i]);
 }
 
+// Rows of a strided tensor are far from each other: the hardware does not foresee which come next.
+constexpr int64_t kAhead = 8;
+
+inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t size) {
+  constexpr int64_t kCacheLine = 64;
+  const int64_t value_size = dtype == DType::kFloat32 ? 4 : 2;
+  const char* row = static_cast<const char*>(m.data) + offset * value_size;
+  for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
+}
+
 // A row times `factor` into fp32, zeros up to whole vectors.
 inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, float* out) {
   with_dtype(dtype, [&]<DType kType>() {
@@ -100,7 +110,10 @@ inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int6
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t first = 0; first < columns; first += kWidth) {
       bool there[kWidth];
-      for (int r = 0; r < kWidth; ++r) there[r] = first + r < rows && keep(first + r);
+      for (int r = 0; r < kWidth; ++r) {
+        there[r] = first + r < rows && keep(first + r);
+        prefetch_row(m, dtype, offset + (first + kWidth + r) * m.row, head_dim);
+      }
       for (int64_t d = 0; d < head_dim; d += kWidth) {
         Vec square[kWidth];
         for (int r = 0; r < kWidth; ++r) {

@@ -24,34 +24,37 @@ struct Dropout {
   // factor[k * stride + i] for keys 8 * block + k, k < 8, and query rows query + i, i < lanes (whole vectors).
   void block(int64_t query, int64_t lanes, int64_t key_block, int64_t stride, float* factor) const {
     for (int64_t first = 0; first < lanes; first += kWidth) {
-      uint32_t c0[kWidth], c1[kWidth], c2[kWidth], c3[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        c0[i] = batch_head;
-        c1[i] = static_cast<uint32_t>(query + first + i);
-        c2[i] = static_cast<uint32_t>(key_block);
-        c3[i] = 0;
-      }
+      // Even and odd rows apart, each number in the low half of a wide lane; what a product leaves in the high half is ignored
+      // by the next one.
+      const LongVec row = LongVec{} + static_cast<uint64_t>(query + first);
+      LongVec even[4], odd[4];
+      for (int i = 0; i < kWidth / 2; ++i) even[1][i] = static_cast<uint64_t>(2 * i);
+      even[1] += row;
+      odd[1] = even[1] + 1;
+      even[0] = odd[0] = LongVec{} + batch_head;
+      even[2] = odd[2] = LongVec{} + static_cast<uint32_t>(key_block);
+      even[3] = odd[3] = LongVec{};
       uint32_t k0 = key[0], k1 = key[1];
-      for (int round = 0; round < 10; ++round) {
-        for (int i = 0; i < kWidth; ++i) {
-          const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
-          c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-          c1[i] = static_cast<uint32_t>(p1);
-          c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-          c3[i] = static_cast<uint32_t>(p0);
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+      for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        philox_round(even, k0, k1);
+        philox_round(odd, k0, k1);
       }
-      const uint32_t* words[4] = {c0, c1, c2, c3};
+      const IntVec limit = IntVec{} + static_cast<int32_t>(threshold);
+      const Vec kept = splat(kept_factor);
       for (int w = 0; w < 4; ++w) {
-        float* low = factor + 2 * w * stride + first;
-        float* high = low + stride;
-        for (int i = 0; i < kWidth; ++i) {
-          low[i] = (words[w][i] & 0xffffu) < threshold ? 0.0f : kept_factor;
-          high[i] = (words[w][i] >> 16) < threshold ? 0.0f : kept_factor;
-        }
+        const IntVec word = reinterpret_cast<IntVec>((even[w] & 0xffffffffu) | (odd[w] << 32));
+        const IntVec high = reinterpret_cast<IntVec>(reinterpret_cast<UnsignedVec>(word) >> 16);
+        store(factor + 2 * w * stride + first, (word & 0xffff) < limit ? Vec{} : kept);
+        store(factor + (2 * w + 1) * stride + first, high < limit ? Vec{} : kept);
       }
     }
+  }
+
+  static void philox_round(LongVec (&c)[4], uint32_t k0, uint32_t k1) {
+    const LongVec p0 = multiply_low_halves(c[0], LongVec{} + 0xD2511F53u), p1 = multiply_low_halves(c[2], LongVec{} + 0xCD9E8D57u);
+    c[0] = (p1 >> 32) ^ c[1] ^ k0;
+    c[1] = p1;
+    c[2] = (p0 >> 32) ^ c[3] ^ k1;
+    c[3] = p0;
   }
 };

@@ -1,5 +1,8 @@
 // The kernels, compiled once per instruction set: each of the kernels_*.cpp defines EMPCAUSE_ISA and includes this file.
 #include <memory>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "attention.h"
 

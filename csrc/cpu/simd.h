@@ -12,6 +12,8 @@ constexpr int kWidth = 4;
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(kWidth * 4)));
+typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));  // half as many lanes
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -21,6 +23,19 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// Products of the low 32 bits of each lane.
+inline LongVec multiply_low_halves(LongVec a, LongVec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<LongVec>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<LongVec>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<LongVec>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
 
 inline IntVec lane_index() {
   IntVec index;

@@ -38,14 +38,10 @@ struct KeyTile {
     return low;
   }
 
-  // Rows in a strided tensor are far from each other: those of the keys a little further on are called for in time.
   void pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
-    constexpr int64_t kAhead = 8, kCacheLine = 64;
-    const int64_t value_size = dtype == DType::kFloat32 ? 4 : 2;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t row = offset + (first + place[j]) * m.row;
-      const char* ahead = static_cast<const char*>(m.data) + (row + kAhead * m.row) * value_size;
-      for (int64_t byte = 0; byte < head_dim * value_size; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+      prefetch_row(m, dtype, row + kAhead * m.row, head_dim);
       load_row(m, dtype, row, head_dim, 1.0f, out + j * round_up(head_dim));
     }
   }

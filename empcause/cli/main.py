@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from empcause.errors import UserError
 
 # Each module has `register(subparsers)`, which adds its parser with `run`, a function of the parsed arguments.
-COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo")
+COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo", "bench")
 
 DESCRIPTION = """\
 Empathetic conversation generation enhanced by emotion cause.

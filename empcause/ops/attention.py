@@ -296,7 +296,9 @@ def _apply(function: type["_Attention"] | type["_AttentionVarlen"], operators: A
     if torch.compiler.is_compiling():
         return function.operator(operators)(*arguments)[0]
     if torch.is_grad_enabled() and _needs_grad(arguments[:4]):
-        return function.apply(operators, *arguments[:4], arguments[4:])  # torch looks at each argument, but not into a tuple
+        return function.apply(
+            operators, *arguments[:4], arguments[4:]
+        )  # torch looks at each argument, but not into a tuple
     with below_autograd():
         return function.operator(operators)(*arguments)[0]
 

@@ -8,18 +8,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import correctness
-import gpu
 import pytest
 import torch
-import training_steps
-from correctness import Gate, disagreement
-from gpu_report import Row, plot, ratios, write_csv
-from peers import Peer, formula, make_inputs, peers, this_package
-from shapes import Case
-from timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwatch, Timing
+from empcause.benchmarks import correctness, gpu, training_steps
+from empcause.benchmarks.comparison import time_case
+from empcause.benchmarks.gate import Gate, disagreement
+from empcause.benchmarks.gpu_report import Row, plot, ratios, write_csv
+from empcause.benchmarks.peers import Peer, formula, make_inputs, peers, this_package
+from empcause.benchmarks.shapes import Case
+from empcause.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwatch, Timing
+from empcause.benchmarks.training_steps import Texts
 from torch.nn.attention import SDPBackend
-from training_steps import Texts
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "n_positions": 64}
@@ -194,7 +193,7 @@ class TestRun:
 
     def test_what_is_wrong_is_not_timed(self):
         liar = replace(this_package("cpu"), prepare=lambda *_: lambda q, k, v, c: q + 0 * (k + v + c.sum()))
-        rows = list(gpu.time_case(SMALL, [liar], "cpu", Stopwatch("cpu"), 60.0))
+        rows = list(time_case(SMALL, [liar], "cpu", Stopwatch("cpu"), 60.0))
         assert [row.timing for row in rows] == [None]
         assert "error" in rows[0].status
 
@@ -203,7 +202,7 @@ class TestRun:
         budget.begin("attention", 0)
         assert not list(gpu.time_attention([SMALL], peers(["cpu"], {}, False), "cpu", Stopwatch("cpu"), budget))
         assert budget.skipped == ["attention small, torch.float32"]
-        rows = gpu.time_case(SMALL, peers(["cpu"], {}, False), "cpu", Stopwatch("cpu"), 0.0)
+        rows = time_case(SMALL, peers(["cpu"], {}, False), "cpu", Stopwatch("cpu"), 0.0)
         assert {row.status for row in rows} == {"not reached"}
 
     @pytest.mark.filterwarnings("ignore::FutureWarning")

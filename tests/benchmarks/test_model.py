@@ -3,12 +3,12 @@
 import csv
 from dataclasses import replace
 
-import model
 import pytest
 import torch
+from empcause.benchmarks import model
+from empcause.benchmarks.model import GPUS, PUBLISHED, Tile, estimate, executed_tiles
+from empcause.benchmarks.shapes import CASES, Case
 from empcause.kernels.configurations import configuration
-from model import GPUS, PUBLISHED, Tile, estimate, executed_tiles
-from shapes import CASES, Case
 
 SQUARE = Case("square", 2, 4, 4, 128, 128, 64)
 A100, H100, B200 = GPUS

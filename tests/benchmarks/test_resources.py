@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, so its kernels cannot be compiled")
 
-import resources
+from empcause.benchmarks import resources
 
 USAGE = """
 Resource usage:

@@ -1,0 +1,75 @@
+"""One case of attention: its peers are checked, then those that are right are timed in turn."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from empcause.benchmarks.gate import Gate, first_sentence
+from empcause.benchmarks.gpu_report import Row
+from empcause.benchmarks.peers import Inputs, Peer, make_inputs
+from empcause.benchmarks.shapes import Case
+from empcause.benchmarks.timing import ROUNDS_SECONDS, Stopwatch
+
+
+def directions(inputs: Inputs, peer: Peer, call: Callable[..., torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """What is timed of a peer."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(*inputs.leaves)
+
+    def with_gradients(number: int) -> Callable[[], object]:
+        leaves = [leaf.detach().requires_grad_(index < number) for index, leaf in enumerate(inputs.leaves)]
+        return lambda: torch.autograd.grad(call(*leaves), leaves[:number], inputs.grad_output)
+
+    found: dict[str, Callable[[], object]] = {"forward": forward}
+    if peer.backward and not inputs.case.decoding:
+        found["forward+backward"] = with_gradients(3)
+        if peer.weighted and peer.cause_gradient:
+            found["forward+backward+cause"] = with_gradients(4)
+    return found
+
+
+def time_case(
+    case: Case,
+    candidates: list[Peer],
+    device: str,
+    stopwatch: Stopwatch,
+    seconds: float = float("inf"),
+    rounds_seconds: float = ROUNDS_SECONDS,
+) -> Iterator[Row]:
+    """Check the peers on a case, as many as the seconds suffice for, then time those that are right, in turn.
+
+    Args:
+        rounds_seconds: what timing one direction may take.
+    """
+    begun = time.monotonic()
+    torch.compiler.reset()
+    inputs = make_inputs(case, device)
+    gate = Gate(inputs)
+    name = f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
+    calls: dict[str, dict[str, Callable[[], object]]] = {}
+    for peer in candidates:
+        verdict: str | None = "not reached"
+        if time.monotonic() - begun < seconds:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a peer that refuses also says so in an error
+                    call = peer.prepare(inputs, case.dropout_p)
+                    verdict = gate.verdict(peer, call)
+                if verdict is None:
+                    for direction, timed in directions(inputs, peer, call).items():
+                        timed()
+                        calls.setdefault(direction, {})[peer.name] = timed
+            except Exception as error:  # peers refuse in many ways
+                verdict = f"does not run: {first_sentence(error)}"
+        if verdict is not None:
+            yield Row("attention", name, "all", peer.name, peer.weighted, verdict)
+    weighted = {peer.name: peer.weighted for peer in candidates}
+    for direction, found in calls.items():
+        # The backward pass counts two and a half times the products of the forward pass, as in published figures.
+        flops = case.flops * (1 if direction == "forward" else 3.5)
+        for peer_name, timing in stopwatch.interleave(found, rounds_seconds).items():
+            gflops = flops / timing.median / 1e6
+            yield Row("attention", name, direction, peer_name, weighted[peer_name], "ok", timing, gflops)

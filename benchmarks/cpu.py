@@ -1,0 +1,289 @@
+"""Attention on the CPU beside the other ways to it, and beside what the machine can do at most: `empcause bench`.
+
+Every case is checked against fp64 first; what is wrong is not timed. Peers take turns, so that a machine that slows down slows
+them all: compare ratios, not milliseconds. The machine's limits are measured in the same run.
+"""
+
+import csv
+import importlib.util
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from empcause.benchmarks.comparison import directions, time_case
+from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
+from empcause.benchmarks.gpu_report import OURS, Row, ratios, write_csv
+from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
+from empcause.benchmarks.shapes import Case
+from empcause.benchmarks.timing import Stopwatch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import empcause
+from empcause import _C
+from empcause.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
+# Words and punctuation marks of 32 dialogues drawn from EmpatheticDialogues' validation split.
+DIALOGUES = tuple(
+    int(length)
+    for length in "115 110 104 98 93 90 90 87 86 85 81 80 78 76 72 72 "
+    "70 68 68 67 65 63 62 59 52 51 51 47 46 46 43 37".split()
+)
+
+
+def _square(name: str, length: int, heads: int = 12, key_heads: int = 12, dim: int = 64, **options: object) -> Case:
+    batch = 8 if length <= 512 else max(1, 2048 // length)
+    sizes = f"{batch}x{heads}{f'/{key_heads}' if key_heads != heads else ''}x{length}x{dim}"
+    return Case(f"{name} {sizes}", batch, heads, key_heads, length, length, dim, **options)  # type: ignore[arg-type]
+
+
+_DIALOGUES = Case("dialogues", len(DIALOGUES), 12, 12, max(DIALOGUES), max(DIALOGUES), 64, mixed=DIALOGUES)
+
+# Each is timed in every dtype.
+SUITES: dict[str, list[Case]] = {
+    "lengths": [_square("GPT-2", length) for length in LENGTHS],
+    "shapes": [
+        *(_square("head size", 512, dim=dim) for dim in (32, 80, 128)),
+        _square("grouped", 512, key_heads=4),
+        _square("SmolLM2", 128, heads=9, key_heads=3),
+    ],
+    "dropout": [_square("dropout 0.1", 512, dropout_p=0.1)],
+    "decoding": [Case("decode 8x12x1/4096x64", 8, 12, 12, 1, 4096, 64)],
+    "dialogues": [
+        replace(_DIALOGUES, name="dialogues, padded", padded=True),
+        replace(_DIALOGUES, name="dialogues, packed", packed=True),
+    ],
+    "overhead": [Case("one query, one key 1x1x1x64", 1, 1, 1, 1, 1, 64)],
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does at most, by threads of torch: fp32 multiply-adds in 10^9 FLOP/s, reading memory in 10^9 bytes/s."""
+
+    gflops: float
+    gigabytes: float
+
+
+def measure_limits(rounds: int = 2_000_000, bytes_read: int = 2**29, repeats: int = 8) -> Limits:
+    """Independent multiply-adds in registers, and one pass over an array larger than the caches; the best of several."""
+    threads = torch.get_num_threads()
+    values = torch.ones(bytes_read // 4)
+    share = values.numel() // threads
+
+    def read(thread: int) -> float:
+        return _C.read_all(values.data_ptr() + 4 * share * thread, share)
+
+    with ThreadPoolExecutor(threads) as pool:
+
+        def best(work: Callable[[], float]) -> float:
+            rates = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                rates.append(work() / (time.perf_counter() - start))
+            return max(rates) / 1e9
+
+        gflops = best(lambda: sum(pool.map(_C.multiply_adds, [rounds] * threads)))
+        gigabytes = best(lambda: len(list(pool.map(read, range(threads)))) * share * 4)
+    return Limits(gflops, gigabytes)
+
+
+def machine(limits: Limits) -> dict[str, str]:
+    """What the figures depend on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "isa": _C.build_info()["isa_selected"],
+        "threads": str(torch.get_num_threads()),
+        "peak_gflops": f"{limits.gflops:.1f}",
+        "read_gbytes": f"{limits.gigabytes:.1f}",
+        "empcause": empcause.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def kv_bytes(case: Case) -> int:
+    """Bytes of all keys and values, which decoding has to read."""
+    return 2 * sum(case.lengths) * case.key_heads * case.dim * case.dtype.itemsize
+
+
+def run(suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | None, seconds: float) -> Iterator[Row]:
+    """Check and time the peers on every case.
+
+    Args:
+        names: of the peers, beside this package; None: all but FlexAttention, which compiles for long.
+        seconds: for the rounds of one direction of a case.
+    """
+    chosen = [peer for peer in cpu_peers() if peer.ours or (peer.name != FLEX if names is None else peer.name in names)]
+    cases = [replace(case, dtype=DTYPES[dtype]) for suite in suites for dtype in dtypes for case in SUITES[suite]]
+    stopwatch = Stopwatch("cpu")
+    for case in tqdm(cases, desc="attention", unit="case", disable=None):
+        yield from time_case(case, chosen, "cpu", stopwatch, rounds_seconds=seconds)
+
+
+def peak_memory(name: str, length: int) -> int:
+    """Bytes that a forward and backward pass takes at most, beside its inputs: the growth of this process by Linux's account."""
+    inputs = make_inputs(Case("memory", 1, 12, 12, length, length, 64, torch.float32), "cpu")
+    peer = next(peer for peer in cpu_peers() if peer.name == name)
+    call = directions(inputs, peer, peer.prepare(inputs, 0.0))["forward+backward"]
+    small = make_inputs(Case("memory", 1, 12, 12, 8, 8, 64, torch.float32), "cpu")
+    directions(small, peer, peer.prepare(small, 0.0))["forward+backward"]()  # what is loaded once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def run_memory(lengths: Sequence[int] = (1024, 2048, 4096)) -> Iterator[Row]:
+    """Peak memory of this package and of the eager formula, each in a process of its own.
+
+    Raises:
+        UserError: not on Linux.
+    """
+    if sys.platform != "linux":
+        raise UserError('The suite "memory" asks Linux for the peak of a process, and this system is another.')
+    context = multiprocessing.get_context("spawn")
+    for length in lengths:
+        for peer in (f"{OURS} cpu", "eager formula"):
+            with context.Pool(1) as pool:
+                extra = pool.apply(peak_memory, (peer, length))
+            case = f"GPT-2 1x12x{length}x64, float32"
+            yield Row("memory", case, "forward+backward", peer, True, "ok", peak_mib=extra / 2**20)
+
+
+def best_peer(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[str, float]]:
+    """Of each case and direction: the fastest other way to the same function, and its time / ours."""
+    same = {(row.section, row.case, row.direction): {} for row in rows if row.timing}
+    found: dict[tuple[str, str], tuple[str, float]] = {}
+    by_peer = ratios(list(rows))
+    for row in rows:
+        key = row.section, row.case, row.direction
+        ratio = by_peer.get((key, row.peer), {}).get(f"{OURS} cpu")
+        if key in same and row.same_function and ratio is not None:
+            name, best = found.get(key[1:], ("", math.inf))
+            found[key[1:]] = (row.peer, ratio) if ratio < best else (name, best)
+    return found
+
+
+def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
+    """Our figures, with the fastest peer's ratio; then geometric means, and what was not timed."""
+    best = best_peer(rows)
+    table = Table("case", "direction", "ms", "p20", "p80", "GFLOP/s", "of peak", "best peer", "/ ours", box=SIMPLE)
+    for column in table.columns[2:7] + table.columns[8:]:
+        column.justify = "right"
+    for row in rows:
+        if row.timing and row.peer.startswith(OURS):
+            name, ratio = best.get((row.case, row.direction), ("", math.nan))
+            times = (f"{value:.3g}" for value in (row.timing.median, row.timing.p20, row.timing.p80))
+            gflops = row.gflops or 0.0
+            rates = (f"{gflops:.1f}", f"{gflops / limits.gflops:.0%}")
+            table.add_row(row.case, row.direction, *times, *rates, name, f"{ratio:.2f}" if name else "")
+    console.print(table)
+    lengths = [
+        (case.split(", ")[1], direction, ratio) for (case, direction), (_, ratio) in best.items() if "GPT-2" in case
+    ]
+    for (dtype, direction), group in groupby(sorted(lengths), key=lambda item: item[:2]):
+        values = [ratio for *_, ratio in group]
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        console.print(f"GPT-2 lengths, {dtype}, {direction}: {mean:.2f} (geometric mean), {min(values):.2f} at least")
+    for row in rows:
+        if row.peak_mib is not None:
+            console.print(f"peak memory, {row.case}, {row.peer}: {row.peak_mib:.0f} MiB")
+        elif row.timing is None:
+            console.print(f"not timed: {row.case}, {row.peer}: {row.status}")
+    console.print(f"Limits: {limits.gflops:.0f} GFLOP/s, {limits.gigabytes:.1f} GB/s read.")
+
+
+def bench(
+    suites: Sequence[str],
+    dtypes: Sequence[str],
+    names: Sequence[str] | None = None,
+    output: Path | None = None,
+    seconds: float = 1.5,
+    console: Console | None = None,
+) -> list[Row]:
+    """Measure, print and, given a folder, write `cpu.csv`, `cpu_ratios.png` and `cpu_roofline.png`.
+
+    Args:
+        suites: of SUITES, and "memory".
+        output: folder of the results.
+
+    Raises:
+        UserError: an unknown peer; plots are asked for without matplotlib.
+    """
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError('The plots of --output need matplotlib: pip install "empcause[evaluation]".')
+    known = [peer.name for peer in cpu_peers() if not peer.ours]
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"There is no peer {name!r}; expected one of {', '.join(map(repr, known))}.")
+    console = console or Console()
+    console.width = max(console.width, 150 if not console.is_terminal else 0)
+    limits = measure_limits()
+    rows = list(run([suite for suite in suites if suite != "memory"], dtypes, names, seconds))
+    if "memory" in suites:
+        rows += run_memory()
+    print_table(rows, limits, console)
+    if output is not None:
+        facts = machine(limits)
+        write_csv(rows, facts, output / "cpu.csv")
+        plot_ratios(rows, facts, output / "cpu_ratios.png")
+        plot_roofline(rows, limits.gflops, limits.gigabytes, facts, output / "cpu_roofline.png")
+        console.print(f"Results are in {output}{os.sep}.")
+    return rows
+
+
+def compare(old: Path, new: Path, tolerance: float) -> list[str]:
+    """Where the second run is slower beside a peer than the first was, by more than the tolerance.
+
+    Both the peer and the machine may have changed, so that a case counts by its best ratio over the peers that both runs timed.
+
+    Raises:
+        UserError: a file that is no table of `empcause bench`.
+    """
+    first, second = _read_ratios(old), _read_ratios(new)
+    found = []
+    for key in first.keys() & second.keys():
+        common = first[key].keys() & second[key].keys()
+        changes = [second[key][peer] / first[key][peer] for peer in common]
+        if changes and max(changes) < 1 - tolerance:
+            found.append(f"{', '.join(key)}: {max(changes):.2f} of what it was beside the peer that it lost least to")
+    return sorted(found)
+
+
+def _read_ratios(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    column = f"time / {OURS} cpu"
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if column not in (reader.fieldnames or []):
+        raise UserError(f"{path} is not a table of `empcause bench`: it has no column {column!r}.")
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for line in lines:
+        if line[column]:
+            found.setdefault((line["case"], line["direction"]), {})[line["peer"]] = float(line[column])
+    return found

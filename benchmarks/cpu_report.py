@@ -1,0 +1,124 @@
+"""Plots of `empcause bench`."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from empcause.benchmarks.gpu_report import OURS, Row, ratios
+
+COLORS = {
+    "eager formula": "#DD8452",
+    "folded, sdpa": "#55A868",
+    "sdpa, log-weight mask": "#4C72B0",
+    "sdpa, log-weight row": "#8172B3",
+}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _where(facts: dict[str, str]) -> str:
+    return f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, torch {facts['torch']}"
+
+
+def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
+    """Time of each peer / ours over the length of the sequences, a panel for each dtype and direction.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    lines: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    weighted = {row.peer for row in rows if row.same_function}
+    for ((_, case, direction), peer), found in ratios(list(rows)).items():
+        size = re.match(r"GPT-2 \d+x\d+x(\d+)x\d+, (\w+)", case)
+        if size and peer in weighted and f"{OURS} cpu" in found:
+            panel = lines.setdefault((size[2], direction), {})
+            panel.setdefault(peer, []).append((int(size[1]), found[f"{OURS} cpu"]))
+    if not lines:
+        return False
+    pyplot = _pyplot()
+    panels = sorted(lines, key=lambda key: (key[0] != "float32", key[1]))
+    columns = max(sum(dtype == kind for kind, _ in panels) for dtype, _ in panels)
+    count = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        count, columns, figsize=(3.6 * columns, 2.7 * count), squeeze=False, layout="constrained"
+    )
+    for axes, key in zip(grid.flat, panels, strict=False):
+        for peer, points in lines[key].items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, color=COLORS.get(peer), label=peer)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_title(", ".join(key), fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    grid.flat[0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("time of the peer / time of empcause", fontsize=9)
+    figure.suptitle(_where(facts), fontsize=8)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return True
+
+
+def plot_roofline(rows: Sequence[Row], gflops: float, gigabytes: float, facts: dict[str, str], path: Path) -> bool:
+    """Useful FLOPs per second over FLOPs per byte of the tensors that have to be read and written, under the machine's limits.
+
+    Args:
+        gflops, gigabytes: 10^9 FLOP/s and bytes/s.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    points = [(row, _intensity(row)) for row in rows if row.timing and row.peer.startswith(OURS) and row.gflops]
+    points = [(row, intensity) for row, intensity in points if intensity]
+    if not points:
+        return False
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    low, high = min(x for _, x in points) / 2, max(max(x for _, x in points) * 2, 4 * gflops / gigabytes)
+    ridge = gflops / gigabytes
+    axes.plot([low, ridge, high], [low * gigabytes, gflops, gflops], color="black", linewidth=1)
+    axes.annotate(f"{gflops:.0f} GFLOP/s", (high, gflops), ha="right", va="bottom", fontsize=7)
+    axes.annotate(f"{gigabytes:.0f} GB/s", (low, low * gigabytes), ha="left", va="bottom", fontsize=7)
+    marks = {"forward": "o", "forward+backward": "s", "forward+backward+cause": "^"}
+    for direction, mark in marks.items():
+        for name, color in (("float32", "#4C72B0"), ("bfloat16", "#DD8452")):
+            chosen = [(x, row.gflops) for row, x in points if row.direction == direction and row.case.endswith(name)]
+            if chosen:
+                axes.plot(*zip(*chosen, strict=True), mark, color=color, markersize=4, label=f"{direction}, {name}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("useful FLOPs per byte of inputs and outputs", fontsize=8)
+    axes.set_ylabel("GFLOP/s", fontsize=8)
+    axes.legend(frameon=False, fontsize=7)
+    axes.set_title(_where(facts), fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return True
+
+
+def _intensity(row: Row) -> float | None:
+    """FLOPs per byte, from the time, the rate and the tensors' sizes; None where the name does not give these."""
+    size = re.search(r"(\d+)x(\d+)(?:/(\d+))?x(?:1/)?(\d+)x(\d+), (\w+)$", row.case)
+    if size is None or row.timing is None or row.gflops is None:
+        return None
+    batch, heads, length, dim = (int(size[place]) for place in (1, 2, 4, 5))
+    key_heads = int(size[3] or heads)
+    queries = 1 if "x1/" in row.case else length
+    value_size = 4 if size[6] == "float32" else 2
+    tensors = batch * dim * (2 * heads * queries + 2 * key_heads * length)
+    passes = 1 if row.direction == "forward" else 3  # the backward pass reads and writes each twice
+    return row.gflops * 1e6 * row.timing.median / (tensors * value_size * passes)

@@ -1,0 +1,141 @@
+"""What must hold of a peer before it is timed: outputs and gradients against fp64, on the very tensors that are timed."""
+
+from collections.abc import Sequence
+
+import torch
+from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formula
+from torch import Tensor
+
+from empcause.ops.philox import dropout_keep_mask
+from empcause.ops.reference import biased_attention_reference
+
+NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
+
+
+def disagreement(
+    truth: Sequence[Tensor], got: Sequence[Tensor], plain: Sequence[Tensor], dtype: torch.dtype
+) -> str | None:
+    """Why results are not as exact as they should be; None if they are.
+
+    Two errors against fp64 count, the root of the mean square (which sees what is slightly wrong everywhere) and the largest
+    (which sees what is wrong somewhere). Each may be twice that of plain torch in the same dtype, and its rounding unit.
+
+    Args:
+        truth: output and gradients in fp64.
+        got: the same from what is judged.
+        plain: the same from plain torch in `dtype`.
+    """
+    for name, expected, actual, usual in zip(NAMES, truth, got, plain, strict=False):
+        if actual.shape != expected.shape:
+            return f"{name}: shape {list(actual.shape)} in place of {list(expected.shape)}"
+        if not expected.numel():
+            continue
+        if not actual.isfinite().all():
+            return f"{name}: not finite"
+        # However small a gradient is, it is a difference of larger terms, which are rounded.
+        scale = max(float(expected.abs().max()), 1.0)
+        # Where it vanishes altogether, as with a single key, these terms alone count: scalar products.
+        size = _root_mean_square(expected)
+        size = size if size > 1e-12 else 10.0
+        for kind, measure, unit in (
+            ("root mean square", _root_mean_square, torch.finfo(dtype).eps * size),
+            ("largest", _largest, 8 * torch.finfo(dtype).eps * scale),
+        ):
+            error, bound = measure(actual.double() - expected), 2 * measure(usual.double() - expected) + unit
+            if error > bound:
+                return f"{name}: {kind} error {error:.3g}, allowed {bound:.3g}"
+    return None
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+class Gate:
+    """Judges peers on the very tensors that are timed.
+
+    The last sequence of the batch is compared, without its padding. Dropout is checked where its bits are known, that is in this
+    package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self._expected: dict[tuple[bool, float], tuple[list[Tensor], list[Tensor]]] = {}
+
+    def verdict(self, peer: Peer, call: Call) -> str | None:
+        """What is wrong with a peer, whose `call` was prepared with the case's dropout; None if nothing is."""
+        case = self.inputs.case
+        dropout_p = case.dropout_p if peer.ours else 0.0
+        if dropout_p != case.dropout_p:
+            call = peer.prepare(self.inputs, dropout_p)
+        if case.decoding or not peer.backward:
+            with torch.no_grad():
+                got = [call(*self.inputs.leaves)]
+        else:
+            wants_cause = peer.weighted and peer.cause_gradient
+            got = _gradients(call, self.inputs.leaves, self.inputs.grad_output, wants_cause)
+        key = peer.weighted, dropout_p
+        if key not in self._expected:
+            self._expected[key] = (
+                _expected(self.inputs, dropout_p, peer.weighted, torch.float64),
+                _expected(self.inputs, dropout_p, peer.weighted, None),
+            )
+        truth, plain = self._expected[key]
+        return disagreement(truth, _sliced(self.inputs, got), plain, case.dtype)
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]
+
+
+def _gradients(call: Call, leaves: Sequence[Tensor], grad_output: Tensor, wants_cause: bool) -> list[Tensor]:
+    """Output and gradients of query, key, value, and of cause where wanted."""
+    leaves = [leaf.detach().requires_grad_(wants_cause or index < 3) for index, leaf in enumerate(leaves)]
+    output = call(*leaves)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, wanted, grad_output)]
+
+
+def _sliced(inputs: Inputs, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The last sequence's part, without padding, of tensors like query, key, value and cause: `[1, H, N, D]`, `[1, N]`."""
+    rows = inputs.case.lengths[-1]
+    if inputs.case.packed:
+        return [(x[-rows:].transpose(0, 1) if x.dim() == 3 else x[-rows:])[None] for x in tensors]
+    return [x[-1:, :, :rows] if x.dim() == 4 else x[-1:, :rows] for x in tensors]
+
+
+def _expected(inputs: Inputs, dropout_p: float, weighted: bool, dtype: torch.dtype | None) -> list[Tensor]:
+    """Output and gradients for the last sequence: the reference in fp64, or the plain formula in the case's own dtype."""
+    case = inputs.case
+    *tensors, cause, grad_output = _sliced(inputs, (*inputs.leaves, inputs.grad_output))
+    cause = cause if weighted else torch.zeros_like(cause)
+    keep = torch.ones((), dtype=torch.bool, device=cause.device).expand(1, case.heads, 1, 1)
+    if dropout_p:
+        shape = (case.batch, case.heads, tensors[0].shape[2], tensors[1].shape[2])
+        keep = dropout_keep_mask(SEED, dropout_p, *shape, device=cause.device)[-1:]
+    group = case.heads // case.key_heads
+    parts: list[list[Tensor]] = []
+    for head in range(case.key_heads):
+        rows = slice(head * group, (head + 1) * group)
+        kept = keep[:, rows]
+
+        def exactly(*leaves: Tensor, kept: Tensor = kept) -> Tensor:
+            return biased_attention_reference(*leaves, strength=STRENGTH, dropout_p=dropout_p, keep=kept)[0]
+
+        def plainly(*leaves: Tensor, kept: Tensor = kept) -> Tensor:
+            return formula(*leaves, None, lambda probability: probability * kept / (1 - dropout_p))
+
+        leaves = (tensors[0][:, rows], tensors[1][:, head : head + 1], tensors[2][:, head : head + 1], cause)
+        grad = grad_output[:, rows]
+        if dtype is None:
+            parts.append(_gradients(plainly, leaves, grad, True))
+        else:
+            parts.append(_gradients(exactly, [leaf.to(dtype) for leaf in leaves], grad.to(dtype), True))
+    heads = [torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:4]]
+    return [*heads, torch.stack([part[4] for part in parts]).sum(0)]

@@ -1,0 +1,124 @@
+"""`empcause bench`: the cases, the limits, the table, the comparison of two runs. No time is judged."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+from empcause.benchmarks import cpu
+from empcause.benchmarks.cpu import SUITES, best_peer, compare, measure_limits
+from empcause.benchmarks.gpu_report import Row
+from empcause.benchmarks.peers import cpu_peers, make_inputs
+from empcause.benchmarks.shapes import Case
+from empcause.benchmarks.timing import Timing
+
+from empcause.cli import main
+from empcause.cli.bench import SUITES as CHOICES
+from empcause.errors import UserError
+
+SMALL = Case("GPT-2 2x2x16x8", 2, 2, 2, 16, 16, 8)
+
+
+def row(case, direction, peer, milliseconds, same=True):
+    return Row("attention", case, direction, peer, same, "ok", Timing(milliseconds, milliseconds, milliseconds, 5), 1.0)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One small case in place of all, and quick limits."""
+    monkeypatch.setattr(cpu, "SUITES", {"lengths": [SMALL]})
+    monkeypatch.setattr(cpu, "measure_limits", lambda: cpu.Limits(100.0, 10.0))
+
+
+def test_choices_are_the_suites():
+    assert {*CHOICES} == {*SUITES, "memory"}
+
+
+def test_limits_are_positive_and_finite():
+    limits = measure_limits(rounds=1000, bytes_read=2**16, repeats=2)
+    assert 0 < limits.gflops < 1e5
+    assert 0 < limits.gigabytes < 1e5
+
+
+def test_what_limits_count():
+    from empcause import _C
+
+    assert _C.multiply_adds(10) % (2 * 10) == 0
+    values = torch.arange(1001, dtype=torch.float32)
+    assert _C.read_all(values.data_ptr(), values.numel()) == 1000 * 1001 / 2
+
+
+def test_decoding_reads_more_than_a_cache_holds_and_finds_it_contiguous():
+    case = SUITES["decoding"][0]
+    assert cpu.kv_bytes(replace(case, dtype=torch.bfloat16)) > 64 * 2**20
+    assert make_inputs(replace(SMALL, queries=1, dtype=torch.float32), "cpu").key.is_contiguous()
+
+
+def test_bench_writes_table_and_plots(small, tmp_path, capsys):
+    assert main(["bench", "--output", str(tmp_path), "--seconds", "0", "--dtypes", "fp32"]) == 0
+    with (tmp_path / "cpu.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    ours = [line for line in lines if line["peer"] == "empcause cpu"]
+    assert {line["direction"] for line in ours} == {"forward", "forward+backward", "forward+backward+cause"}
+    assert all(line["status"] == "ok" and line["isa"] and line["torch"] for line in lines)
+    assert {line["peer"] for line in lines} == {peer.name for peer in cpu_peers()} - {"flex score_mod"}
+    assert (tmp_path / "cpu_ratios.png").stat().st_size > 0
+    assert (tmp_path / "cpu_roofline.png").stat().st_size > 0
+    assert "geometric mean" in capsys.readouterr().out
+    assert main(["bench", "--compare", str(tmp_path / "cpu.csv"), str(tmp_path / "cpu.csv")]) == 0
+
+
+def test_a_wrong_kernel_is_not_timed(small, monkeypatch, capsys):
+    right = cpu.cpu_peers()
+
+    def prepare(inputs, dropout_p):
+        call = right[0].prepare(inputs, dropout_p)
+        return lambda *leaves: call(*leaves) * 1.01
+
+    monkeypatch.setattr(cpu, "cpu_peers", lambda: [replace(right[0], prepare=prepare), *right[1:]])
+    rows = cpu.bench(["lengths"], ["fp32"], [], seconds=0.0)
+    assert [row.timing for row in rows] == [None]
+    assert "output: root mean square error" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_best_peer_computes_the_same_function():
+    rows = [
+        row("a", "forward", "empcause cpu", 2.0),
+        row("a", "forward", "eager formula", 8.0),
+        row("a", "forward", "folded, sdpa", 5.0),
+        row("a", "forward", "sdpa, no weights", 1.0, same=False),
+    ]
+    assert best_peer(rows) == {("a", "forward"): ("folded, sdpa", 2.5)}
+
+
+def test_compare_finds_what_fell_behind(tmp_path):
+    def write(name, ours, eager, folded):
+        rows = [row("a", "forward", *pair) for pair in (("empcause cpu", ours), ("eager", eager), ("folded", folded))]
+        cpu.write_csv(rows, {}, tmp_path / name)
+        return tmp_path / name
+
+    first, slower_machine = write("first.csv", 1.0, 8.0, 4.0), write("machine.csv", 3.0, 24.0, 12.0)
+    slower, other_peer = write("slower.csv", 1.5, 8.0, 4.0), write("peer.csv", 1.0, 4.0, 4.0)
+    assert compare(first, slower_machine, 0.1) == []
+    assert compare(first, other_peer, 0.1) == [], "a faster peer is not our regression"
+    assert len(compare(first, slower, 0.1)) == 1
+    assert main(["bench", "--compare", str(first), str(slower)]) == 1
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not a table of `empcause bench`"):
+        compare(first, tmp_path / "other.csv", 0.1)
+    with pytest.raises(UserError, match="cannot be read"):
+        compare(first, tmp_path / "missing.csv", 0.1)
+
+
+def test_memory_of_a_pass_is_that_of_a_fresh_process():
+    rows = list(cpu.run_memory(lengths=(512,)))
+    ours, eager = (row.peak_mib for row in rows)
+    assert 0 < ours < eager
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--peers", "nobody"], "no peer 'nobody'"), (["--threads", "0"], "--threads")]
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
