@@ -255,7 +255,8 @@ def cuda_figures(source: str, arch: int) -> list[Figures]:
     rows = []
     for kernel, code, (threads, planned, dynamic) in zip(kernels, found.values(), constants, strict=True):
         registers, local, static, matrix, copies = code
-        shared = dynamic + static - (SHARED_RESERVED if arch >= 90 else 0)
+        # From sm_90 on, what the system reserves is counted where a kernel uses shared memory at all.
+        shared = dynamic + max(0, static - (SHARED_RESERVED if arch >= 90 else 0))
         possible = possible_blocks(arch, registers, threads, shared)
         figures = (registers, local, shared, threads, planned, possible, matrix, copies, cuda_compiler())
         rows.append(Figures("cuda", *kernel_of(kernel), arch, *figures))

@@ -157,10 +157,6 @@ def test_kernels_that_train_gpt2(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", resources.TASKS)
 def test_every_shipped_kernel(backend):
-    if {row.dtype for row in resources.read_table(resources.TABLE).values()} == {"bf16"}:
-        pytest.skip(
-            "the committed table holds only what trains GPT-2 in bf16 so far: fp32 tiles for Triton are not settled"
-        )
     check(backend)
 
 
