@@ -37,11 +37,13 @@ def time_case(
     device: str,
     stopwatch: Stopwatch,
     seconds: float = float("inf"),
+    patience: float = float("inf"),
     rounds_seconds: float = ROUNDS_SECONDS,
 ) -> Iterator[Row]:
     """Check the peers on a case, as many as the seconds suffice for, then time those that are right, in turn.
 
     Args:
+        patience: a peer whose check takes longer than this many seconds is left out.
         rounds_seconds: what timing one direction may take.
     """
     begun = time.monotonic()
@@ -57,7 +59,11 @@ def time_case(
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a peer that refuses also says so in an error
                     call = peer.prepare(inputs, case.dropout_p)
+                    checked = time.monotonic()
                     verdict = gate.verdict(peer, call)
+                    checked = time.monotonic() - checked
+                if verdict is None and checked > patience and not peer.ours:
+                    verdict = f"right, but too slow: its check took {checked:.0f} s"
                 if verdict is None:
                     for direction, timed in directions(inputs, peer, call).items():
                         timed()

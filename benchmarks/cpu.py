@@ -35,6 +35,9 @@ from empcause import _C
 from empcause.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PATIENCE = (
+    4.0  # seconds that a peer may take to be checked; plain torch in bf16 needs minutes on a processor without bf16
+)
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 # Words and punctuation marks of 32 dialogues drawn from EmpatheticDialogues' validation split.
 DIALOGUES = tuple(
@@ -134,7 +137,7 @@ def run(suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | Non
     cases = [replace(case, dtype=DTYPES[dtype]) for suite in suites for dtype in dtypes for case in SUITES[suite]]
     stopwatch = Stopwatch("cpu")
     for case in tqdm(cases, desc="attention", unit="case", disable=None):
-        yield from time_case(case, chosen, "cpu", stopwatch, rounds_seconds=seconds)
+        yield from time_case(case, chosen, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds)
 
 
 def peak_memory(name: str, length: int) -> int:

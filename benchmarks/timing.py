@@ -41,23 +41,27 @@ class Stopwatch:
         """Time functions in turn, each round beginning with another one, so that what drifts meets all alike.
 
         Args:
-            calls: functions, warmed up here by two calls each.
-            seconds: what all rounds together may take; there are at least 5 and at most 100 rounds.
+            calls: functions, warmed up here.
+            seconds: what all rounds together may take; there are at least 5 and at most 100 rounds. A function that takes longer
+                than this by itself sits out the rounds after its second.
 
         Returns:
             A timing per function.
         """
-        estimate = 0.0
-        for call in calls.values():
-            call()
-            estimate += self._seconds(call)
-        rounds = max(MIN_REPEATS, min(MAX_REPEATS, int(seconds / max(estimate, 1e-6))))
+        estimates = {}
+        for name, call in calls.items():
+            estimates[name] = self._seconds(call)
+            if estimates[name] < seconds:
+                call()
+                estimates[name] = self._seconds(call)
+        rounds = max(MIN_REPEATS, min(MAX_REPEATS, int(seconds / max(sum(estimates.values()), 1e-6))))
         names = list(calls)
         spans: dict[str, list] = {name: [] for name in names}
         for start in range(rounds):
             for step in range(len(names)):
                 name = names[(start + step) % len(names)]
-                spans[name].append(self._span(calls[name]))
+                if len(spans[name]) < 2 or estimates[name] * len(spans[name]) < seconds:
+                    spans[name].append(self._span(calls[name]))
         self._wait()
         return {name: Timing.of([self._milliseconds(span) for span in spans[name]]) for name in names}
 

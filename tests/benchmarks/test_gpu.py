@@ -142,13 +142,27 @@ class TestTiming:
         assert (timing.median, timing.p20, timing.p80, timing.repeats) == (3.5, 2.0, 5.0, 6)
         assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 1)
 
-    def test_calls_are_taken_in_turn(self):
+    @pytest.fixture
+    def stopwatch(self, monkeypatch):
+        """One that takes a call for as many seconds as it returns."""
+        monkeypatch.setattr(Stopwatch, "_seconds", lambda self, call: call())
+        return Stopwatch("cpu")
+
+    def test_calls_are_taken_in_turn(self, stopwatch):
         order = []
-        calls = {name: lambda name=name: order.append(name) for name in "abc"}
-        timings = Stopwatch("cpu").interleave(calls, seconds=0.0)
+        calls = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+        timings = stopwatch.interleave(calls, seconds=10.0)
         assert {timing.repeats for timing in timings.values()} == {MIN_REPEATS}
-        rounds = ["".join(order[start : start + 3]) for start in range(6, len(order), 3)]
+        warm_up, rounds = order[:9], ["".join(order[start : start + 3]) for start in range(9, len(order), 3)]
+        assert warm_up == [*"aaabbbccc"]
         assert rounds == ["abc", "bca", "cab", "abc", "bca"], "each round begins with another one"
+
+    def test_what_is_slow_sits_out(self, stopwatch):
+        order = []
+        calls = {"fast": lambda: order.append("fast") or 1.0, "slow": lambda: order.append("slow") or 100.0}
+        timings = stopwatch.interleave(calls, seconds=10.0)
+        assert {name: timing.repeats for name, timing in timings.items()} == {"fast": MIN_REPEATS, "slow": 2}
+        assert order.count("slow") == 3, "warmed up once"
 
     def test_rounds_have_an_upper_bound(self):
         assert Stopwatch("cpu").interleave({"nothing": lambda: None}, seconds=60.0)["nothing"].repeats == MAX_REPEATS

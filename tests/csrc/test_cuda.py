@@ -104,7 +104,7 @@ class TestCuda(Contract):
         self.check(**arguments)
 
     @pytest.mark.slow
-    @settings(max_examples=600, deadline=None, derandomize=True)
+    @settings(max_examples=150, deadline=None, derandomize=True)
     @given(**MATRIX | {"dim": st.integers(1, 256), "seed": st.integers(6, 50)})
     def test_larger_case_matrix(self, **arguments):
         self.check(**arguments)

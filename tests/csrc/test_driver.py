@@ -66,7 +66,9 @@ def test_a_wrong_kernel_is_noticed(build, tmp_path):
     options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_BUILD_DRIVER=ON", "-DCMAKE_BUILD_TYPE=Debug"]
     cmake = shutil.which("cmake", path=f"{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}")
     subprocess.run([cmake, "-S", str(source), "-B", str(folder), *options], check=True, capture_output=True)
-    subprocess.run([cmake, "--build", str(folder), "--target", "driver", "--parallel", "2"], check=True, capture_output=True)
+    subprocess.run(
+        [cmake, "--build", str(folder), "--target", "driver", "--parallel", "2"], check=True, capture_output=True
+    )
     done = subprocess.run([folder / "driver", "50"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "is wrong" in done.stdout

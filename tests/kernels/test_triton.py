@@ -94,7 +94,7 @@ class TestTriton(Contract):
         self.check(**arguments)
 
     @pytest.mark.slow
-    @settings(max_examples=200, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(**MATRIX | {"seed": st.integers(6, 50)})
     def test_larger_case_matrix(self, **arguments):
         self.check(**arguments)
