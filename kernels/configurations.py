@@ -153,4 +153,7 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
     # sm_87 has sm_80's shared memory; what has less of it, or is newer than the table, takes sm_80's tiles buffered once.
     family = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(arch)
     chosen = _HALF[kernel][family or 80][size][dropout]
-    return chosen if family else replace(chosen, num_stages=3)
+    if family:
+        return chosen
+    fewer_rows = kernel == "queries" and size == 256  # two operands of 64 rows alone would take 64 KiB
+    return replace(chosen, num_stages=3, block_m=32 if fewer_rows else chosen.block_m)

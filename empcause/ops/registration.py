@@ -67,6 +67,7 @@ def _make_backward(operator: Any) -> Any:
 
 
 OPERATORS = ("attention", "attention_backward", "attention_varlen", "attention_varlen_backward")
+registered: set[str] = set()  # namespaces that `register` has seen
 _libraries: list[torch.library.Library] = []  # a definition lasts as long as its library
 
 
@@ -83,6 +84,7 @@ def define(namespace: str, module: ModuleType, dispatch_keys: list[str]) -> None
 
 def register(namespace: str) -> None:
     """Tell torch the shapes and gradients of a namespace's raw operators; once, after they were defined."""
+    registered.add(namespace)
     for name in ("attention", "attention_varlen"):
         torch.library.register_fake(f"{namespace}::{name}", _forward_shapes)
         torch.library.register_fake(f"{namespace}::{name}_backward", _backward_shapes)
