@@ -1,6 +1,8 @@
 """Arguments, errors, and what torch's own machinery expects of an operator."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,3 +172,16 @@ def test_info_names_the_backends():
 
 def test_helpers_are_sound():
     assert len(measured(Case(cause_shape=None), "reference")) == 4
+
+
+def test_shapes_are_known_whoever_imported_the_module_first():
+    code = """
+from empcause import _C
+import torch
+from empcause.ops.backends import info
+assert info()["cpu"].runs
+query = torch.empty(2, 3, 5, 4, device="meta")
+weights, options = (None, 1.0, None, None), (True, 1.0, 0.0, None, None)
+assert torch.ops.empcause_cpu.attention(query, query, query, *weights, *options)[0].shape == query.shape
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
