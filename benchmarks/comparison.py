@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+from empcause.benchmarks.figures import Row
 from empcause.benchmarks.gate import Gate, first_sentence
-from empcause.benchmarks.gpu_report import Row
 from empcause.benchmarks.peers import Inputs, Peer, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import ROUNDS_SECONDS, Stopwatch
@@ -62,20 +62,18 @@ def time_case(
                     checked = time.monotonic()
                     verdict = gate.verdict(peer, call)
                     checked = time.monotonic() - checked
-                if verdict is None and checked > patience and not peer.ours:
-                    verdict = f"right, but too slow: its check took {checked:.0f} s"
-                if verdict is None:
-                    for direction, timed in directions(inputs, peer, call).items():
-                        timed()
-                        calls.setdefault(direction, {})[peer.name] = timed
+                    if verdict is None and checked > patience and not peer.ours:
+                        verdict = f"right, but too slow: its check took {checked:.0f} s"
+                    if verdict is None:
+                        for direction, timed in directions(inputs, peer, call).items():
+                            timed()
+                            calls.setdefault(direction, {})[peer.name] = timed
             except Exception as error:  # peers refuse in many ways
                 verdict = f"does not run: {first_sentence(error)}"
         if verdict is not None:
             yield Row("attention", name, "all", peer.name, peer.weighted, verdict)
     weighted = {peer.name: peer.weighted for peer in candidates}
     for direction, found in calls.items():
-        # The backward pass counts two and a half times the products of the forward pass, as in published figures.
-        flops = case.flops * (1 if direction == "forward" else 3.5)
         for peer_name, timing in stopwatch.interleave(found, rounds_seconds).items():
-            gflops = flops / timing.median / 1e6
-            yield Row("attention", name, direction, peer_name, weighted[peer_name], "ok", timing, gflops)
+            gflops = case.flops(direction) / timing.median / 1e6
+            yield Row("attention", name, direction, peer_name, weighted[peer_name], "ok", timing, gflops, shape=case)

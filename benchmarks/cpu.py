@@ -10,18 +10,18 @@ import math
 import multiprocessing
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from empcause.benchmarks.comparison import directions, time_case
 from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
-from empcause.benchmarks.gpu_report import OURS, Row, ratios, write_csv
+from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
 from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch
@@ -34,10 +34,10 @@ import empcause
 from empcause import _C
 from empcause.errors import UserError
 
+CPU = f"{OURS} cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PATIENCE = (
-    4.0  # seconds that a peer may take to be checked; plain torch in bf16 needs minutes on a processor without bf16
-)
+# Seconds that a peer may take to be checked: plain torch in bf16 needs minutes on a processor without bf16.
+PATIENCE = 4.0
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 # Words and punctuation marks of 32 dialogues drawn from EmpatheticDialogues' validation split.
 DIALOGUES = tuple(
@@ -121,11 +121,6 @@ def machine(limits: Limits) -> dict[str, str]:
     }
 
 
-def kv_bytes(case: Case) -> int:
-    """Bytes of all keys and values, which decoding has to read."""
-    return 2 * sum(case.lengths) * case.key_heads * case.dim * case.dtype.itemsize
-
-
 def run(suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | None, seconds: float) -> Iterator[Row]:
     """Check and time the peers on every case.
 
@@ -168,54 +163,61 @@ def run_memory(lengths: Sequence[int] = (1024, 2048, 4096)) -> Iterator[Row]:
         raise UserError('The suite "memory" asks Linux for the peak of a process, and this system is another.')
     context = multiprocessing.get_context("spawn")
     for length in lengths:
-        for peer in (f"{OURS} cpu", "eager formula"):
+        for peer in (CPU, "eager formula"):
             with context.Pool(1) as pool:
                 extra = pool.apply(peak_memory, (peer, length))
             case = f"GPT-2 1x12x{length}x64, float32"
             yield Row("memory", case, "forward+backward", peer, True, "ok", peak_mib=extra / 2**20)
 
 
-def best_peer(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[str, float]]:
-    """Of each case and direction: the fastest other way to the same function, and its time / ours."""
-    same = {(row.section, row.case, row.direction): {} for row in rows if row.timing}
-    found: dict[tuple[str, str], tuple[str, float]] = {}
-    by_peer = ratios(list(rows))
+def best_peers(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, float]]:
+    """Of each section, case and direction: the fastest other way to the same function, and its time / ours."""
+    found: dict[tuple[str, str, str], tuple[str, float]] = {}
+    by_peer = ratios(rows)
     for row in rows:
-        key = row.section, row.case, row.direction
-        ratio = by_peer.get((key, row.peer), {}).get(f"{OURS} cpu")
-        if key in same and row.same_function and ratio is not None:
-            name, best = found.get(key[1:], ("", math.inf))
-            found[key[1:]] = (row.peer, ratio) if ratio < best else (name, best)
+        ratio = by_peer.get((row.group, row.peer), {}).get(CPU, math.inf)
+        if row.same_function and ratio < found.get(row.group, ("", math.inf))[1]:
+            found[row.group] = row.peer, ratio
     return found
+
+
+def share_of_limit(row: Row, limits: Limits) -> float:
+    """What the machine would need at least / the time of a row: for its bytes in decoding, otherwise for its FLOPs."""
+    assert row.shape is not None
+    assert row.timing is not None
+    if row.shape.decoding:
+        return row.shape.bytes(row.direction) / limits.gigabytes / 1e6 / row.timing.median
+    return row.shape.flops(row.direction) / limits.gflops / 1e6 / row.timing.median
 
 
 def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
     """Our figures, with the fastest peer's ratio; then geometric means, and what was not timed."""
-    best = best_peer(rows)
-    table = Table("case", "direction", "ms", "p20", "p80", "GFLOP/s", "of peak", "best peer", "/ ours", box=SIMPLE)
+    best = best_peers(rows)
+    table = Table("case", "direction", "ms", "p20", "p80", "GFLOP/s", "of limit", "best peer", "/ ours", box=SIMPLE)
     for column in table.columns[2:7] + table.columns[8:]:
         column.justify = "right"
     for row in rows:
-        if row.timing and row.peer.startswith(OURS):
-            name, ratio = best.get((row.case, row.direction), ("", math.nan))
+        if row.timing and row.peer == CPU:
+            name, ratio = best.get(row.group, ("", math.nan))
             times = (f"{value:.3g}" for value in (row.timing.median, row.timing.p20, row.timing.p80))
-            gflops = row.gflops or 0.0
-            rates = (f"{gflops:.1f}", f"{gflops / limits.gflops:.0%}")
+            rates = (f"{row.gflops:.1f}", f"{share_of_limit(row, limits):.0%}")
             table.add_row(row.case, row.direction, *times, *rates, name, f"{ratio:.2f}" if name else "")
     console.print(table)
-    lengths = [
-        (case.split(", ")[1], direction, ratio) for (case, direction), (_, ratio) in best.items() if "GPT-2" in case
-    ]
-    for (dtype, direction), group in groupby(sorted(lengths), key=lambda item: item[:2]):
-        values = [ratio for *_, ratio in group]
-        mean = math.exp(sum(map(math.log, values)) / len(values))
+    lengths: dict[tuple[str, str], list[float]] = {}
+    for (_, case, direction), (_, ratio) in best.items():
+        if case.startswith("GPT-2"):
+            lengths.setdefault((case.split(", ")[1], direction), []).append(ratio)
+    for (dtype, direction), values in lengths.items():
+        mean = statistics.geometric_mean(values)
         console.print(f"GPT-2 lengths, {dtype}, {direction}: {mean:.2f} (geometric mean), {min(values):.2f} at least")
     for row in rows:
         if row.peak_mib is not None:
             console.print(f"peak memory, {row.case}, {row.peer}: {row.peak_mib:.0f} MiB")
         elif row.timing is None:
             console.print(f"not timed: {row.case}, {row.peer}: {row.status}")
-    console.print(f"Limits: {limits.gflops:.0f} GFLOP/s, {limits.gigabytes:.1f} GB/s read.")
+    console.print(
+        f"Limits: {limits.gflops:.0f} GFLOP/s, {limits.gigabytes:.1f} GB/s read (by which decoding is judged)."
+    )
 
 
 def bench(
@@ -276,7 +278,7 @@ def compare(old: Path, new: Path, tolerance: float) -> list[str]:
 
 
 def _read_ratios(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    column = f"time / {OURS} cpu"
+    column = f"time / {CPU}"
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)

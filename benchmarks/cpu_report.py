@@ -1,11 +1,10 @@
 """Plots of `empcause bench`."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from empcause.benchmarks.gpu_report import OURS, Row, ratios
+from empcause.benchmarks.figures import OURS, Row, ratios
 
 COLORS = {
     "eager formula": "#DD8452",
@@ -35,12 +34,12 @@ def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
         Whether there was anything to draw.
     """
     lines: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
-    weighted = {row.peer for row in rows if row.same_function}
-    for ((_, case, direction), peer), found in ratios(list(rows)).items():
-        size = re.match(r"GPT-2 \d+x\d+x(\d+)x\d+, (\w+)", case)
-        if size and peer in weighted and f"{OURS} cpu" in found:
-            panel = lines.setdefault((size[2], direction), {})
-            panel.setdefault(peer, []).append((int(size[1]), found[f"{OURS} cpu"]))
+    found = ratios(rows)
+    for row in rows:
+        ratio = found.get((row.group, row.peer), {}).get(f"{OURS} cpu")
+        if ratio and row.same_function and row.shape and row.case.startswith("GPT-2"):
+            panel = lines.setdefault((str(row.shape.dtype).removeprefix("torch."), row.direction), {})
+            panel.setdefault(row.peer, []).append((row.shape.keys, ratio))
     if not lines:
         return False
     pyplot = _pyplot()
@@ -81,8 +80,8 @@ def plot_roofline(rows: Sequence[Row], gflops: float, gigabytes: float, facts: d
     Returns:
         Whether there was anything to draw.
     """
-    points = [(row, _intensity(row)) for row in rows if row.timing and row.peer.startswith(OURS) and row.gflops]
-    points = [(row, intensity) for row, intensity in points if intensity]
+    ours = [row for row in rows if row.timing and row.peer.startswith(OURS) and row.gflops and row.shape]
+    points = [(row, row.shape.flops(row.direction) / row.shape.bytes(row.direction)) for row in ours]
     if not points:
         return False
     pyplot = _pyplot()
@@ -108,17 +107,3 @@ def plot_roofline(rows: Sequence[Row], gflops: float, gigabytes: float, facts: d
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
     return True
-
-
-def _intensity(row: Row) -> float | None:
-    """FLOPs per byte, from the time, the rate and the tensors' sizes; None where the name does not give these."""
-    size = re.search(r"(\d+)x(\d+)(?:/(\d+))?x(?:1/)?(\d+)x(\d+), (\w+)$", row.case)
-    if size is None or row.timing is None or row.gflops is None:
-        return None
-    batch, heads, length, dim = (int(size[place]) for place in (1, 2, 4, 5))
-    key_heads = int(size[3] or heads)
-    queries = 1 if "x1/" in row.case else length
-    value_size = 4 if size[6] == "float32" else 2
-    tensors = batch * dim * (2 * heads * queries + 2 * key_heads * length)
-    passes = 1 if row.direction == "forward" else 3  # the backward pass reads and writes each twice
-    return row.gflops * 1e6 * row.timing.median / (tensors * value_size * passes)

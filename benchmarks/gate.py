@@ -32,15 +32,13 @@ def disagreement(
             continue
         if not actual.isfinite().all():
             return f"{name}: not finite"
+        eps, size = torch.finfo(dtype).eps, _root_mean_square(expected)
         # However small a gradient is, it is a difference of larger terms, which are rounded.
-        scale = max(float(expected.abs().max()), 1.0)
-        # Where it vanishes altogether, as with a single key, these terms alone count: scalar products.
-        size = _root_mean_square(expected)
-        size = size if size > 1e-12 else 10.0
-        for kind, measure, unit in (
-            ("root mean square", _root_mean_square, torch.finfo(dtype).eps * size),
-            ("largest", _largest, 8 * torch.finfo(dtype).eps * scale),
-        ):
+        measures = [("largest", _largest, 8 * eps * max(_largest(expected), 1.0))]
+        # Where it vanishes, as with a single key, rounding is all there is, and has no typical size.
+        if size > eps:
+            measures.append(("root mean square", _root_mean_square, eps * size))
+        for kind, measure, unit in measures:
             error, bound = measure(actual.double() - expected), 2 * measure(usual.double() - expected) + unit
             if error > bound:
                 return f"{name}: {kind} error {error:.3g}, allowed {bound:.3g}"

@@ -29,8 +29,9 @@ if importlib.util.find_spec("empcause.kernels") is None:
 import torch
 from empcause.benchmarks import correctness, training_steps
 from empcause.benchmarks.comparison import time_case
+from empcause.benchmarks.figures import OURS, Row, write_csv
 from empcause.benchmarks.gate import first_sentence
-from empcause.benchmarks.gpu_report import OURS, Row, machine, plot, write_csv
+from empcause.benchmarks.gpu_report import machine, plot
 from empcause.benchmarks.peers import Peer, peers
 from empcause.benchmarks.shapes import CASES, Case
 from empcause.benchmarks.timing import ROUNDS_SECONDS, Budget, Stopwatch, Timing

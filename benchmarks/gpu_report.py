@@ -1,41 +1,10 @@
-"""Results of `gpu.py` as CSV and plots."""
+"""Plots of `gpu.py`, and the machine they are from."""
 
-import csv
 import subprocess
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from empcause.benchmarks.timing import Timing
-
-OURS = "empcause"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure, or why there is none.
-
-    Attributes:
-        section: "attention" or "training step".
-        case: name of the shape or batch, and its dtype.
-        direction: "forward", "forward+backward", "forward+backward+cause" (with the gradient of cause), "step".
-        peer: what was timed.
-        same_function: whether it weighs keys as asked, or is there as a mark of speed only.
-        status: "ok", or why it was not timed.
-        timing: milliseconds.
-        gflops: useful multiplications and additions of the matrix products, 10^9 per second; None for training steps.
-        peak_mib: memory of a training step at its highest.
-    """
-
-    section: str
-    case: str
-    direction: str
-    peer: str
-    same_function: bool
-    status: str
-    timing: Timing | None = None
-    gflops: float | None = None
-    peak_mib: float | None = None
+from empcause.benchmarks.figures import OURS, Row
 
 
 def machine(device: str) -> dict[str, str]:
@@ -57,50 +26,6 @@ def machine(device: str) -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(device), "driver": driver, **facts}
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-    return row.section, row.case, row.direction
-
-
-def ratios(rows: list[Row]) -> dict[tuple[tuple[str, str, str], str], dict[str, float]]:
-    """Time of each peer / time of each of our backends, same case and direction: above 1 we are faster."""
-    ours: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        if row.timing and OURS in row.peer:
-            ours.setdefault(_key(row), {})[row.peer] = row.timing.median
-    return {
-        (_key(row), row.peer): {name: row.timing.median / time for name, time in ours.get(_key(row), {}).items()}
-        for row in rows
-        if row.timing and OURS not in row.peer
-    }
-
-
-def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
-    """One line per row: its figures, its ratios, the machine."""
-    found = ratios(rows)
-    columns = sorted({name for values in found.values() for name in values})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                *("section", "case", "direction", "peer", "same_function", "status"),
-                *("median_ms", "p20_ms", "p80_ms", "repeats", "gflops", "peak_mib"),
-                *(f"time / {name}" for name in columns),
-                *facts,
-            ]
-        )
-        for row in rows:
-            timing = asdict(row.timing) if row.timing else {}
-            figures = [*(timing.get(name) for name in ("median", "p20", "p80", "repeats")), row.gflops, row.peak_mib]
-            figures += [found.get((_key(row), row.peer), {}).get(name) for name in columns]
-            identity = [row.section, row.case, row.direction, row.peer, row.same_function, row.status]
-            writer.writerow([*identity, *(_short(figure) for figure in figures), *facts.values()])
-
-
-def _short(figure: float | None) -> str:
-    return "" if figure is None else str(figure) if isinstance(figure, int) else f"{figure:.4g}"
-
-
 def plot(rows: list[Row], section: str, facts: dict[str, str], path: Path) -> bool:
     """Medians of a section as bars, a panel per case and direction; the lines are the 20th and 80th percentile.
 
@@ -115,7 +40,7 @@ def plot(rows: list[Row], section: str, facts: dict[str, str], path: Path) -> bo
     panels: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.timing and row.section == section:
-            panels.setdefault(_key(row), []).append(row)
+            panels.setdefault(row.group, []).append(row)
     if not panels:
         return False
     columns = min(3, len(panels))

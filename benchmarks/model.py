@@ -254,7 +254,7 @@ def estimate(case: Case, backend: str, direction: str, gpu: GPU) -> Estimate:
         "hbm": work.hbm / (gpu.hbm * 1e6),
     }
     bound = max(times, key=times.__getitem__)
-    useful = case.flops * (1.0 if direction == "forward" else 2.5)
+    useful = case.flops(direction)
     return Estimate(
         gpu.name,
         backend,
@@ -308,7 +308,7 @@ PUBLISHED = (
 def tflops(case: Case, backend: str, direction: str, gpu: GPU) -> tuple[float, float]:
     """The model's TFLOP/s if nothing overlaps and if everything does; direction may also be "forward+backward"."""
     parts = [estimate(case, backend, part, gpu) for part in direction.split("+")]
-    useful = case.flops * sum(1.0 if part.direction == "forward" else 2.5 for part in parts) / 1e6
+    useful = sum(case.flops(part.direction) for part in parts) / 1e6
     return useful / sum(part.serial_us for part in parts), useful / sum(part.overlapped_us for part in parts)
 
 

@@ -46,14 +46,26 @@ class Case:
         """One query over a cache: there is no backward pass to time."""
         return self.queries == 1 < self.keys
 
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of the forward pass's two matrix products, over visible pairs of real tokens."""
+    def flops(self, direction: str) -> float:
+        """Multiplications and additions of the matrix products, over visible pairs of real tokens.
+
+        The forward pass has two products; the backward pass counts five, as in published figures.
+        """
         pairs = 0
         for length in self.lengths:
             queries = min(self.queries, length)
             pairs += queries * (length - queries) + queries * (queries + 1) // 2
-        return 4 * self.dim * self.heads * pairs
+        return 4 * self.dim * self.heads * pairs * {"forward": 1.0, "backward": 2.5}.get(direction, 3.5)
+
+    def bytes(self, direction: str) -> int:
+        """Of the tensors that have to be read and written, without padding.
+
+        The forward pass reads query, key and value and writes the output; the backward pass reads these and the output's
+        gradient, and writes three gradients.
+        """
+        queries = sum(min(self.queries, length) for length in self.lengths)
+        rows = 2 * self.heads * queries + 2 * self.key_heads * sum(self.lengths)
+        return rows * self.dim * self.dtype.itemsize * (1 if direction == "forward" else 3)
 
 
 CASES = [

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from empcause.benchmarks import cpu
-from empcause.benchmarks.cpu import SUITES, best_peer, compare, measure_limits
-from empcause.benchmarks.gpu_report import Row
+from empcause.benchmarks.cpu import SUITES, best_peers, compare, measure_limits
+from empcause.benchmarks.figures import Row
 from empcause.benchmarks.peers import cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Timing
@@ -50,7 +50,7 @@ def test_what_limits_count():
 
 def test_decoding_reads_more_than_a_cache_holds_and_finds_it_contiguous():
     case = SUITES["decoding"][0]
-    assert cpu.kv_bytes(replace(case, dtype=torch.bfloat16)) > 64 * 2**20
+    assert replace(case, dtype=torch.bfloat16).bytes("forward") > 64 * 2**20
     assert make_inputs(replace(SMALL, queries=1, dtype=torch.float32), "cpu").key.is_contiguous()
 
 
@@ -78,7 +78,7 @@ def test_a_wrong_kernel_is_not_timed(small, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "cpu_peers", lambda: [replace(right[0], prepare=prepare), *right[1:]])
     rows = cpu.bench(["lengths"], ["fp32"], [], seconds=0.0)
     assert [row.timing for row in rows] == [None]
-    assert "output: root mean square error" in " ".join(capsys.readouterr().out.split())
+    assert "output: largest error" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_best_peer_computes_the_same_function():
@@ -88,7 +88,7 @@ def test_the_best_peer_computes_the_same_function():
         row("a", "forward", "folded, sdpa", 5.0),
         row("a", "forward", "sdpa, no weights", 1.0, same=False),
     ]
-    assert best_peer(rows) == {("a", "forward"): ("folded, sdpa", 2.5)}
+    assert best_peers(rows) == {("attention", "a", "forward"): ("folded, sdpa", 2.5)}
 
 
 def test_compare_finds_what_fell_behind(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from empcause.benchmarks import correctness, gpu, training_steps
 from empcause.benchmarks.comparison import time_case
+from empcause.benchmarks.figures import Row, ratios, write_csv
 from empcause.benchmarks.gate import Gate, disagreement
-from empcause.benchmarks.gpu_report import Row, plot, ratios, write_csv
+from empcause.benchmarks.gpu_report import plot
 from empcause.benchmarks.peers import Peer, formula, make_inputs, peers, this_package
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwatch, Timing
@@ -87,8 +88,8 @@ class TestPeers:
 
     def test_flops_count_visible_pairs(self):
         visible = [sum(range(1, length + 1)) for length in (48, 30, 12)]
-        assert CASES["packed"].flops == 4 * 16 * 4 * sum(visible)
-        assert CASES["decoding"].flops == 4 * 16 * 4 * 3 * 48
+        assert CASES["packed"].flops("forward") == 4 * 16 * 4 * sum(visible)
+        assert CASES["decoding"].flops("forward") == 4 * 16 * 4 * 3 * 48
 
 
 class TestGate:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -13,24 +14,20 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    cmake = shutil.which("cmake", path=f"{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}")
+def build_driver(source: Path, folder: Path, build_type: str, sanitizers: str = "") -> Path:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if cmake is None:
         pytest.skip("cmake is not installed")
+    options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_BUILD_DRIVER=ON", f"-DCMAKE_BUILD_TYPE={build_type}"]
+    options.append(f"-DEMPCAUSE_SANITIZERS={sanitizers}")
+    subprocess.run([cmake, "-S", source, "-B", folder, *options], check=True, capture_output=True)
+    subprocess.run([cmake, "--build", folder, "--target", "driver", "--parallel", "2"], check=True, capture_output=True)
+    return folder / "driver"
 
-    @cache
-    def driver(sanitizers: str) -> Path:
-        folder = tmp_path_factory.mktemp("driver")
-        options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_BUILD_DRIVER=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
-        options.append(f"-DEMPCAUSE_SANITIZERS={sanitizers}")
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *options], check=True, capture_output=True)
-        subprocess.run(
-            [cmake, "--build", str(folder), "--target", "driver", "--parallel", "2"], check=True, capture_output=True
-        )
-        return folder / "driver"
 
-    return driver
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    return cache(lambda sanitizers: build_driver(ROOT, tmp_path_factory.mktemp("driver"), "RelWithDebInfo", sanitizers))
 
 
 def run(driver: Path, isa: str, cases: int) -> None:
@@ -62,13 +59,7 @@ def test_a_wrong_kernel_is_noticed(build, tmp_path):
     text = tile.read_text()
     assert text.count("weight[count++] = weights[first + j];") == 1
     tile.write_text(text.replace("weight[count++] = weights[first + j];", "weight[count++] = 1.0f;"))
-    folder = tmp_path / "build"
-    options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_BUILD_DRIVER=ON", "-DCMAKE_BUILD_TYPE=Debug"]
-    cmake = shutil.which("cmake", path=f"{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}")
-    subprocess.run([cmake, "-S", str(source), "-B", str(folder), *options], check=True, capture_output=True)
-    subprocess.run(
-        [cmake, "--build", str(folder), "--target", "driver", "--parallel", "2"], check=True, capture_output=True
-    )
-    done = subprocess.run([folder / "driver", "50"], capture_output=True, text=True, check=False)
+    driver = build_driver(source, tmp_path / "build", "Debug")
+    done = subprocess.run([driver, "50"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "is wrong" in done.stdout
