@@ -6,9 +6,6 @@
 // e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it.
 constexpr float kLargestExponent = 80.0f * kLog2E;
 
-// Longer blocks than in the forward pass: the gradients of keys are sums over a block's rows.
-constexpr int64_t kBackwardVecs = 6;
-
 // The query rows of one head, packed both ways; rows beyond the last are zero, and so are rows that see no key.
 struct QueryRows {
   float *query, *grad_output;                        // [rows, stride], query times scale
@@ -31,7 +28,7 @@ struct QueryRows {
 inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
                          const QueryRows& packed, float* output) {
   const Attention& a = g.forward;
-  const int64_t dim = a.head_dim, stride = round_up(dim), rows = blocks.count * blocks.rows;
+  const int64_t dim = a.head_dim, stride = round_up(dim), rows = blocks.rows();
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
   const float* saved = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
   for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] * kLog2E : kInfinity;
@@ -50,12 +47,14 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
     }
     packed.delta[i] = sum(total);
   }
-  for (int64_t first = 0; first < rows; first += blocks.rows) {
-    const auto counts = [&](int64_t i) { return alive(first + i); };
-    pack_transposed(a.query, a.dtype, offset(a.query) + first * a.query.row, s.num_queries - first, blocks.rows, dim,
-                    a.scale * kLog2E, counts, blocks.rows, packed.query_transposed + first * dim);
-    pack_transposed(g.grad_output, a.dtype, offset(g.grad_output) + first * g.grad_output.row, s.num_queries - first,
-                    blocks.rows, dim, 1.0f, counts, blocks.rows, packed.grad_output_transposed + first * dim);
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const Block block = blocks[i];
+    const auto counts = [&](int64_t r) { return alive(block.first + r); };
+    pack_transposed(a.query, a.dtype, offset(a.query) + block.first * a.query.row, s.num_queries - block.first, block.rows(), dim,
+                    a.scale * kLog2E, counts, block.rows(), packed.query_transposed + block.first * dim);
+    pack_transposed(g.grad_output, a.dtype, offset(g.grad_output) + block.first * g.grad_output.row,
+                    s.num_queries - block.first, block.rows(), dim, 1.0f, counts, block.rows(),
+                    packed.grad_output_transposed + block.first * dim);
   }
   for (int64_t i = 0; i < rows * dim; ++i) packed.grad_query[i] = 0.0f;
 }
@@ -68,22 +67,21 @@ struct TileGradients {
 
 // One block of query rows. `probability` and `grad_logits` are scratch, [kKeyTile, rows]. A tile of removed keys (weight 0) only has
 // gradients of its weights.
-inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, const float* key, const float* value,
-                            const Dropout& dropout, int64_t query, int64_t position, const Blocks& blocks,
-                            const QueryRows& packed, float* probability, float* grad_logits, float* factor,
-                            TileGradients& gradients) {
+inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, KeyRows key, KeyRows value,
+                            const Dropout& dropout, int64_t position, Block block, const QueryRows& packed, float* probability,
+                            float* grad_logits, float* factor, TileGradients& gradients) {
   const Attention& a = g.forward;
-  const int64_t rows = blocks.rows, dim = a.head_dim, stride = round_up(dim);
-  const Parts parts(tile, a.causal, position, blocks.vecs);
+  const int64_t query = block.first, rows = block.rows(), dim = a.head_dim, stride = round_up(dim);
+  const Parts parts(tile, a.causal, position, block.vecs);
   if (parts.count == 0) return;
   const float* query_transposed = packed.query_transposed + query * dim;
   const float* grad_output_transposed = packed.grad_output_transposed + query * dim;
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
   for (const Part& part : parts) {
-    const int64_t lane = part.first_vec * kWidth, vecs = blocks.vecs - part.first_vec, keys = part.end - part.begin;
-    matmul<false>(keys, vecs, dim, key + part.begin * stride, stride, 1, query_transposed + lane, rows,
+    const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
+    matmul<false>(keys, vecs, Equal{dim}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
                   probability + part.begin * rows + lane, rows);
-    matmul<false>(keys, vecs, dim, value + part.begin * stride, stride, 1, grad_output_transposed + lane, rows,
+    matmul<false>(keys, vecs, Equal{dim}, value.data + part.begin * value.stride, value.stride, 1, grad_output_transposed + lane, rows,
                   grad_logits + part.begin * rows + lane, rows);
     for (int64_t j = part.begin; j < part.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
@@ -108,11 +106,10 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     const float* grad_output = packed.grad_output + (query + lane) * stride;
     const int64_t columns = stride / kWidth, depth = rows - lane;
     const float *p = probability + part.begin * rows + lane, *grad = grad_logits + part.begin * rows + lane;
-    matmul<true>(keys, columns, depth, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
-    matmul<true>(keys, columns, depth, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
-    matmul<true>(dim, blocks.vecs - part.first_vec, keys, key + part.begin * stride, 1, stride, grad, rows,
-                 packed.grad_query + query * dim + lane, rows);
+    matmul<true>(keys, columns, Equal{depth}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
+    matmul<true>(keys, columns, Equal{depth}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
   }
+  matmul<true>(dim, block.vecs, Rising{parts.keys}, key.data, 1, key.stride, grad_logits, rows, packed.grad_query + query * dim, rows);
 }
 
 // How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.
@@ -131,10 +128,11 @@ inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int
                               const float* grad_query) {
   const Attention& a = g.forward;
   const int64_t offset = batch * g.grad_query.batch + head * g.grad_query.head + s.query_begin * g.grad_query.row;
-  for (int64_t row = 0; row < s.num_queries; row += blocks.rows) {
-    const int64_t rows = s.num_queries - row < blocks.rows ? s.num_queries - row : blocks.rows;
-    unpack_transposed(grad_query + row * a.head_dim, blocks.rows, rows, a.head_dim, a.scale, g.grad_query, a.dtype,
-                      offset + row * g.grad_query.row);
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const Block block = blocks[i];
+    const int64_t left = s.num_queries - block.first, rows = left < block.rows() ? left : block.rows();
+    unpack_transposed(grad_query + block.first * a.head_dim, block.rows(), rows, a.head_dim,
+                      [&](int64_t) { return splat(a.scale); }, g.grad_query, a.dtype, offset + block.first * g.grad_query.row);
   }
 }
 
@@ -145,19 +143,19 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   const Sequence s = sequence(a, batch);
   const int64_t dim = a.head_dim, stride = round_up(dim);
   const int64_t group = a.num_heads / a.num_key_heads, first_head = key_head * group;
-  const Blocks blocks(s.num_queries, kBackwardVecs);
-  const int64_t rows = blocks.count * blocks.rows, size = QueryRows::size(rows, dim);
+  const Blocks blocks(s.num_queries);
+  const int64_t rows = blocks.rows(), size = QueryRows::size(rows, dim);
 
-  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * blocks.rows + stride);
+  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * kMostVecs * kWidth + stride);
   const auto queries = [&](int64_t member) { return QueryRows(scratch + member * size, rows, dim); };
   float* key = scratch + group * size;
   float* value = key + kKeyTile * stride;
   float* grad_key = value + kKeyTile * stride;
   float* grad_value = grad_key + kKeyTile * stride;
   float* probability = grad_value + kKeyTile * stride;
-  float* grad_logits = probability + kKeyTile * blocks.rows;
-  float* factor = grad_logits + kKeyTile * blocks.rows;
-  float* output = factor + kKeyTile * blocks.rows;  // one row
+  float* grad_logits = probability + kKeyTile * kMostVecs * kWidth;
+  float* factor = grad_logits + kKeyTile * kMostVecs * kWidth;
+  float* output = factor + kKeyTile * kMostVecs * kWidth;  // one row
   TileGradients gradients;
   gradients.key = output + stride;
   gradients.value = gradients.key + kKeyTile * stride;
@@ -185,14 +183,14 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
           return removed ? w == 0.0f && (key_mask == nullptr || key_mask[j]) : w > 0.0f;
         });
         if (tile.count == 0) continue;
-        tile.pack(a.key, a.dtype, offset(a.key), dim, key);
-        tile.pack(a.value, a.dtype, offset(a.value), dim, value);
+        const KeyRows key_rows = tile.pack(a.key, a.dtype, offset(a.key), dim, key);
+        const KeyRows value_rows = tile.pack(a.value, a.dtype, offset(a.value), dim, value);
         for (int64_t i = 0; i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
         for (int64_t j = 0; j < tile.count; ++j) gradients.weight[j] = Vec{};
         for (int64_t i = 0; i < blocks.count; ++i) {
-          const int64_t row = i * blocks.rows;
-          attend_backward(g, tile, removed, key, value, dropout, row, row + s.offset, blocks, queries(member), probability,
-                          grad_logits, factor, gradients);
+          const Block block = blocks[i];
+          attend_backward(g, tile, removed, key_rows, value_rows, dropout, block.first + s.offset, block, queries(member),
+                          probability, grad_logits, factor, gradients);
         }
         for (int64_t j = 0; j < tile.count; ++j) {
           if (grad_weight != nullptr) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
@@ -225,11 +223,11 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
 inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head) {
   const Attention& a = plan.g.forward;
   const Sequence s = sequence(a, batch);
-  const Blocks blocks(s.num_queries, kBackwardVecs);
+  const Blocks blocks(s.num_queries);
   float* total = plan.partial_at(batch, head, 0);
   for (int64_t split = 1; split < plan.splits; ++split) {
     const float* other = plan.partial_at(batch, head, split);
-    for (int64_t i = 0; i < blocks.count * blocks.rows * a.head_dim; ++i) total[i] += other[i];
+    for (int64_t i = 0; i < blocks.rows() * a.head_dim; ++i) total[i] += other[i];
   }
   unpack_grad_query(plan.g, s, batch, head, blocks, total);
 }
@@ -243,8 +241,7 @@ inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
   BackwardPlan plan{g, clamped(kTasks / heads, 1, tiles < kFewestTiles ? 1 : tiles / kFewestTiles), nullptr, 0};
   std::unique_ptr<float[]> partial;
   if (plan.splits > 1) {
-    const Blocks blocks(a.num_queries, kBackwardVecs);
-    plan.partial_size = (blocks.count + 1) * kBackwardVecs * kWidth * a.head_dim;
+    plan.partial_size = round_up(a.num_queries) * a.head_dim;
     partial.reset(new float[static_cast<size_t>(a.batch * a.num_heads * plan.splits * plan.partial_size)]);
     plan.partial = partial.get();
   }

@@ -109,37 +109,59 @@ inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int6
                             float factor, Keep keep, int64_t stride, float* out) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t first = 0; first < columns; first += kWidth) {
-      bool there[kWidth];
+      bool there[kWidth], all_there = true;
       for (int r = 0; r < kWidth; ++r) {
         there[r] = first + r < rows && keep(first + r);
+        all_there &= there[r];
         prefetch_row(m, dtype, offset + (first + kWidth + r) * m.row, head_dim);
       }
       for (int64_t d = 0; d < head_dim; d += kWidth) {
+        const int64_t index = offset + first * m.row + d, columns_left = head_dim - d;
+        const bool whole = all_there && columns_left >= kWidth;
         Vec square[kWidth];
-        for (int r = 0; r < kWidth; ++r) {
-          const int64_t index = offset + (first + r) * m.row + d;
-          square[r] = there[r] ? load_values<kType>(m.data, index, head_dim - d) * splat(factor) : Vec{};
+        if (whole) {
+          for (int r = 0; r < kWidth; ++r) square[r] = load_values<kType>(m.data, index + r * m.row) * splat(factor);
+        } else {
+          for (int r = 0; r < kWidth; ++r) {
+            square[r] = there[r] ? load_values<kType>(m.data, index + r * m.row, columns_left) * splat(factor) : Vec{};
+          }
         }
         transpose(square);
-        for (int c = 0; c < kWidth && d + c < head_dim; ++c) store(out + (d + c) * stride + first, square[c]);
+        float* at = out + d * stride + first;
+        if (whole) {
+          for (int c = 0; c < kWidth; ++c) store(at + c * stride, square[c]);
+        } else {
+          for (int c = 0; c < kWidth && c < columns_left; ++c) store(at + c * stride, square[c]);
+        }
       }
     }
   });
 }
 
-// Columns to rows: the way back, into rows [0, rows) of a tensor.
-inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, float factor,
-                              const Matrices& m, DType dtype, int64_t offset) {
+// Columns to rows: the way back, into rows [0, rows) of a tensor. factor(r) is that of rows r, ..., r + kWidth - 1.
+template <class Factor>
+inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, Factor factor, const Matrices& m,
+                              DType dtype, int64_t offset) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t first = 0; first < rows; first += kWidth) {
+      const Vec factors = factor(first);
       for (int64_t d = 0; d < head_dim; d += kWidth) {
+        const float* at = in + d * stride + first;
+        const int64_t index = offset + first * m.row + d, columns_left = head_dim - d;
+        const bool whole = first + kWidth <= rows && columns_left >= kWidth;
         Vec square[kWidth];
-        for (int c = 0; c < kWidth; ++c) {
-          square[c] = d + c < head_dim ? load(in + (d + c) * stride + first) * splat(factor) : Vec{};
+        if (whole) {
+          for (int c = 0; c < kWidth; ++c) square[c] = load(at + c * stride) * factors;
+        } else {
+          for (int c = 0; c < kWidth; ++c) square[c] = c < columns_left ? load(at + c * stride) * factors : Vec{};
         }
         transpose(square);
-        for (int r = 0; r < kWidth && first + r < rows; ++r) {
-          store_values<kType>(m.data, offset + (first + r) * m.row + d, head_dim - d, square[r]);
+        if (whole) {
+          for (int r = 0; r < kWidth; ++r) store_values<kType>(m.data, index + r * m.row, kWidth, square[r]);
+        } else {
+          for (int r = 0; r < kWidth && first + r < rows; ++r) {
+            store_values<kType>(m.data, index + r * m.row, columns_left, square[r]);
+          }
         }
       }
     }

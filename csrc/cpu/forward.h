@@ -1,78 +1,78 @@
 // Forward pass: online softmax over tiles of keys, each row's keys always in the same order.
 // Include inside the namespace of an instruction set only.
 
-constexpr int64_t kForwardVecs = 6;
 constexpr int64_t kBand = 192;  // query rows that are worked on together: with a tile of keys they fit the second-level cache
+
+// Rows are relative to a power of two, first that of their largest logit. It follows later ones only when they leave it this far
+// behind, as otherwise all that was summed would be multiplied anew again and again.
+constexpr float kSlack = 8.0f;
 
 // A block of query rows with what is known of them so far.
 struct RunningBlock {
-  float* query;    // [head_dim, rows], times scale and log2(e)
-  float* output;   // [head_dim, rows], unnormalised
-  float* row_max;  // [rows], in powers of two
+  float* query;      // [head_dim, rows], times scale and log2(e)
+  float* output;     // [head_dim, rows], unnormalised
+  float* reference;  // [rows], what logits are relative to, in powers of two
   float* row_sum;
 };
 
 // One tile of keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised probabilities.
-inline void attend(const Attention& a, const KeyTile& tile, const float* key, const float* value,
-                   const Dropout& dropout, int64_t query, int64_t position, const Blocks& blocks, const RunningBlock& block,
-                   float* logits, float* factor) {
-  const int64_t rows = blocks.rows, dim = a.head_dim, stride = round_up(dim);
-  const Parts parts(tile, a.causal, position, blocks.vecs);
+inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows value, const Dropout& dropout, int64_t query,
+                   int64_t position, Block block, const RunningBlock& running, float* logits, float* factor) {
+  const int64_t rows = block.rows(), dim = a.head_dim;
+  const Parts parts(tile, a.causal, position, block.vecs);
   if (parts.count == 0) return;
 
-  Vec best[kForwardVecs];
-  for (int64_t v = 0; v < blocks.vecs; ++v) best[v] = load(block.row_max + v * kWidth);
+  Vec best[kMostVecs];
+  for (int64_t v = 0; v < block.vecs; ++v) best[v] = splat(-kInfinity);
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth;
-    matmul<false>(part.end - part.begin, blocks.vecs - part.first_vec, dim, key + part.begin * stride, stride,
-                                1, block.query + lane, rows, logits + part.begin * rows + lane, rows);
+    matmul<false>(part.end - part.begin, block.vecs - part.first_vec, Equal{dim}, key.data + part.begin * key.stride, key.stride,
+                  1, running.query + lane, rows, logits + part.begin * rows + lane, rows);
     for (int64_t j = part.begin; part.ragged && j < part.end; ++j) {
       float* row = logits + j * rows + lane;
       store(row, seen(tile, j, part, position) ? load(row) : splat(-kInfinity));
     }
-    for (int64_t v = part.first_vec; v < blocks.vecs; ++v) {
+    for (int64_t v = part.first_vec; v < block.vecs; ++v) {
       Vec most = best[v];
       for (int64_t j = part.begin; j < part.end; ++j) most = maximum(load(logits + j * rows + v * kWidth), most);
       best[v] = most;
     }
   }
 
-  Vec shift[kForwardVecs], total[kForwardVecs];
-  for (int64_t v = 0; v < blocks.vecs; ++v) {
-    shift[v] = best[v] == splat(-kInfinity) ? Vec{} : best[v];
-    const Vec correction = exp2(load(block.row_max + v * kWidth) - shift[v]);
-    store(block.row_max + v * kWidth, best[v]);
-    total[v] = load(block.row_sum + v * kWidth) * correction;
-    if (all(correction == splat(1.0f))) continue;
-    for (int64_t d = 0; d < dim; ++d) {
-      float* output = block.output + d * rows + v * kWidth;
-      store(output, load(output) * correction);
-    }
-  }
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
-  for (const Part& part : parts) {
-    for (int64_t v = part.first_vec; v < blocks.vecs; ++v) {
-      const Vec maximum_shift = shift[v];
-      Vec added = total[v];
-      for (int64_t j = part.begin; j < part.end; ++j) {
-        float* at = logits + j * rows + v * kWidth;
-        Vec p = splat(tile.weight[j]) * exp2(load(at) - maximum_shift);
-        added += p;
-        if (dropout.active()) p *= load(factor + tile.place[j] * rows + v * kWidth);
-        store(at, p);
+  for (int64_t v = 0; v < block.vecs; ++v) {
+    const int64_t lane = v * kWidth;
+    const Vec before = load(running.reference + lane);
+    const Vec after = best[v] > before + splat(kSlack) ? best[v] : before;
+    const Vec shift = after == splat(-kInfinity) ? Vec{} : after;
+    Vec total = load(running.row_sum + lane);
+    if (!all(after == before)) {
+      store(running.reference + lane, after);
+      if (!all(before == splat(-kInfinity))) {
+        const Vec correction = exp2(before - shift);
+        total *= correction;
+        for (int64_t d = 0; d < dim; ++d) {
+          float* output = running.output + d * rows + lane;
+          store(output, load(output) * correction);
+        }
       }
-      total[v] = added;
     }
-    const int64_t lane = part.first_vec * kWidth;
-    matmul<true>(dim, blocks.vecs - part.first_vec, part.end - part.begin, value + part.begin * stride, 1, stride,
-                               logits + part.begin * rows + lane, rows, block.output + lane, rows);
+    for (int64_t j = 0; j < parts.keys[v]; ++j) {
+      float* at = logits + j * rows + lane;
+      Vec p = splat(tile.weight[j]) * exp2(load(at) - shift);
+      total += p;
+      if (dropout.active()) p *= load(factor + tile.place[j] * rows + lane);
+      store(at, p);
+    }
+    store(running.row_sum + lane, total);
   }
-  for (int64_t v = 0; v < blocks.vecs; ++v) store(block.row_sum + v * kWidth, total[v]);
+  matmul<true>(dim, block.vecs, Rising{parts.keys}, value.data, 1, value.stride, logits, rows, running.output, rows);
 }
 
-// All keys and values of a key head in fp32, tile after tile, packed when they are first needed.
+// All keys and values of a key head in fp32, tile after tile, copied when they are first needed.
 struct PackedKeys {
   float *key, *value;  // [tile, kKeyTile, stride]
+  bool read_once;  // nothing is kept, nor copied where it can be read where it stands
   int64_t tiles = 0;
 
   static int64_t size(int64_t keys, int64_t stride) { return 2 * (keys + kKeyTile) * stride; }
@@ -83,30 +83,29 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
                          PackedKeys& packed, float* scratch) {
   const int64_t dim = a.head_dim, stride = round_up(dim);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads);
-  const Blocks blocks(end - begin, kForwardVecs);
-  const int64_t rows = blocks.count * blocks.rows;
+  const Blocks blocks(end - begin);
+  const int64_t rows = blocks.rows();
   const Dropout dropout(a, batch, head);
 
   float* query = scratch;
   float* output = query + dim * rows;
-  float* row_max = output + dim * rows;
-  float* row_sum = row_max + rows;
+  float* reference = output + dim * rows;
+  float* row_sum = reference + rows;
   float* logits = row_sum + rows;
-  float* factor = logits + kKeyTile * blocks.rows;
+  float* factor = logits + kKeyTile * kMostVecs * kWidth;
 
-  const auto block_at = [&](int64_t index) {
-    const int64_t row = index * blocks.rows;
-    return RunningBlock{query + dim * row, output + dim * row, row_max + row, row_sum + row};
+  const auto running = [&](Block block) {
+    return RunningBlock{query + dim * block.first, output + dim * block.first, reference + block.first, row_sum + block.first};
   };
   const int64_t first_query = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
-    const int64_t row = i * blocks.rows;
-    pack_transposed(a.query, a.dtype, first_query + row * a.query.row, end - begin - row, blocks.rows, dim, a.scale * kLog2E,
-                    [](int64_t) { return true; }, blocks.rows, block_at(i).query);
+    const Block block = blocks[i];
+    pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(), dim,
+                    a.scale * kLog2E, [](int64_t) { return true; }, block.rows(), running(block).query);
   }
   for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
-    row_max[i] = -kInfinity;
+    reference[i] = -kInfinity;
     row_sum[i] = 0.0f;
   }
 
@@ -117,37 +116,38 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   for (int64_t first = 0; first < last; first += kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
     const KeyTile tile(weight, first, keys, [](int64_t, float w) { return w > 0.0f; });
-    float *key = packed.key + first * stride, *value = packed.value + first * stride;
-    if (first == packed.tiles * kKeyTile) {
-      tile.pack(a.key, a.dtype, first_key, dim, key);
-      tile.pack(a.value, a.dtype, first_value, dim, value);
+    KeyRows key{packed.key + first * stride, stride}, value{packed.value + first * stride, stride};
+    if (packed.read_once) {
+      key = tile.rows(a.key, a.dtype, first_key, dim, packed.key);
+      value = tile.rows(a.value, a.dtype, first_value, dim, packed.value);
+    } else if (first == packed.tiles * kKeyTile) {
+      tile.pack(a.key, a.dtype, first_key, dim, packed.key + first * stride);
+      tile.pack(a.value, a.dtype, first_value, dim, packed.value + first * stride);
       ++packed.tiles;
     }
     for (int64_t i = 0; i < blocks.count; ++i) {
-      const int64_t row = begin + i * blocks.rows;
-      attend(a, tile, key, value, dropout, row, row + s.offset, blocks, block_at(i), logits, factor);
+      const Block block = blocks[i];
+      const int64_t row = begin + block.first;
+      attend(a, tile, key, value, dropout, row, row + s.offset, block, running(block), logits, factor);
     }
   }
 
   for (int64_t i = 0; i < blocks.count; ++i) {
-    const RunningBlock block = block_at(i);
-    const int64_t row = begin + i * blocks.rows;
-    const int64_t block_rows = end - row < blocks.rows ? end - row : blocks.rows;
-    for (int64_t r = 0; r < blocks.rows; r += kWidth) {
-      const Vec total = load(block.row_sum + r);
+    const Block block = blocks[i];
+    const RunningBlock done = running(block);
+    const int64_t row = begin + block.first, block_rows = end - row < block.rows() ? end - row : block.rows();
+    const auto normaliser = [&](int64_t r) {
+      const Vec total = load(done.row_sum + r);
       const Vec inverse = total > Vec{} ? splat(1.0f) / total : Vec{};  // a row without a key has output 0
-      const Vec normaliser = total == total ? inverse : total;
-      for (int64_t d = 0; d < dim; ++d) {
-        float* o = block.output + d * blocks.rows + r;
-        store(o, load(o) * normaliser);
-      }
-    }
-    unpack_transposed(block.output, blocks.rows, block_rows, dim, 1.0f, a.output, a.dtype,
+      return total == total ? inverse : total;
+    };
+    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype,
                       batch * a.output.batch + head * a.output.head + (s.query_begin + row) * a.output.row);
     float* logsumexp = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin + row;
-    for (int64_t r = 0; r < block_rows; ++r) {
-      const float total = block.row_sum[r];
-      logsumexp[r] = total == 0.0f ? kInfinity : (block.row_max[r] + __builtin_log2f(total)) * kLn2;
+    for (int64_t r = 0; r < block_rows; r += kWidth) {
+      const Vec total = load(done.row_sum + r);
+      const Vec value_of_rows = (load(done.reference + r) + log2(total)) * splat(kLn2);
+      store_values<DType::kFloat32>(logsumexp, r, block_rows - r, total == Vec{} ? splat(kInfinity) : value_of_rows);
     }
   }
 }
@@ -159,10 +159,10 @@ inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, in
   if (begin >= end) return;
   const int64_t dim = a.head_dim, stride = round_up(dim), group = a.num_heads / a.num_key_heads;
   const int64_t last = a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
-  const Blocks blocks(end - begin < kBand ? end - begin : kBand, kForwardVecs);
-  const int64_t rows = blocks.count * blocks.rows;
-  float* scratch = thread_scratch(PackedKeys::size(last, stride) + 2 * dim * rows + 2 * rows + 2 * kKeyTile * blocks.rows);
-  PackedKeys packed{scratch, scratch + PackedKeys::size(last, stride) / 2};
+  const int64_t rows = round_up(end - begin < kBand ? end - begin : kBand);
+  float* scratch =
+      thread_scratch(PackedKeys::size(last, stride) + 2 * dim * rows + 2 * rows + 2 * kKeyTile * kMostVecs * kWidth);
+  PackedKeys packed{scratch, scratch + PackedKeys::size(last, stride) / 2, group == 1 && end - begin <= kBand};
   for (int64_t member = 0; member < group; ++member) {
     if (a.weight.head != 0) packed.tiles = 0;  // another head may leave out other keys
     for (int64_t row = begin; row < end; row += kBand) {

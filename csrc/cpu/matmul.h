@@ -1,5 +1,6 @@
 // C[M, lanes] = or += A[M, K] B[K, lanes] in registers. A is read element by element with any two strides (so its transpose
-// costs nothing), B and C along rows of whole vectors.
+// costs nothing), B and C along rows of whole vectors. What is added to C is summed by itself first, so that rounding errors of
+// long sums grow with the number of products, not with that of all terms.
 // Include inside the namespace of an instruction set only.
 
 // Rows of A at once beside three or two vectors of columns: so many accumulators hide the latency of a multiply-add, and leave
@@ -14,30 +15,58 @@ constexpr int kAccumulators = 3 * kMatmulRows;
 // Loops over accumulators are unrolled early, so that these never live in memory.
 #define EMPCAUSE_UNROLLED _Pragma("GCC unroll 24")
 
-template <int kRows, int kVecs, bool kAccumulate>
-inline void matmul_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
-                        float* c, int64_t c_row) {
-  Vec acc[kRows][kVecs];
-  EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] = kAccumulate ? load(c + r * c_row + v * kWidth) : Vec{};
-  }
-  for (int64_t k = 0; k < depth; ++k) {
+// How many products are summed: as many for all columns, or a number for each vector of these, none smaller than the one before.
+struct Equal {
+  int64_t count;
+  static constexpr bool kRises = false;
+
+  int64_t operator[](int64_t) const { return count; }
+  Equal from(int64_t) const { return *this; }
+};
+
+struct Rising {
+  const int64_t* counts;
+  static constexpr bool kRises = true;
+
+  int64_t operator[](int64_t vec) const { return counts[vec]; }
+  Rising from(int64_t vec) const { return {counts + vec}; }
+};
+
+// Products k, k + 1, ... of the vectors from kFirst on.
+template <int kFirst, int kRows, int kVecs, class Depth>
+[[gnu::always_inline]] inline void multiply_add(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const float* a, int64_t a_row,
+                                                int64_t a_col, const float* b, int64_t b_row) {
+  for (const int64_t end = depth[kFirst]; k < end; ++k) {
     Vec row[kVecs];
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) row[v] = load(b + k * b_row + v * kWidth);
+    EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) row[v] = load(b + k * b_row + v * kWidth);
     EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
       const Vec factor = splat(a[r * a_row + k * a_col]);
-      EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] += factor * row[v];
+      EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) acc[r][v] += factor * row[v];
     }
   }
+  if constexpr (Depth::kRises && kFirst + 1 < kVecs) multiply_add<kFirst + 1>(acc, k, depth, a, a_row, a_col, b, b_row);
+}
+
+template <int kRows, int kVecs, bool kAccumulate, class Depth>
+[[gnu::always_inline]] inline void matmul_tile(Depth depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                                               int64_t b_row, float* c, int64_t c_row) {
+  Vec acc[kRows][kVecs];
   EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) store(c + r * c_row + v * kWidth, acc[r][v]);
+    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
+  }
+  multiply_add<0>(acc, 0, depth, a, a_row, a_col, b, b_row);
+  EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
+    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
+      float* at = c + r * c_row + v * kWidth;
+      store(at, kAccumulate ? load(at) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 
 // kRows at once, then half as many, and so on.
-template <int kRows, int kVecs, bool kAccumulate>
-inline void matmul_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                        int64_t b_row, float* c, int64_t c_row) {
+template <int kRows, int kVecs, bool kAccumulate, class Depth>
+inline void matmul_rows(int64_t rows, Depth depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
+                        float* c, int64_t c_row) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
     matmul_tile<kRows, kVecs, kAccumulate>(depth, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
@@ -49,13 +78,13 @@ inline void matmul_rows(int64_t rows, int64_t depth, const float* a, int64_t a_r
 }
 
 // `vecs` vectors of columns, from 1 on.
-template <bool kAccumulate>
-inline void matmul(int64_t rows, int64_t vecs, int64_t depth, const float* a, int64_t a_row, int64_t a_col,
-                   const float* b, int64_t b_row, float* c, int64_t c_row) {
-  for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth) {
+template <bool kAccumulate, class Depth>
+inline void matmul(int64_t rows, int64_t vecs, Depth depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                   int64_t b_row, float* c, int64_t c_row) {
+  for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3)) {
     matmul_rows<kMatmulRows, 3, kAccumulate>(rows, depth, a, a_row, a_col, b, b_row, c, c_row);
   }
-  for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth) {
+  for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth, depth = depth.from(2)) {
     matmul_rows<kMatmulRows, 2, kAccumulate>(rows, depth, a, a_row, a_col, b, b_row, c, c_row);
   }
   if (vecs == 1) matmul_rows<2 * kMatmulRows, 1, kAccumulate>(rows, depth, a, a_row, a_col, b, b_row, c, c_row);

@@ -72,26 +72,71 @@ inline Vec exp2(Vec x) {
   return x < splat(-126.0f) ? Vec{} : power;
 }
 
-// kWidth x kWidth values, rows to columns, in place.
-template <int kStep = 1>
-inline void transpose(Vec (&rows)[kWidth]) {
-  IntVec low, high;
-  for (int lane = 0; lane < kWidth; ++lane) {
-    low[lane] = (lane & kStep) == 0 ? lane : kWidth + lane - kStep;
-    high[lane] = (lane & kStep) == 0 ? lane + kStep : kWidth + lane;
-  }
-  for (int i = 0; i < kWidth; ++i) {
-    if ((i & kStep) != 0) continue;
-    const Vec a = rows[i], b = rows[i + kStep];
+// log2(x) for x >= 0, relative error below 2e-7; infinity and NaN for themselves.
+inline Vec log2(Vec x) {
+  // Subnormal numbers have no exponent of their own.
+  const IntVec small = x < splat(1.17549435e-38f);
+  const IntVec bits = reinterpret_cast<IntVec>(small ? x * splat(16777216.0f) : x);
+  // x = m * 2^n with m in [sqrt(1/2), sqrt(2)); log2(m) is odd in t = (m - 1) / (m + 1), |t| < 0.172.
+  const IntVec exponent = (bits - 0x3f3504f3) >> 23;
+  const Vec m = reinterpret_cast<Vec>(bits - (exponent << 23));
+  const Vec t = (m - splat(1.0f)) / (m + splat(1.0f)), square = t * t;
+  Vec p = splat(0.43173300f);
+  p = p * square + splat(0.57671450f);
+  p = p * square + splat(0.96179885f);
+  p = p * square + splat(2.8853900f);
+  const Vec n = __builtin_convertvector(small ? exponent - 24 : exponent, Vec);
+  const Vec result = x > Vec{} ? p * t + n : splat(-kInfinity);
+  return x < splat(kInfinity) ? result : x;
+}
+
+inline Vec shuffle(Vec a, Vec b, IntVec index) {
 #if defined(__clang__)
-    for (int lane = 0; lane < kWidth; ++lane) {
-      rows[i][lane] = low[lane] < kWidth ? a[low[lane]] : b[low[lane] - kWidth];
-      rows[i + kStep][lane] = high[lane] < kWidth ? a[high[lane]] : b[high[lane] - kWidth];
-    }
+  Vec result;
+  for (int lane = 0; lane < kWidth; ++lane) result[lane] = index[lane] < kWidth ? a[index[lane]] : b[index[lane] - kWidth];
+  return result;
 #else
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kStep] = __builtin_shuffle(a, b, high);
+  return __builtin_shuffle(a, b, index);
 #endif
+}
+
+// Blocks of kStep x kStep values change places with those on the other side of the diagonal.
+template <int kStep>
+inline void transpose_blocks(Vec (&rows)[kWidth]) {
+  if constexpr (kStep < kWidth) {
+    IntVec low, high;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      low[lane] = (lane & kStep) == 0 ? lane : kWidth + lane - kStep;
+      high[lane] = (lane & kStep) == 0 ? lane + kStep : kWidth + lane;
+    }
+    for (int i = 0; i < kWidth; ++i) {
+      if ((i & kStep) != 0) continue;
+      const Vec a = rows[i], b = rows[i + kStep];
+      rows[i] = shuffle(a, b, low);
+      rows[i + kStep] = shuffle(a, b, high);
+    }
+    transpose_blocks<2 * kStep>(rows);
   }
-  if constexpr (kStep * 2 < kWidth) transpose<kStep * 2>(rows);
+}
+
+// kWidth x kWidth values, rows to columns, in place: first within squares of four, by interleaving single values, then pairs,
+// which is one instruction each where vectors consist of parts of four values.
+inline void transpose(Vec (&rows)[kWidth]) {
+  IntVec low, high, low_pairs, high_pairs;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const int part = lane / 4 * 4, place = lane % 4, other = place % 2 * kWidth, pair = place / 2 * kWidth + place % 2;
+    low[lane] = part + place / 2 + other;
+    high[lane] = part + place / 2 + 2 + other;
+    low_pairs[lane] = part + pair;
+    high_pairs[lane] = part + pair + 2;
+  }
+  for (int i = 0; i < kWidth; i += 4) {
+    const Vec a = shuffle(rows[i], rows[i + 1], low), b = shuffle(rows[i + 2], rows[i + 3], low);
+    const Vec c = shuffle(rows[i], rows[i + 1], high), d = shuffle(rows[i + 2], rows[i + 3], high);
+    rows[i] = shuffle(a, b, low_pairs);
+    rows[i + 1] = shuffle(a, b, high_pairs);
+    rows[i + 2] = shuffle(c, d, low_pairs);
+    rows[i + 3] = shuffle(c, d, high_pairs);
+  }
+  transpose_blocks<4>(rows);
 }

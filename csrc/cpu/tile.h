@@ -3,7 +3,13 @@
 // Include inside the namespace of an instruction set only.
 
 constexpr int64_t kKeyTile = 64;
-constexpr int64_t kMostVecs = 6;  // of a block of query rows
+constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass sums over them, so the more the better
+
+// Rows of keys or values, one every `stride` values.
+struct KeyRows {
+  const float* data;
+  int64_t stride;
+};
 
 // The keys that take part of a range of kKeyTile neighbouring ones, in their order.
 struct KeyTile {
@@ -38,12 +44,21 @@ struct KeyTile {
     return low;
   }
 
-  void pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
+  // Their rows of keys or values, copied to `out`: fp32, whole vectors each.
+  KeyRows pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
     for (int64_t j = 0; j < count; ++j) {
       const int64_t row = offset + (first + place[j]) * m.row;
       prefetch_row(m, dtype, row + kAhead * m.row, head_dim);
       load_row(m, dtype, row, head_dim, 1.0f, out + j * round_up(head_dim));
     }
+    return {out, round_up(head_dim)};
+  }
+
+  // The same, but where they stand if that can be.
+  KeyRows rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
+    const bool neighbours = count > 0 && place[count - 1] == count - 1;
+    if (dtype != DType::kFloat32 || !neighbours) return pack(m, dtype, offset, head_dim, out);
+    return {static_cast<const float*>(m.data) + offset + first * m.row, m.row};
   }
 };
 
@@ -57,6 +72,7 @@ struct Part {
 struct Parts {
   Part part[kMostVecs + 1];
   int count = 0;
+  int64_t keys[kMostVecs];  // that any lane of a vector sees
 
   // `position` is that of the first query among the keys.
   Parts(const KeyTile& tile, bool causal, int64_t position, int64_t vecs) {
@@ -67,6 +83,7 @@ struct Parts {
       if (end > begin) part[count++] = {begin, end, v, true};
       begin = end > begin ? end : begin;
     }
+    for (int64_t v = 0; v < vecs; ++v) keys[v] = causal ? tile.up_to(position + (v + 1) * kWidth - 1) : tile.count;
   }
 
   const Part* begin() const { return part; }
@@ -79,15 +96,23 @@ inline IntVec seen(const KeyTile& tile, int64_t key, const Part& part, int64_t p
   return lane_index() >= static_cast<int32_t>(lane);
 }
 
-// Query rows are cut into blocks of at most `most` vectors each, as even as can be.
-struct Blocks {
-  int64_t vecs, rows, count;
+// Some neighbouring query rows, in whole vectors.
+struct Block {
+  int64_t first, vecs;
 
-  Blocks(int64_t num_rows, int64_t most) {
-    const int64_t all = num_rows > 0 ? round_up(num_rows) / kWidth : 1, least = (all + most - 1) / most;
-    vecs = (all + least - 1) / least;
-    rows = vecs * kWidth;
-    count = (num_rows + rows - 1) / rows;
+  int64_t rows() const { return vecs * kWidth; }
+};
+
+// Query rows are cut into blocks of at most kMostVecs vectors each, as even as can be.
+struct Blocks {
+  int64_t vecs, count;
+
+  explicit Blocks(int64_t num_rows) : vecs(round_up(num_rows) / kWidth), count((vecs + kMostVecs - 1) / kMostVecs) {}
+
+  int64_t rows() const { return vecs * kWidth; }
+  Block operator[](int64_t index) const {
+    const int64_t begin = vecs * index / count, end = vecs * (index + 1) / count;
+    return {begin * kWidth, end - begin};
   }
 };
 
