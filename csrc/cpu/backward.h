@@ -8,7 +8,7 @@ constexpr float kLargestExponent = 80.0f * kLog2E;
 
 // The query rows of one head, packed both ways; rows beyond the last are zero, and so are rows that see no key.
 struct QueryRows {
-  float *query, *grad_output;                        // [rows, stride], query times scale
+  float *query, *grad_output;                        // [rows, stride]
   float *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], query times scale and log2(e)
   float *logsumexp, *delta;                          // [rows], the former in powers of two
   float* grad_query;                                 // per block [head_dim, block rows]
@@ -26,35 +26,42 @@ struct QueryRows {
 };
 
 inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                         const QueryRows& packed, float* output) {
+                         const QueryRows& packed) {
   const Attention& a = g.forward;
   const int64_t dim = a.head_dim, stride = round_up(dim), rows = blocks.rows();
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
+  const int64_t query = offset(a.query), output = offset(a.output), grad_output = offset(g.grad_output);
   const float* saved = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
   for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] * kLog2E : kInfinity;
-  const auto alive = [&](int64_t i) { return packed.logsumexp[i] != kInfinity; };
-  for (int64_t i = 0; i < rows; ++i) {
-    Vec total{};
-    float *q = packed.query + i * stride, *go = packed.grad_output + i * stride;
-    for (const Matrices* m : {&a.query, &g.grad_output, &a.output}) prefetch_row(*m, a.dtype, offset(*m) + (i + kAhead) * m->row, dim);
-    if (alive(i)) {
-      load_row(a.query, a.dtype, offset(a.query) + i * a.query.row, dim, a.scale, q);
-      load_row(g.grad_output, a.dtype, offset(g.grad_output) + i * g.grad_output.row, dim, 1.0f, go);
-      load_row(a.output, a.dtype, offset(a.output) + i * a.output.row, dim, 1.0f, output);
-      for (int64_t d = 0; d < stride; d += kWidth) total += load(output + d) * load(go + d);
-    } else {
-      for (int64_t d = 0; d < stride; ++d) q[d] = go[d] = 0.0f;
+  // kWidth rows, and their deltas.
+  const auto pack = [&]<DType kType>(int64_t first) {
+    Vec delta[kWidth];
+    for (int r = 0; r < kWidth; ++r) {
+      const int64_t i = first + r;
+      for (const Matrices* m : {&a.query, &g.grad_output, &a.output}) prefetch_row(*m, kType, offset(*m) + (i + kAhead) * m->row, dim);
+      const bool alive = packed.logsumexp[i] != kInfinity;
+      const auto values = [&](const Matrices& m, int64_t begin, int64_t d) {
+        return alive ? load_values<kType>(m.data, begin + i * m.row + d, dim - d) : Vec{};
+      };
+      delta[r] = Vec{};
+      for (int64_t d = 0; d < stride; d += kWidth) {
+        const Vec go = values(g.grad_output, grad_output, d);
+        store(packed.query + i * stride + d, values(a.query, query, d));
+        store(packed.grad_output + i * stride + d, go);
+        delta[r] += values(a.output, output, d) * go;
+      }
     }
-    packed.delta[i] = sum(total);
-  }
+    transpose(delta);
+    for (int r = 1; r < kWidth; ++r) delta[0] += delta[r];
+    store(packed.delta + first, delta[0]);
+  };
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
-    const auto counts = [&](int64_t r) { return alive(block.first + r); };
-    pack_transposed(a.query, a.dtype, offset(a.query) + block.first * a.query.row, s.num_queries - block.first, block.rows(), dim,
-                    a.scale * kLog2E, counts, block.rows(), packed.query_transposed + block.first * dim);
-    pack_transposed(g.grad_output, a.dtype, offset(g.grad_output) + block.first * g.grad_output.row,
-                    s.num_queries - block.first, block.rows(), dim, 1.0f, counts, block.rows(),
-                    packed.grad_output_transposed + block.first * dim);
+    with_dtype(a.dtype, [&]<DType kType>() {
+      for (int64_t row = 0; row < block.rows(); row += kWidth) pack.template operator()<kType>(block.first + row);
+    });
+    transpose_rows(packed.query + block.first * stride, block.rows(), dim, a.scale * kLog2E, packed.query_transposed + block.first * dim);
+    transpose_rows(packed.grad_output + block.first * stride, block.rows(), dim, 1.0f, packed.grad_output_transposed + block.first * dim);
   }
   for (int64_t i = 0; i < rows * dim; ++i) packed.grad_query[i] = 0.0f;
 }
@@ -146,23 +153,19 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   const Blocks blocks(s.num_queries);
   const int64_t rows = blocks.rows(), size = QueryRows::size(rows, dim);
 
-  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * kMostVecs * kWidth + stride);
+  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * kMostVecs * kWidth);
   const auto queries = [&](int64_t member) { return QueryRows(scratch + member * size, rows, dim); };
   float* key = scratch + group * size;
   float* value = key + kKeyTile * stride;
-  float* grad_key = value + kKeyTile * stride;
+  float* grad_key = value + kKeyTile * stride;  // of all keys of a tile's range, and of all heads
   float* grad_value = grad_key + kKeyTile * stride;
-  float* probability = grad_value + kKeyTile * stride;
+  float* some_grad_key = grad_value + kKeyTile * stride;  // of those keys alone that take part
+  float* some_grad_value = some_grad_key + kKeyTile * stride;
+  float* probability = some_grad_value + kKeyTile * stride;
   float* grad_logits = probability + kKeyTile * kMostVecs * kWidth;
   float* factor = grad_logits + kKeyTile * kMostVecs * kWidth;
-  float* output = factor + kKeyTile * kMostVecs * kWidth;  // one row
-  TileGradients gradients;
-  gradients.key = output + stride;
-  gradients.value = gradients.key + kKeyTile * stride;
 
-  for (int64_t member = 0; member < group; ++member) {
-    pack_queries(g, s, batch, first_head + member, blocks, queries(member), output);
-  }
+  for (int64_t member = 0; member < group; ++member) pack_queries(g, s, batch, first_head + member, blocks, queries(member));
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
   for (int64_t first = split * kKeyTile; first < s.num_keys; first += plan.splits * kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
@@ -183,18 +186,18 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
           return removed ? w == 0.0f && (key_mask == nullptr || key_mask[j]) : w > 0.0f;
         });
         if (tile.count == 0) continue;
-        const KeyRows key_rows = tile.pack(a.key, a.dtype, offset(a.key), dim, key);
-        const KeyRows value_rows = tile.pack(a.value, a.dtype, offset(a.value), dim, value);
-        for (int64_t i = 0; i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
-        for (int64_t j = 0; j < tile.count; ++j) gradients.weight[j] = Vec{};
+        const bool every = tile.count == keys;
+        const KeyRows key_rows = tile.rows(a.key, a.dtype, offset(a.key), dim, blocks.count * group, key);
+        const KeyRows value_rows = tile.rows(a.value, a.dtype, offset(a.value), dim, blocks.count * group, value);
+        TileGradients gradients{every ? grad_key : some_grad_key, every ? grad_value : some_grad_value, {}};
+        for (int64_t i = 0; !every && i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
         for (int64_t i = 0; i < blocks.count; ++i) {
           const Block block = blocks[i];
           attend_backward(g, tile, removed, key_rows, value_rows, dropout, block.first + s.offset, block, queries(member),
                           probability, grad_logits, factor, gradients);
         }
-        for (int64_t j = 0; j < tile.count; ++j) {
-          if (grad_weight != nullptr) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
-          if (removed) continue;
+        for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
+        for (int64_t j = 0; !every && !removed && j < tile.count; ++j) {
           for (int64_t d = 0; d < stride; d += kWidth) {
             float *k = grad_key + tile.place[j] * stride + d, *v = grad_value + tile.place[j] * stride + d;
             store(k, load(k) + load(gradients.key + j * stride + d));
@@ -204,7 +207,7 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
       }
     }
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, 1.0f, grad_key + j * stride);
+      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, a.scale, grad_key + j * stride);
       store_row(g.grad_value, a.dtype, offset(g.grad_value) + (first + j) * g.grad_value.row, dim, 1.0f, grad_value + j * stride);
     }
   }

@@ -138,6 +138,19 @@ inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int6
   });
 }
 
+// The same of whole vectors of rows that stand in scratch, zero-padded: out[d * rows + r].
+inline void transpose_rows(const float* in, int64_t rows, int64_t head_dim, float factor, float* out) {
+  const int64_t stride = round_up(head_dim);
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      Vec square[kWidth];
+      for (int r = 0; r < kWidth; ++r) square[r] = load(in + (first + r) * stride + d) * splat(factor);
+      transpose(square);
+      for (int c = 0; c < kWidth && d + c < head_dim; ++c) store(out + (d + c) * rows + first, square[c]);
+    }
+  }
+}
+
 // Columns to rows: the way back, into rows [0, rows) of a tensor. factor(r) is that of rows r, ..., r + kWidth - 1.
 template <class Factor>
 inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, Factor factor, const Matrices& m,

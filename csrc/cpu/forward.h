@@ -72,7 +72,7 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows
 // All keys and values of a key head in fp32, tile after tile, copied when they are first needed.
 struct PackedKeys {
   float *key, *value;  // [tile, kKeyTile, stride]
-  bool read_once;  // nothing is kept, nor copied where it can be read where it stands
+  bool read_once;  // by a single band: nothing is kept
   int64_t tiles = 0;
 
   static int64_t size(int64_t keys, int64_t stride) { return 2 * (keys + kKeyTile) * stride; }
@@ -118,8 +118,8 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
     const KeyTile tile(weight, first, keys, [](int64_t, float w) { return w > 0.0f; });
     KeyRows key{packed.key + first * stride, stride}, value{packed.value + first * stride, stride};
     if (packed.read_once) {
-      key = tile.rows(a.key, a.dtype, first_key, dim, packed.key);
-      value = tile.rows(a.value, a.dtype, first_value, dim, packed.value);
+      key = tile.rows(a.key, a.dtype, first_key, dim, blocks.count, packed.key);
+      value = tile.rows(a.value, a.dtype, first_value, dim, blocks.count, packed.value);
     } else if (first == packed.tiles * kKeyTile) {
       tile.pack(a.key, a.dtype, first_key, dim, packed.key + first * stride);
       tile.pack(a.value, a.dtype, first_value, dim, packed.value + first * stride);

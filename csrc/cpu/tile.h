@@ -5,6 +5,9 @@
 constexpr int64_t kKeyTile = 64;
 constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass sums over them, so the more the better
 
+// Rows that are far from each other displace each other from the cache: only so few blocks of queries read them uncopied.
+constexpr int64_t kFewReaders = 4;
+
 // Rows of keys or values, one every `stride` values.
 struct KeyRows {
   const float* data;
@@ -54,10 +57,10 @@ struct KeyTile {
     return {out, round_up(head_dim)};
   }
 
-  // The same, but where they stand if that can be.
-  KeyRows rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
+  // The same, for so many blocks of queries: where the rows stand, if that can be and few read them there.
+  KeyRows rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, float* out) const {
     const bool neighbours = count > 0 && place[count - 1] == count - 1;
-    if (dtype != DType::kFloat32 || !neighbours) return pack(m, dtype, offset, head_dim, out);
+    if (dtype != DType::kFloat32 || !neighbours || readers > kFewReaders) return pack(m, dtype, offset, head_dim, out);
     return {static_cast<const float*>(m.data) + offset + first * m.row, m.row};
   }
 };
