@@ -20,14 +20,41 @@ struct DecodePlan {
   }
 };
 
-// logits[j] = query . key_j, kWidth keys at a time; what stands beyond the last key is undefined.
-inline void logits_of_row(const float* query, const float* key, int64_t keys, int64_t stride, float* logits) {
+// Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors.
+struct CopiedRows {
+  const float* data;
+  int64_t stride;
+
+  Vec load_at(int64_t key, int64_t d) const { return load(data + key * stride + d); }
+  void prefetch(int64_t, int64_t) const {}
+};
+
+template <DType kType>
+struct TensorRows {
+  const Matrices& rows;
+  int64_t first;
+
+  Vec load_at(int64_t key, int64_t d) const { return load_values<kType>(rows.data, first + key * rows.row + d); }
+  void prefetch(int64_t key, int64_t size) const { prefetch_row(rows, kType, first + key * rows.row, size); }
+};
+
+// How long before its use a key is called for, which is how long memory takes.
+constexpr int64_t kAheadKeys = 32;
+
+// logits[j] = query . key_j, kWidth keys at a time; what stands beyond the last key is undefined. Calls for the values too.
+template <class Rows>
+inline void logits_of_row(const float* query, const Rows& key, const Rows& value, int64_t keys, int64_t stride, float* logits) {
   for (int64_t first = 0; first < keys; first += kWidth) {
+    const int64_t last = keys - first - 1;
+    for (int64_t j = first; j < first + kWidth; ++j) {
+      key.prefetch(j + kAheadKeys, stride);
+      value.prefetch(j, stride);
+    }
     Vec products[kWidth];
     for (int j = 0; j < kWidth; ++j) products[j] = Vec{};
     for (int64_t d = 0; d < stride; d += kWidth) {
       const Vec q = load(query + d);
-      for (int j = 0; j < kWidth; ++j) products[j] += q * load(key + (first + j) * stride + d);
+      for (int j = 0; j < kWidth; ++j) products[j] += q * key.load_at(first + (j < last ? j : last), d);
     }
     transpose(products);
     Vec total{};
@@ -36,9 +63,10 @@ inline void logits_of_row(const float* query, const float* key, int64_t keys, in
   }
 }
 
-inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const float* key, const float* value,
-                       int64_t stride, float* logits, PartialRow row) {
-  logits_of_row(query, key, keys, stride, logits);
+template <class Rows>
+inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const Rows& key, const Rows& value, int64_t stride,
+                       float* logits, PartialRow row) {
+  logits_of_row(query, key, value, keys, stride, logits);
   Vec best = splat(*row.maximum);
   for (int64_t j = 0; j < keys; j += kWidth) {
     const Vec x = lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) : splat(-kInfinity);
@@ -63,7 +91,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
     Vec acc[kVecs];
     for (int64_t v = 0; v < vecs; ++v) acc[v] = load(row.output + d + v * kWidth) * correction;
     for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t v = 0; v < vecs; ++v) acc[v] += splat(logits[j]) * load(value + j * stride + d + v * kWidth);
+      for (int64_t v = 0; v < vecs; ++v) acc[v] += splat(logits[j]) * value.load_at(j, d + v * kWidth);
     }
     for (int64_t v = 0; v < vecs; ++v) store(row.output + d + v * kWidth, acc[v]);
   }
@@ -96,16 +124,27 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
       const int64_t head = key_head * group + member;
       const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
       const KeyTile tile(weight, first, keys, [](int64_t, float w) { return w > 0.0f; });
+      const auto attend_rows = [&](const auto& key_rows, const auto& value_rows) {
+        for (int64_t row = 0; row < s.num_queries; ++row) {
+          const int64_t visible = a.causal ? tile.up_to(row + s.offset) : tile.count;
+          if (visible == 0) continue;
+          attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key_rows, value_rows, stride, logits,
+                     plan.row(batch, head, row, part));
+        }
+      };
+      // Rows that are read once are not worth a copy.
+      if (group * s.num_queries == 1 && tile.count == keys && dim == stride) {
+        with_dtype(a.dtype, [&]<DType kType>() {
+          attend_rows(TensorRows<kType>{a.key, offset(a.key) + first * a.key.row},
+                      TensorRows<kType>{a.value, offset(a.value) + first * a.value.row});
+        });
+        continue;
+      }
       if (member == 0 || a.weight.head != 0) {
         tile.pack(a.key, a.dtype, offset(a.key), dim, key);
         tile.pack(a.value, a.dtype, offset(a.value), dim, value);
       }
-      for (int64_t row = 0; row < s.num_queries; ++row) {
-        const int64_t visible = a.causal ? tile.up_to(row + s.offset) : tile.count;
-        if (visible == 0) continue;
-        attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key, value, stride, logits,
-                   plan.row(batch, head, row, part));
-      }
+      attend_rows(CopiedRows{key, stride}, CopiedRows{value, stride});
     }
   }
 }

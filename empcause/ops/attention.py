@@ -1,6 +1,7 @@
 """The operator: argument checks, choice of the backend, autograd in eager mode."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -307,6 +308,16 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _differentiable_once(backward: Callable) -> Callable:
+    """`once_differentiable` only where a second derivative could be asked for: it takes as long as the rest of this module."""
+    refusing = once_differentiable(backward)
+
+    def once(ctx: Any, grad_output: Tensor) -> tuple:
+        return refusing(ctx, grad_output) if torch.is_grad_enabled() else backward(ctx, grad_output)
+
+    return once
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def operator(operators: Any) -> Any:
@@ -322,7 +333,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
         wants_cause = cause is not None and ctx.needs_input_grad[4]
@@ -347,7 +358,7 @@ class _AttentionVarlen(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
         wants_cause = cause is not None and ctx.needs_input_grad[4]
