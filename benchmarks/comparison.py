@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from empcause.benchmarks.figures import Row
@@ -10,6 +11,21 @@ from empcause.benchmarks.gate import Gate, first_sentence
 from empcause.benchmarks.peers import Inputs, Peer, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import ROUNDS_SECONDS, Stopwatch
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Something that shows what the machine does at most, timed in turn with the peers.
+
+    Attributes:
+        run: does `work` FLOPs, or reads as many bytes.
+        needs: how much of that a case takes, for a direction.
+    """
+
+    name: str
+    run: Callable[[], object]
+    work: float
+    needs: Callable[[Case, str], float]
 
 
 def directions(inputs: Inputs, peer: Peer, call: Callable[..., torch.Tensor]) -> dict[str, Callable[[], object]]:
@@ -39,12 +55,14 @@ def time_case(
     seconds: float = float("inf"),
     patience: float = float("inf"),
     rounds_seconds: float = ROUNDS_SECONDS,
+    yardstick: Yardstick | None = None,
 ) -> Iterator[Row]:
     """Check the peers on a case, as many as the seconds suffice for, then time those that are right, in turn.
 
     Args:
         patience: a peer whose check takes longer than this many seconds is left out.
         rounds_seconds: what timing one direction may take.
+        yardstick: gets a row of the time that it would take for this case.
     """
     begun = time.monotonic()
     torch.compiler.reset()
@@ -74,6 +92,11 @@ def time_case(
             yield Row("attention", name, "all", peer.name, peer.weighted, verdict)
     weighted = {peer.name: peer.weighted for peer in candidates}
     for direction, found in calls.items():
+        if yardstick is not None:
+            found[yardstick.name] = yardstick.run
         for peer_name, timing in stopwatch.interleave(found, rounds_seconds).items():
+            if yardstick is not None and peer_name == yardstick.name:
+                timing = timing.scaled(yardstick.needs(case, direction) / yardstick.work)
             gflops = case.flops(direction) / timing.median / 1e6
-            yield Row("attention", name, direction, peer_name, weighted[peer_name], "ok", timing, gflops, shape=case)
+            same = weighted.get(peer_name, False)
+            yield Row("attention", name, direction, peer_name, same, "ok", timing, gflops, shape=case)

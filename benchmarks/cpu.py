@@ -13,13 +13,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from empcause.benchmarks.comparison import directions, time_case
+from empcause.benchmarks.comparison import Yardstick, directions, time_case
 from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
 from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
 from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
@@ -73,35 +72,42 @@ SUITES: dict[str, list[Case]] = {
 }
 
 
-@dataclass(frozen=True)
 class Limits:
-    """What the machine does at most, by threads of torch: fp32 multiply-adds in 10^9 FLOP/s, reading memory in 10^9 bytes/s."""
+    """What the machine does at most, by as many threads as torch has: multiply-adds in fp32, and reading memory.
 
-    gflops: float
-    gigabytes: float
+    Attributes:
+        gflops: 10^9 FLOP/s, the best of several.
+        gigabytes: 10^9 bytes/s, the best of several.
+        arithmetic, reading: the same to be timed beside peers, as a machine that others use too is not always equally fast.
+    """
+
+    def __init__(self, rounds: int = 4_000_000, bytes_read: int = 2**29, repeats: int = 8) -> None:
+        tasks = 8 * torch.get_num_threads()
+        values = torch.ones(bytes_read // 4)  # more than the caches hold
+
+        def multiply_adds() -> int:
+            return _C.multiply_adds(rounds // tasks, tasks)
+
+        def read() -> None:
+            _C.read_all(values.data_ptr(), values.numel(), tasks)
+
+        self.arithmetic = Yardstick("limit: multiply-adds", multiply_adds, multiply_adds(), Case.flops)
+        self.reading = Yardstick("limit: reading", read, values.nbytes, Case.bytes)
+        self.gflops, self.gigabytes = (_best_rate(limit, repeats) for limit in (self.arithmetic, self.reading))
+
+    def of(self, case: Case) -> Yardstick:
+        """Decoding is bound by reading, the rest by arithmetic."""
+        return self.reading if case.decoding else self.arithmetic
 
 
-def measure_limits(rounds: int = 2_000_000, bytes_read: int = 2**29, repeats: int = 8) -> Limits:
-    """Independent multiply-adds in registers, and one pass over an array larger than the caches; the best of several."""
-    threads = torch.get_num_threads()
-    values = torch.ones(bytes_read // 4)
-    share = values.numel() // threads
-
-    def read(thread: int) -> float:
-        return _C.read_all(values.data_ptr() + 4 * share * thread, share)
-
-    with ThreadPoolExecutor(threads) as pool:
-
-        def best(work: Callable[[], float]) -> float:
-            rates = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                rates.append(work() / (time.perf_counter() - start))
-            return max(rates) / 1e9
-
-        gflops = best(lambda: sum(pool.map(_C.multiply_adds, [rounds] * threads)))
-        gigabytes = best(lambda: len(list(pool.map(read, range(threads)))) * share * 4)
-    return Limits(gflops, gigabytes)
+def _best_rate(limit: Yardstick, repeats: int) -> float:
+    """10^9 FLOPs or bytes per second."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        limit.run()
+        times.append(time.perf_counter() - start)
+    return limit.work / min(times) / 1e9
 
 
 def machine(limits: Limits) -> dict[str, str]:
@@ -121,7 +127,9 @@ def machine(limits: Limits) -> dict[str, str]:
     }
 
 
-def run(suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | None, seconds: float) -> Iterator[Row]:
+def run(
+    suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | None, seconds: float, limits: Limits
+) -> Iterator[Row]:
     """Check and time the peers on every case.
 
     Args:
@@ -132,7 +140,8 @@ def run(suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | Non
     cases = [replace(case, dtype=DTYPES[dtype]) for suite in suites for dtype in dtypes for case in SUITES[suite]]
     stopwatch = Stopwatch("cpu")
     for case in tqdm(cases, desc="attention", unit="case", disable=None):
-        yield from time_case(case, chosen, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds)
+        limit = limits.of(case)
+        yield from time_case(case, chosen, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, yardstick=limit)
 
 
 def peak_memory(name: str, length: int) -> int:
@@ -181,18 +190,9 @@ def best_peers(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, flo
     return found
 
 
-def share_of_limit(row: Row, limits: Limits) -> float:
-    """What the machine would need at least / the time of a row: for its bytes in decoding, otherwise for its FLOPs."""
-    assert row.shape is not None
-    assert row.timing is not None
-    if row.shape.decoding:
-        return row.shape.bytes(row.direction) / limits.gigabytes / 1e6 / row.timing.median
-    return row.shape.flops(row.direction) / limits.gflops / 1e6 / row.timing.median
-
-
 def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
     """Our figures, with the fastest peer's ratio; then geometric means, and what was not timed."""
-    best = best_peers(rows)
+    best, found = best_peers(rows), ratios(rows)
     table = Table("case", "direction", "ms", "p20", "p80", "GFLOP/s", "of limit", "best peer", "/ ours", box=SIMPLE)
     for column in table.columns[2:7] + table.columns[8:]:
         column.justify = "right"
@@ -200,7 +200,9 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
         if row.timing and row.peer == CPU:
             name, ratio = best.get(row.group, ("", math.nan))
             times = (f"{value:.3g}" for value in (row.timing.median, row.timing.p20, row.timing.p80))
-            rates = (f"{row.gflops:.1f}", f"{share_of_limit(row, limits):.0%}")
+            assert row.shape is not None
+            share = found[row.group, limits.of(row.shape).name][CPU]
+            rates = (f"{row.gflops:.1f}", f"{share:.0%}")
             table.add_row(row.case, row.direction, *times, *rates, name, f"{ratio:.2f}" if name else "")
     console.print(table)
     lengths: dict[tuple[str, str], list[float]] = {}
@@ -216,7 +218,8 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
         elif row.timing is None:
             console.print(f"not timed: {row.case}, {row.peer}: {row.status}")
     console.print(
-        f"Limits: {limits.gflops:.0f} GFLOP/s, {limits.gigabytes:.1f} GB/s read (by which decoding is judged)."
+        f"At best {limits.gflops:.0f} GFLOP/s and {limits.gigabytes:.1f} GB/s read. Limits: multiply-adds, in decoding reading,"
+        " timed in turn with each case."
     )
 
 
@@ -245,8 +248,8 @@ def bench(
             raise UserError(f"There is no peer {name!r}; expected one of {', '.join(map(repr, known))}.")
     console = console or Console()
     console.width = max(console.width, 150 if not console.is_terminal else 0)
-    limits = measure_limits()
-    rows = list(run([suite for suite in suites if suite != "memory"], dtypes, names, seconds))
+    limits = Limits()
+    rows = list(run([suite for suite in suites if suite != "memory"], dtypes, names, seconds, limits))
     if "memory" in suites:
         rows += run_memory()
     print_table(rows, limits, console)

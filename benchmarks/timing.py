@@ -29,6 +29,10 @@ class Timing:
         low, *_, high = statistics.quantiles(milliseconds, n=5, method="inclusive")
         return cls(statistics.median(milliseconds), low, high, len(milliseconds))
 
+    def scaled(self, factor: float) -> "Timing":
+        """The times of as many times the work."""
+        return Timing(self.median * factor, self.p20 * factor, self.p80 * factor, self.repeats)
+
 
 class Stopwatch:
     """Times functions on a device: events on the GPU's own clock, or the host's clock for CPU tensors."""

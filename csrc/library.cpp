@@ -1,22 +1,13 @@
 // torch.ops.empcause_cpu: the raw operators on the CPU.
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/attention.h"
 #include "cpu/weights.h"
 #include "operators.h"
+#include "parallel.h"
 
 namespace empcause {
 namespace {
-
-// Runs every task in torch's thread pool, so that torch.set_num_threads holds. A thread takes the next task when it has done one:
-// tasks differ in length, and so do the processors that others use too.
-void parallel_for(int64_t count, cpu::Task task, void* context) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(context, i, i + 1);
-  });
-}
 
 void check_prefix_sums(const int32_t* sums, int64_t count, int64_t rows, const char* what) {
   bool fine = sums[0] == 0 && sums[count - 1] == rows;

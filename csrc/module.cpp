@@ -1,7 +1,11 @@
 // The Python module `empcause._C`. Importing it registers the operators of library.cpp with torch.
 #include <pybind11/pybind11.h>
 
+#include <numeric>
+#include <vector>
+
 #include "cpu/attention.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -24,10 +28,37 @@ py::dict build_info() {
   return info;
 }
 
-int64_t multiply_adds(int64_t rounds) { return empcause::cpu::select_kernels().multiply_adds(rounds); }
+// As many times, in parallel.
+int64_t multiply_adds(int64_t rounds, int64_t tasks) {
+  std::vector<int64_t> flops(static_cast<size_t>(tasks));
+  struct Work {
+    int64_t rounds, *flops;
+  } work{rounds, flops.data()};
+  const auto task = [](void* pointer, int64_t begin, int64_t end) {
+    const Work& w = *static_cast<const Work*>(pointer);
+    for (int64_t i = begin; i < end; ++i) w.flops[i] = empcause::cpu::select_kernels().multiply_adds(w.rounds);
+  };
+  empcause::parallel_for(tasks, task, &work);
+  return std::accumulate(flops.begin(), flops.end(), int64_t{0});
+}
 
-float read_all(uintptr_t address, int64_t count) {
-  return empcause::cpu::select_kernels().read_all(reinterpret_cast<const float*>(address), count);
+// In as many parts, in parallel.
+float read_all(uintptr_t address, int64_t count, int64_t tasks) {
+  std::vector<float> sums(static_cast<size_t>(tasks));
+  struct Work {
+    const float* data;
+    int64_t count, tasks;
+    float* sums;
+  } work{reinterpret_cast<const float*>(address), count, tasks, sums.data()};
+  const auto task = [](void* pointer, int64_t begin, int64_t end) {
+    const Work& w = *static_cast<const Work*>(pointer);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = w.count * i / w.tasks, last = w.count * (i + 1) / w.tasks;
+      w.sums[i] = empcause::cpu::select_kernels().read_all(w.data + first, last - first);
+    }
+  };
+  empcause::parallel_for(tasks, task, &work);
+  return std::accumulate(sums.begin(), sums.end(), 0.0f);
 }
 
 }  // namespace
@@ -38,8 +69,9 @@ PYBIND11_MODULE(_C, module) {
              "Compiler, instruction sets built and selected, and the torch whose stable ABI this was built for.\n\n"
              "Raises RuntimeError where EMPCAUSE_CPU_ISA names kernels that are unknown or do not run here.");
   const py::call_guard<py::gil_scoped_release> without_lock;
-  module.def("multiply_adds", &multiply_adds, py::arg("rounds"), without_lock,
-             "Runs independent chains of fp32 multiply-adds in one thread: the FLOPs it did, to be timed.");
-  module.def("read_all", &read_all, py::arg("address"), py::arg("count"), without_lock,
-             "Reads `count` fp32 values in memory in one thread, to be timed: their sum.");
+  module.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("tasks"), without_lock,
+             "Runs independent chains of fp32 multiply-adds, so many rounds in each of some tasks for torch's threads: the FLOPs it\n"
+             "did, to be timed.");
+  module.def("read_all", &read_all, py::arg("address"), py::arg("count"), py::arg("tasks"), without_lock,
+             "Reads `count` fp32 values in memory, in parts for torch's threads, to be timed: their sum.");
 }

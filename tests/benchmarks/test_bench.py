@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from empcause.benchmarks import cpu
-from empcause.benchmarks.cpu import SUITES, best_peers, compare, measure_limits
+from empcause.benchmarks.comparison import Yardstick, time_case
+from empcause.benchmarks.cpu import SUITES, Limits, best_peers, compare
 from empcause.benchmarks.figures import Row
 from empcause.benchmarks.peers import cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
-from empcause.benchmarks.timing import Timing
+from empcause.benchmarks.timing import Stopwatch, Timing
 
 from empcause.cli import main
 from empcause.cli.bench import SUITES as CHOICES
@@ -27,7 +28,7 @@ def row(case, direction, peer, milliseconds, same=True):
 def small(monkeypatch):
     """One small case in place of all, and quick limits."""
     monkeypatch.setattr(cpu, "SUITES", {"lengths": [SMALL]})
-    monkeypatch.setattr(cpu, "measure_limits", lambda: cpu.Limits(100.0, 10.0))
+    monkeypatch.setattr(cpu, "Limits", lambda: Limits(rounds=1000, bytes_read=2**16, repeats=2))
 
 
 def test_choices_are_the_suites():
@@ -35,17 +36,19 @@ def test_choices_are_the_suites():
 
 
 def test_limits_are_positive_and_finite():
-    limits = measure_limits(rounds=1000, bytes_read=2**16, repeats=2)
+    limits = Limits(rounds=1000, bytes_read=2**16, repeats=2)
     assert 0 < limits.gflops < 1e5
     assert 0 < limits.gigabytes < 1e5
+    assert limits.of(SUITES["decoding"][0]) is limits.reading
+    assert limits.of(SUITES["lengths"][0]) is limits.arithmetic
 
 
 def test_what_limits_count():
     from empcause import _C
 
-    assert _C.multiply_adds(10) % (2 * 10) == 0
+    assert _C.multiply_adds(10, 3) == 3 * _C.multiply_adds(10, 1) > 0
     values = torch.arange(1001, dtype=torch.float32)
-    assert _C.read_all(values.data_ptr(), values.numel()) == 1000 * 1001 / 2
+    assert _C.read_all(values.data_ptr(), values.numel(), 3) == 1000 * 1001 / 2
 
 
 def test_decoding_reads_more_than_a_cache_holds_and_finds_it_contiguous():
@@ -61,7 +64,8 @@ def test_bench_writes_table_and_plots(small, tmp_path, capsys):
     ours = [line for line in lines if line["peer"] == "empcause cpu"]
     assert {line["direction"] for line in ours} == {"forward", "forward+backward", "forward+backward+cause"}
     assert all(line["status"] == "ok" and line["isa"] and line["torch"] for line in lines)
-    assert {line["peer"] for line in lines} == {peer.name for peer in cpu_peers()} - {"flex score_mod"}
+    names = {peer.name for peer in cpu_peers()} - {"flex score_mod"}
+    assert {line["peer"] for line in lines} == names | {"limit: multiply-adds"}
     assert (tmp_path / "cpu_ratios.png").stat().st_size > 0
     assert (tmp_path / "cpu_roofline.png").stat().st_size > 0
     assert "geometric mean" in capsys.readouterr().out
@@ -77,8 +81,18 @@ def test_a_wrong_kernel_is_not_timed(small, monkeypatch, capsys):
 
     monkeypatch.setattr(cpu, "cpu_peers", lambda: [replace(right[0], prepare=prepare), *right[1:]])
     rows = cpu.bench(["lengths"], ["fp32"], [], seconds=0.0)
-    assert [row.timing for row in rows] == [None]
+    assert [row.timing for row in rows if row.peer == "empcause cpu"] == [None]
     assert "output: largest error" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_yardstick_is_timed_for_the_work_of_the_case():
+    yardstick = Yardstick("limit", lambda: None, 1.0, lambda case, direction: 1e12)
+    rows = list(time_case(SMALL, cpu_peers()[:1], "cpu", Stopwatch("cpu"), rounds_seconds=0.0, yardstick=yardstick))
+    limits = [row for row in rows if row.peer == "limit"]
+    assert len(limits) == 3
+    for row in limits:
+        assert row.timing.median > 1e3, "nothing done takes well over 10^-12 s"
+        assert not row.same_function
 
 
 def test_the_best_peer_computes_the_same_function():
