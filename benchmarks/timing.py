@@ -1,5 +1,6 @@
 """Time budgets, and timings of several functions taken in turn."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Stopwatch:
         self._flushed = torch.empty(FLUSHED_BYTES if self.on_gpu else 0, dtype=torch.int8, device=device)
 
     def interleave(self, calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
-        """Time functions in turn, each round beginning with another one, so that what drifts meets all alike.
+        """Time functions in turn, each round in another order, so that what drifts, and what the one before left in the caches,
+        meets all alike.
 
         Args:
             calls: functions, warmed up here.
@@ -61,9 +63,9 @@ class Stopwatch:
         rounds = max(MIN_REPEATS, min(MAX_REPEATS, int(seconds / max(sum(estimates.values()), 1e-6))))
         names = list(calls)
         spans: dict[str, list] = {name: [] for name in names}
-        for start in range(rounds):
-            for step in range(len(names)):
-                name = names[(start + step) % len(names)]
+        order = random.Random(0)
+        for _ in range(rounds):
+            for name in order.sample(names, len(names)):
                 if len(spans[name]) < 2 or estimates[name] * len(spans[name]) < seconds:
                     spans[name].append(self._span(calls[name]))
         self._wait()

@@ -21,10 +21,7 @@ struct DecodePlan {
 };
 
 // Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors.
-struct CopiedRows {
-  const float* data;
-  int64_t stride;
-
+struct CopiedRows : KeyRows {
   Vec load_at(int64_t key, int64_t d) const { return load(data + key * stride + d); }
   void prefetch(int64_t, int64_t) const {}
 };
@@ -144,7 +141,7 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
         tile.pack(a.key, a.dtype, offset(a.key), dim, key);
         tile.pack(a.value, a.dtype, offset(a.value), dim, value);
       }
-      attend_rows(CopiedRows{key, stride}, CopiedRows{value, stride});
+      attend_rows(CopiedRows{{key, stride}}, CopiedRows{{value, stride}});
     }
   }
 }

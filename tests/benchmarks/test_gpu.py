@@ -156,7 +156,8 @@ class TestTiming:
         assert {timing.repeats for timing in timings.values()} == {MIN_REPEATS}
         warm_up, rounds = order[:9], ["".join(order[start : start + 3]) for start in range(9, len(order), 3)]
         assert warm_up == [*"aaabbbccc"]
-        assert rounds == ["abc", "bca", "cab", "abc", "bca"], "each round begins with another one"
+        assert {"".join(sorted(names)) for names in rounds} == {"abc"}, "each once a round"
+        assert len({*rounds}) > 1, "not always in the same order"
 
     def test_what_is_slow_sits_out(self, stopwatch):
         order = []

@@ -164,6 +164,17 @@ def test_no_gradient_for_what_needs_none():
     assert cause.grad is None
 
 
+@needs_cpu
+def test_a_second_derivative_is_refused():
+    query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    output = biased_attention(query, key, value, backend="cpu")
+    (once,) = torch.autograd.grad(output.square().sum(), query, retain_graph=True)
+    (recorded,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    assert torch.equal(once, recorded)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        recorded.sum().backward()
+
+
 def test_info_names_the_backends():
     text = str(empcause.info())
     assert "cpu" in text
