@@ -102,36 +102,29 @@ inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t si
   });
 }
 
-// Rows to columns: out[d * stride + r] for rows [0, rows), factor included; columns up to `columns`, whole vectors, are zero.
-// Rows for which keep(r) is false become zero too.
-template <class Keep>
+// Rows to columns: out[d * columns + r] for rows [0, rows), factor included; columns up to `columns`, whole vectors, are zero.
 inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns, int64_t head_dim,
-                            float factor, Keep keep, int64_t stride, float* out) {
+                            float factor, float* out) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t first = 0; first < columns; first += kWidth) {
-      bool there[kWidth], all_there = true;
-      for (int r = 0; r < kWidth; ++r) {
-        there[r] = first + r < rows && keep(first + r);
-        all_there &= there[r];
-        prefetch_row(m, dtype, offset + (first + kWidth + r) * m.row, head_dim);
-      }
+      for (int r = 0; r < kWidth; ++r) prefetch_row(m, dtype, offset + (first + kWidth + r) * m.row, head_dim);
       for (int64_t d = 0; d < head_dim; d += kWidth) {
         const int64_t index = offset + first * m.row + d, columns_left = head_dim - d;
-        const bool whole = all_there && columns_left >= kWidth;
+        const bool whole = first + kWidth <= rows && columns_left >= kWidth;
         Vec square[kWidth];
         if (whole) {
           for (int r = 0; r < kWidth; ++r) square[r] = load_values<kType>(m.data, index + r * m.row) * splat(factor);
         } else {
           for (int r = 0; r < kWidth; ++r) {
-            square[r] = there[r] ? load_values<kType>(m.data, index + r * m.row, columns_left) * splat(factor) : Vec{};
+            square[r] = first + r < rows ? load_values<kType>(m.data, index + r * m.row, columns_left) * splat(factor) : Vec{};
           }
         }
         transpose(square);
-        float* at = out + d * stride + first;
+        float* at = out + d * columns + first;
         if (whole) {
-          for (int c = 0; c < kWidth; ++c) store(at + c * stride, square[c]);
+          for (int c = 0; c < kWidth; ++c) store(at + c * columns, square[c]);
         } else {
-          for (int c = 0; c < kWidth && c < columns_left; ++c) store(at + c * stride, square[c]);
+          for (int c = 0; c < kWidth && c < columns_left; ++c) store(at + c * columns, square[c]);
         }
       }
     }

@@ -101,7 +101,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
     pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(), dim,
-                    a.scale * kLog2E, [](int64_t) { return true; }, block.rows(), running(block).query);
+                    a.scale * kLog2E, running(block).query);
   }
   for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
