@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def build_driver(source: Path, folder: Path, build_type: str, sanitizers: str = "") -> Path:
+def build_driver(source: Path, folder: Path, build_type: str, sanitizers: str = "address,undefined") -> Path:
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if cmake is None:
         pytest.skip("cmake is not installed")
