@@ -72,7 +72,7 @@ inline Vec exp2(Vec x) {
   return x < splat(-126.0f) ? Vec{} : power;
 }
 
-// log2(x) for x >= 0, relative error below 2e-7; infinity and NaN for themselves.
+// log2(x) for x >= 0, relative error below 2.5e-7; infinity and NaN for themselves.
 inline Vec log2(Vec x) {
   // Subnormal numbers have no exponent of their own.
   const IntVec small = x < splat(1.17549435e-38f);

@@ -309,7 +309,7 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _differentiable_once(backward: Callable) -> Callable:
-    """`once_differentiable` only where a second derivative could be asked for: it takes as long as the rest of this module."""
+    """`once_differentiable` only where a second derivative could be asked for: small calls would feel it."""
     refusing = once_differentiable(backward)
 
     def once(ctx: Any, grad_output: Tensor) -> tuple:
