@@ -86,10 +86,10 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
-    matmul<false>(keys, vecs, Equal{dim}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
+    matmul(keys, vecs, Equal{dim}, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
                   probability + part.begin * rows + lane, rows);
-    matmul<false>(keys, vecs, Equal{dim}, value.data + part.begin * value.stride, value.stride, 1, grad_output_transposed + lane, rows,
-                  grad_logits + part.begin * rows + lane, rows);
+    matmul(keys, vecs, Equal{dim}, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
+           grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows);
     for (int64_t j = part.begin; j < part.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.weight[j]);
@@ -113,10 +113,10 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     const float* grad_output = packed.grad_output + (query + lane) * stride;
     const int64_t columns = stride / kWidth, depth = rows - lane;
     const float *p = probability + part.begin * rows + lane, *grad = grad_logits + part.begin * rows + lane;
-    matmul<true>(keys, columns, Equal{depth}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
-    matmul<true>(keys, columns, Equal{depth}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
+    matmul(keys, columns, Equal{depth}, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
+    matmul(keys, columns, Equal{depth}, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
   }
-  matmul<true>(dim, block.vecs, Rising{parts.keys}, key.data, 1, key.stride, grad_logits, rows, packed.grad_query + query * dim, rows);
+  matmul(dim, block.vecs, Rising{parts.keys}, Add{}, key.data, 1, key.stride, grad_logits, rows, packed.grad_query + query * dim, rows);
 }
 
 // How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.

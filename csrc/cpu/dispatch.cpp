@@ -1,4 +1,11 @@
 // Which kernels run here, and memory for them.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -53,19 +60,30 @@ const Kernels& select_kernels() {
 }
 
 float* thread_scratch(int64_t num_floats) {
+  // Rows of tensors lie on many pages, which leaves the processor no place to remember where those of the scratch memory are.
+  constexpr size_t kLargePage = size_t{1} << 21;
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
   thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (num_floats > capacity) {
-    const auto bytes = (static_cast<size_t>(num_floats) * sizeof(float) + 63) / 64 * 64;
+  thread_local size_t capacity = 0;
+  const size_t bytes = static_cast<size_t>(num_floats) * sizeof(float);
+  if (bytes > capacity) {
+    const size_t pages = (bytes + kLargePage - 1) / kLargePage * kLargePage;
     memory.reset();
     capacity = 0;
-    memory.reset(std::aligned_alloc(64, bytes));
+    memory.reset(std::aligned_alloc(kLargePage, pages));
     if (!memory) throw std::bad_alloc();
-    capacity = num_floats;
+    capacity = pages;
+#if defined(__linux__)
+    madvise(memory.get(), pages, MADV_HUGEPAGE);  // may be declined
+#endif
   }
+#if defined(__SANITIZE_ADDRESS__)
+  // What is beyond this call's part is out of bounds.
+  ASAN_UNPOISON_MEMORY_REGION(memory.get(), bytes);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(memory.get()) + bytes, capacity - bytes);
+#endif
   return static_cast<float*>(memory.get());
 }
 

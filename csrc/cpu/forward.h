@@ -26,17 +26,18 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows
   for (int64_t v = 0; v < block.vecs; ++v) best[v] = splat(-kInfinity);
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth;
-    matmul<false>(part.end - part.begin, block.vecs - part.first_vec, Equal{dim}, key.data + part.begin * key.stride, key.stride,
-                  1, running.query + lane, rows, logits + part.begin * rows + lane, rows);
-    for (int64_t j = part.begin; part.ragged && j < part.end; ++j) {
+    const Vec others = best[part.first_vec];
+    matmul(part.end - part.begin, block.vecs - part.first_vec, Equal{dim}, OverwriteAndCompare{best + part.first_vec},
+           key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows);
+    if (!part.ragged) continue;
+    Vec most = others;  // what a query does not see does not count
+    for (int64_t j = part.begin; j < part.end; ++j) {
       float* row = logits + j * rows + lane;
-      store(row, seen(tile, j, part, position) ? load(row) : splat(-kInfinity));
+      const Vec x = seen(tile, j, part, position) ? load(row) : splat(-kInfinity);
+      store(row, x);
+      most = maximum(x, most);
     }
-    for (int64_t v = part.first_vec; v < block.vecs; ++v) {
-      Vec most = best[v];
-      for (int64_t j = part.begin; j < part.end; ++j) most = maximum(load(logits + j * rows + v * kWidth), most);
-      best[v] = most;
-    }
+    best[part.first_vec] = most;
   }
 
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
@@ -66,7 +67,7 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows
     }
     store(running.row_sum + lane, total);
   }
-  matmul<true>(dim, block.vecs, Rising{parts.keys}, value.data, 1, value.stride, logits, rows, running.output, rows);
+  matmul(dim, block.vecs, Rising{parts.keys}, Add{}, value.data, 1, value.stride, logits, rows, running.output, rows);
 }
 
 // All keys and values of a key head in fp32, tile after tile, copied when they are first needed.

@@ -36,7 +36,9 @@ struct Rising {
 template <int kFirst, int kRows, int kVecs, class Depth>
 [[gnu::always_inline]] inline void multiply_add(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const float* a, int64_t a_row,
                                                 int64_t a_col, const float* b, int64_t b_row) {
-  for (const int64_t end = depth[kFirst]; k < end; ++k) {
+  const int64_t end = depth[kFirst];
+  _Pragma("GCC unroll 4")
+  for (; k < end; ++k) {
     Vec row[kVecs];
     EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) row[v] = load(b + k * b_row + v * kWidth);
     EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
@@ -47,45 +49,80 @@ template <int kFirst, int kRows, int kVecs, class Depth>
   if constexpr (Depth::kRises && kFirst + 1 < kVecs) multiply_add<kFirst + 1>(acc, k, depth, a, a_row, a_col, b, b_row);
 }
 
-template <int kRows, int kVecs, bool kAccumulate, class Depth>
-[[gnu::always_inline]] inline void matmul_tile(Depth depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+// What is done with a tile of products.
+struct Overwrite {
+  template <int kRows, int kVecs>
+  [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
+    EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
+      EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) store(c + r * c_row + v * kWidth, acc[r][v]);
+    }
+  }
+  Overwrite from(int64_t) const { return *this; }
+};
+
+struct Add {
+  template <int kRows, int kVecs>
+  [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
+    EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
+      EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
+        float* at = c + r * c_row + v * kWidth;
+        store(at, load(at) + acc[r][v]);
+      }
+    }
+  }
+  Add from(int64_t) const { return *this; }
+};
+
+// Keeps the largest of each column too.
+struct OverwriteAndCompare {
+  Vec* largest;
+
+  template <int kRows, int kVecs>
+  [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
+    Overwrite{}(acc, c, c_row);
+    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
+      Vec most = largest[v];
+      EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) most = maximum(acc[r][v], most);
+      largest[v] = most;
+    }
+  }
+  OverwriteAndCompare from(int64_t vec) const { return {largest + vec}; }
+};
+
+template <int kRows, int kVecs, class Depth, class Then>
+[[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const float* a, int64_t a_row, int64_t a_col, const float* b,
                                                int64_t b_row, float* c, int64_t c_row) {
   Vec acc[kRows][kVecs];
   EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
     EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
   }
   multiply_add<0>(acc, 0, depth, a, a_row, a_col, b, b_row);
-  EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
-      float* at = c + r * c_row + v * kWidth;
-      store(at, kAccumulate ? load(at) + acc[r][v] : acc[r][v]);
-    }
-  }
+  then(acc, c, c_row);
 }
 
 // kRows at once, then half as many, and so on.
-template <int kRows, int kVecs, bool kAccumulate, class Depth>
-inline void matmul_rows(int64_t rows, Depth depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
-                        float* c, int64_t c_row) {
+template <int kRows, int kVecs, class Depth, class Then>
+inline void matmul_rows(int64_t rows, Depth depth, Then then, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                        int64_t b_row, float* c, int64_t c_row) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
-    matmul_tile<kRows, kVecs, kAccumulate>(depth, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
+    matmul_tile<kRows, kVecs>(depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
   }
   if constexpr (kRows > 1) {
     if (m == rows) return;
-    matmul_rows<kRows / 2, kVecs, kAccumulate>(rows - m, depth, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
+    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
   }
 }
 
 // `vecs` vectors of columns, from 1 on.
-template <bool kAccumulate, class Depth>
-inline void matmul(int64_t rows, int64_t vecs, Depth depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+template <class Depth, class Then>
+inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const float* a, int64_t a_row, int64_t a_col, const float* b,
                    int64_t b_row, float* c, int64_t c_row) {
-  for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3)) {
-    matmul_rows<kMatmulRows, 3, kAccumulate>(rows, depth, a, a_row, a_col, b, b_row, c, c_row);
+  for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3), then = then.from(3)) {
+    matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);
   }
-  for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth, depth = depth.from(2)) {
-    matmul_rows<kMatmulRows, 2, kAccumulate>(rows, depth, a, a_row, a_col, b, b_row, c, c_row);
+  for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth, depth = depth.from(2), then = then.from(2)) {
+    matmul_rows<kMatmulRows, 2>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);
   }
-  if (vecs == 1) matmul_rows<2 * kMatmulRows, 1, kAccumulate>(rows, depth, a, a_row, a_col, b, b_row, c, c_row);
+  if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);
 }
