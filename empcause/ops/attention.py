@@ -65,7 +65,7 @@ def biased_attention(
     batch, heads, _, dim = query.shape
     keys = key.shape[2]
     _check_options(strength, dropout_p, heads, query.device)
-    _check_cause(cause, [(batch, 1), (heads, 1), (keys,)], "[B or 1, K] or [B or 1, H or 1, K]", query.device)
+    _check_cause(cause, (batch, heads), keys, "[B or 1, K] or [B or 1, H or 1, K]", query.device)
     _check_mask(key_mask, (batch, keys), "[B, K]", query.device)
     scale = dim**-0.5 if scale is None else float(scale)
     seed = _seed(seed, dropout_p, query.device)
@@ -132,7 +132,7 @@ def biased_attention_varlen(
     _, heads, dim = query.shape
     keys = key.shape[0]
     _check_options(strength, dropout_p, heads, query.device)
-    _check_cause(cause, [(heads, 1), (keys,)], "[M] or [H or 1, M]", query.device)
+    _check_cause(cause, (heads,), keys, "[M] or [H or 1, M]", query.device)
     _check_mask(key_mask, (keys,), "[M]", query.device)
     for name, sums in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if sums.dtype != torch.int32 or sums.dim() != 1 or sums.shape[0] < 1 or sums.shape != cu_seqlens_q.shape:
@@ -196,27 +196,28 @@ def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tens
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
-    form = "[N, H, D]" if packed else "[B, H, Q, D]"
-    key_form = "[M, Hkv, D]" if packed else "[B, Hkv, K, D]"
-    for name, tensor, expected in (("query", query, form), ("key", key, key_form), ("value", value, key_form)):
-        if tensor.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {expected}, not {list(tensor.shape)}.")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"query, key and value must share a dtype; {name} is {tensor.dtype}, query {query.dtype}.")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}.")
-    if not query.is_floating_point():
-        raise ValueError(f"query, key and value must be floating, not {query.dtype}.")
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have the same shape, not {list(key.shape)} and {list(value.shape)}.")
-    if key.shape[-1] != query.shape[-1] or not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
+    dims, dtype, device = 3 if packed else 4, query.dtype, query.device
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != dims:
+            forms = ("[N, H, D]", "[M, Hkv, D]") if packed else ("[B, H, Q, D]", "[B, Hkv, K, D]")
+            raise ValueError(f"{name} must be {forms[name != 'query']}, not {list(tensor.shape)}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"query, key and value must share a dtype; {name} is {tensor.dtype}, query {dtype}.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {device}.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"query, key and value must be floating, not {dtype}.")
+    shape, key_shape = query.shape, key.shape
+    if key_shape != value.shape:
+        raise ValueError(f"key and value must have the same shape, not {list(key_shape)} and {list(value.shape)}.")
+    if key_shape[-1] != shape[-1] or not 1 <= shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"query and key must share a head size from 1 to {MAX_HEAD_DIM}, not {query.shape[-1]} and {key.shape[-1]}."
+            f"query and key must share a head size from 1 to {MAX_HEAD_DIM}, not {shape[-1]} and {key_shape[-1]}."
         )
-    if not packed and key.shape[0] != query.shape[0]:
-        raise ValueError(f"query and key must share the batch, not {query.shape[0]} and {key.shape[0]}.")
-    if key.shape[1] < 1 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads; there are {key.shape[1]} and {query.shape[1]}.")
+    if not packed and key_shape[0] != shape[0]:
+        raise ValueError(f"query and key must share the batch, not {shape[0]} and {key_shape[0]}.")
+    if key_shape[1] < 1 or shape[1] % key_shape[1]:
+        raise ValueError(f"the key heads must divide the query heads; there are {key_shape[1]} and {shape[1]}.")
 
 
 def _check_options(strength: float | Tensor, dropout_p: float, heads: int, device: torch.device) -> None:
@@ -226,22 +227,22 @@ def _check_options(strength: float | Tensor, dropout_p: float, heads: int, devic
                 f"strength must be a number or a floating tensor [H] = [{heads}] on {device}, "
                 f"not {strength.dtype} {list(strength.shape)} on {strength.device}."
             )
-    elif not isinstance(strength, Real) or not math.isfinite(strength):
+    elif not isinstance(strength, float | Real) or not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number or a tensor [H], not {strength!r}.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}.")
 
 
-def _check_cause(cause: Tensor | None, allowed: list[tuple[int, ...]], expected: str, device: torch.device) -> None:
-    """`allowed` lists the sizes of [batch,] heads and keys; heads may be left out."""
+def _check_cause(cause: Tensor | None, limits: tuple[int, ...], keys: int, expected: str, device: torch.device) -> None:
+    """`limits` are the sizes of [batch and] heads, each of which may be 1; heads may be left out."""
     if cause is None:
         return
-    without_heads = allowed[:-2] + allowed[-1:]
-    for sizes in (allowed, without_heads):
-        if cause.dim() == len(sizes) and all(size in fine for size, fine in zip(cause.shape, sizes, strict=True)):
-            break
-    else:
-        raise ValueError(f"cause must be {expected} with K = {allowed[-1][0]}, not {list(cause.shape)}.")
+    *outer, last = cause.shape or (-1,)
+    fits = last == keys and 0 <= len(limits) - len(outer) <= 1
+    for size, limit in zip(outer, limits, strict=False):
+        fits = fits and (size == limit or size == 1)
+    if not fits:
+        raise ValueError(f"cause must be {expected} with K = {keys}, not {list(cause.shape)}.")
     if not cause.is_floating_point() or cause.device != device:
         raise ValueError(f"cause must be floating on {device}, not {cause.dtype} on {cause.device}.")
 
@@ -296,7 +297,7 @@ def _apply(function: type["_Attention"] | type["_AttentionVarlen"], operators: A
     """
     if torch.compiler.is_compiling():
         return function.operator(operators)(*arguments)[0]
-    if torch.is_grad_enabled() and _needs_grad(arguments[:4]):
+    if torch.is_grad_enabled() and _needs_grad(*arguments[:4]):
         return function.apply(
             operators, *arguments[:4], arguments[4:]
         )  # torch looks at each argument, but not into a tuple
@@ -304,8 +305,10 @@ def _apply(function: type["_Attention"] | type["_AttentionVarlen"], operators: A
         return function.operator(operators)(*arguments)[0]
 
 
-def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None) -> bool:
+    return (
+        query.requires_grad or key.requires_grad or value.requires_grad or (cause is not None and cause.requires_grad)
+    )
 
 
 def _differentiable_once(backward: Callable) -> Callable:

@@ -174,7 +174,7 @@ def choose_backend(wanted: str | None, query: Tensor) -> str:
     Raises:
         RuntimeError: the wanted one is unknown, not built, or cannot take these tensors.
     """
-    if wanted not in (None, *BACKENDS):
+    if wanted is not None and wanted not in BACKENDS:
         raise RuntimeError(f"Unknown backend {wanted!r}; expected one of {', '.join(BACKENDS)}.")
     chosen, why_not = _choose(wanted, query.device.type, query.dtype)
     if chosen is None:
