@@ -27,7 +27,7 @@ extern const Kernels kernels_avx512;
 // Throws std::runtime_error where that is unknown or does not run here.
 const Kernels& select_kernels();
 
-// Scratch memory of the calling thread, aligned to cache lines and more, kept between calls; contents are undefined.
+// Scratch memory of the calling thread, aligned to a large page, kept between calls; contents are undefined.
 float* thread_scratch(int64_t num_floats);
 
 }  // namespace empcause::cpu

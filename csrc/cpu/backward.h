@@ -87,7 +87,7 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
     matmul(keys, vecs, Equal{dim}, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
-                  probability + part.begin * rows + lane, rows);
+           probability + part.begin * rows + lane, rows);
     matmul(keys, vecs, Equal{dim}, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
            grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows);
     for (int64_t j = part.begin; j < part.end; ++j) {

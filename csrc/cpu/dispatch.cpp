@@ -60,7 +60,7 @@ const Kernels& select_kernels() {
 }
 
 float* thread_scratch(int64_t num_floats) {
-  // Rows of tensors lie on many pages, which leaves the processor no place to remember where those of the scratch memory are.
+  // Strided rows of tensors lie on many pages and fill the TLB: the scratch memory should need few of its entries.
   constexpr size_t kLargePage = size_t{1} << 21;
   struct Free {
     void operator()(void* memory) const { std::free(memory); }

@@ -73,7 +73,7 @@ struct Add {
   Add from(int64_t) const { return *this; }
 };
 
-// Keeps the largest of each column too.
+// Keeps the largest of each column too, in `largest`.
 struct OverwriteAndCompare {
   Vec* largest;
 

@@ -199,8 +199,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
     dims, dtype, device = 3 if packed else 4, query.dtype, query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != dims:
-            forms = ("[N, H, D]", "[M, Hkv, D]") if packed else ("[B, H, Q, D]", "[B, Hkv, K, D]")
-            raise ValueError(f"{name} must be {forms[name != 'query']}, not {list(tensor.shape)}.")
+            form, key_form = ("[N, H, D]", "[M, Hkv, D]") if packed else ("[B, H, Q, D]", "[B, Hkv, K, D]")
+            raise ValueError(f"{name} must be {form if name == 'query' else key_form}, not {list(tensor.shape)}.")
         if tensor.dtype != dtype:
             raise ValueError(f"query, key and value must share a dtype; {name} is {tensor.dtype}, query {dtype}.")
         if tensor.device != device:
@@ -227,7 +227,7 @@ def _check_options(strength: float | Tensor, dropout_p: float, heads: int, devic
                 f"strength must be a number or a floating tensor [H] = [{heads}] on {device}, "
                 f"not {strength.dtype} {list(strength.shape)} on {strength.device}."
             )
-    elif not isinstance(strength, float | Real) or not math.isfinite(strength):
+    elif not isinstance(strength, Real) or not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number or a tensor [H], not {strength!r}.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}.")

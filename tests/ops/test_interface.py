@@ -28,6 +28,11 @@ def tensors(**options):
         ({"key": torch.randn(2, 2, 33, 16).half()}, "share a dtype"),
         ({"key": torch.randn(3, 2, 33, 16), "value": torch.randn(3, 2, 33, 16)}, "share the batch"),
         ({"cause": torch.rand(2, 32)}, r"cause must be \[B or 1, K\]"),
+        ({"cause": torch.rand(33)}, r"cause must be \[B or 1, K\]"),
+        ({"cause": torch.rand(())}, r"cause must be \[B or 1, K\]"),
+        ({"cause": torch.rand(3, 33)}, r"cause must be \[B or 1, K\]"),
+        ({"cause": torch.rand(2, 3, 33)}, r"cause must be \[B or 1, K\]"),
+        ({"cause": torch.rand(1, 2, 4, 33)}, r"cause must be \[B or 1, K\]"),
         ({"cause": torch.ones(2, 33, dtype=torch.long)}, "cause must be floating"),
         ({"key_mask": torch.ones(2, 33)}, "key_mask must be bool"),
         ({"key_mask": torch.ones(2, 30, dtype=torch.bool)}, r"key_mask must be bool \[B, K\] = \[2, 33\]"),
@@ -75,6 +80,23 @@ def test_varlen_arguments_are_checked():
     with pytest.raises(ValueError, match="cu_seqlens_q must be int32"):
         biased_attention_varlen(
             query, query, query, cu_seqlens_q=sums, cu_seqlens_k=sums, max_seqlen_q=5, max_seqlen_k=5
+        )
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 5), (1, 2, 5)])
+def test_varlen_refuses_a_cause_of_another_shape(shape):
+    query = torch.randn(5, 2, 8)
+    sums = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cause must be \[M\] or \[H or 1, M\] with K = 5"):
+        biased_attention_varlen(
+            query,
+            query,
+            query,
+            torch.rand(shape),
+            cu_seqlens_q=sums,
+            cu_seqlens_k=sums,
+            max_seqlen_q=5,
+            max_seqlen_k=5,
         )
 
 
