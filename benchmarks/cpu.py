@@ -73,10 +73,10 @@ SUITES: dict[str, list[Case]] = {
 
 
 class Limits:
-    """What the machine does at most, by as many threads as torch has: multiply-adds in fp32, and reading memory.
+    """What the machine does at most, by as many threads as torch has: multiply-adds, and reading memory.
 
     Attributes:
-        gflops: 10^9 FLOP/s, the best of several.
+        gflops: 10^9 FLOP/s of each dtype, the best of several. bf16 is on a par with fp32 where it is multiplied as that.
         gigabytes: 10^9 bytes/s, the best of several.
         arithmetic, reading: the same to be timed beside peers, as a machine that others use too is not always equally fast.
     """
@@ -85,19 +85,26 @@ class Limits:
         tasks = 8 * torch.get_num_threads()
         values = torch.ones(bytes_read // 4)  # more than the caches hold
 
-        def multiply_adds() -> int:
-            return _C.multiply_adds(rounds // tasks, tasks)
+        def arithmetic(bfloat16: bool) -> Yardstick:
+            def multiply_adds() -> int:
+                return _C.multiply_adds(rounds // tasks, tasks, bfloat16)
+
+            return Yardstick("limit: multiply-adds", multiply_adds, multiply_adds(), Case.flops)
 
         def read() -> None:
             _C.read_all(values.data_ptr(), values.numel(), tasks)
 
-        self.arithmetic = Yardstick("limit: multiply-adds", multiply_adds, multiply_adds(), Case.flops)
+        in_pairs = _C.multiply_adds(1, 1, True) > _C.multiply_adds(1, 1, False)
+        single = arithmetic(False)
+        self.arithmetic = {torch.float32: single, torch.bfloat16: arithmetic(True) if in_pairs else single}
         self.reading = Yardstick("limit: reading", read, values.nbytes, Case.bytes)
-        self.gflops, self.gigabytes = (_best_rate(limit, repeats) for limit in (self.arithmetic, self.reading))
+        best = {limit: _best_rate(limit, repeats) for limit in {*self.arithmetic.values(), self.reading}}
+        self.gflops = {dtype: best[limit] for dtype, limit in self.arithmetic.items()}
+        self.gigabytes = best[self.reading]
 
     def of(self, case: Case) -> Yardstick:
         """Decoding is bound by reading, the rest by arithmetic."""
-        return self.reading if case.decoding else self.arithmetic
+        return self.reading if case.decoding else self.arithmetic[case.dtype]
 
 
 def _best_rate(limit: Yardstick, repeats: int) -> float:
@@ -120,7 +127,8 @@ def machine(limits: Limits) -> dict[str, str]:
         "cpu": model,
         "isa": _C.build_info()["isa_selected"],
         "threads": str(torch.get_num_threads()),
-        "peak_gflops": f"{limits.gflops:.1f}",
+        "peak_gflops": f"{limits.gflops[torch.float32]:.1f}",
+        "peak_gflops_bf16": f"{limits.gflops[torch.bfloat16]:.1f}",
         "read_gbytes": f"{limits.gigabytes:.1f}",
         "empcause": empcause.__version__,
         "torch": torch.__version__,
@@ -218,8 +226,8 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
         elif row.timing is None:
             console.print(f"not timed: {row.case}, {row.peer}: {row.status}")
     console.print(
-        f"At best {limits.gflops:.0f} GFLOP/s and {limits.gigabytes:.1f} GB/s read. Limits: multiply-adds, in decoding reading,"
-        " timed in turn with each case."
+        f"At best {limits.gflops[torch.float32]:.0f} GFLOP/s in fp32, {limits.gflops[torch.bfloat16]:.0f} in bf16, and"
+        f" {limits.gigabytes:.1f} GB/s read. Limits: multiply-adds, in decoding reading, timed in turn with each case."
     )
 
 
@@ -257,7 +265,7 @@ def bench(
         facts = machine(limits)
         write_csv(rows, facts, output / "cpu.csv")
         plot_ratios(rows, facts, output / "cpu_ratios.png")
-        plot_roofline(rows, limits.gflops, limits.gigabytes, facts, output / "cpu_roofline.png")
+        plot_roofline(rows, {*limits.gflops.values()}, limits.gigabytes, facts, output / "cpu_roofline.png")
         console.print(f"Results are in {output}{os.sep}.")
     return rows
 

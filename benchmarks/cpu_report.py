@@ -1,6 +1,6 @@
 """Plots of `empcause bench`."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,14 @@ def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
     return True
 
 
-def plot_roofline(rows: Sequence[Row], gflops: float, gigabytes: float, facts: dict[str, str], path: Path) -> bool:
+def plot_roofline(
+    rows: Sequence[Row], gflops: Collection[float], gigabytes: float, facts: dict[str, str], path: Path
+) -> bool:
     """Useful FLOPs per second over FLOPs per byte of the tensors that have to be read and written, under the machine's limits.
 
     Args:
-        gflops, gigabytes: 10^9 FLOP/s and bytes/s.
+        gflops: 10^9 FLOP/s, of each dtype that has a limit of its own.
+        gigabytes: 10^9 bytes/s.
 
     Returns:
         Whether there was anything to draw.
@@ -87,10 +90,10 @@ def plot_roofline(rows: Sequence[Row], gflops: float, gigabytes: float, facts: d
         return False
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    low, high = min(x for _, x in points) / 2, max(max(x for _, x in points) * 2, 4 * gflops / gigabytes)
-    ridge = gflops / gigabytes
-    axes.plot([low, ridge, high], [low * gigabytes, gflops, gflops], color="black", linewidth=1)
-    axes.annotate(f"{gflops:.0f} GFLOP/s", (high, gflops), ha="right", va="bottom", fontsize=7)
+    low, high = min(x for _, x in points) / 2, max(max(x for _, x in points) * 2, 4 * max(gflops) / gigabytes)
+    for roof in gflops:
+        axes.plot([low, roof / gigabytes, high], [low * gigabytes, roof, roof], color="black", linewidth=1)
+        axes.annotate(f"{roof:.0f} GFLOP/s", (high, roof), ha="right", va="bottom", fontsize=7)
     axes.annotate(f"{gigabytes:.0f} GB/s", (low, low * gigabytes), ha="left", va="bottom", fontsize=7)
     marks = {"forward": "o", "forward+backward": "s", "forward+backward+cause": "^"}
     for direction, mark in marks.items():

@@ -280,14 +280,26 @@ bool kept(const Problem& p, int64_t batch_head, int64_t row, int64_t key) {
   return lane >= static_cast<uint32_t>(std::floor(p.s.dropout_p * 65536.0 + 0.5));
 }
 
+// A sum, and that of its terms' magnitudes.
+struct Sum {
+  double value = 0, magnitude = 0;
+
+  void operator+=(double term) {
+    value += term;
+    magnitude += std::abs(term);
+  }
+};
+
 // Largest error of the kernels, in units of the dtype's own rounding or a little more; infinite where something is NaN that should not be.
+// Where probabilities and gradients of logits are rounded to bf16, every term of a sum may be wrong by that much.
 class Judge {
  public:
-  explicit Judge(const Problem& problem)
-      : p_(problem), tolerance_(p_.s.dtype == DType::kFloat32 ? 1e-4 : p_.s.dtype == DType::kFloat16 ? 6e-4 : 4e-3) {}
+  Judge(const Problem& problem, const Kernels& kernels)
+      : p_(problem), tolerance_(p_.s.dtype == DType::kFloat32 ? 1e-4 : p_.s.dtype == DType::kFloat16 ? 6e-4 : 4e-3),
+        term_tolerance_(kernels.has_pairs && p_.s.dtype == DType::kBFloat16 ? 0x1p-9 : 0) {}
 
   double worst() {
-    std::vector<double> grad_key(count(p_.s.key_heads)), grad_value(count(p_.s.key_heads));
+    std::vector<Sum> grad_key(count(p_.s.key_heads)), grad_value(count(p_.s.key_heads));
     for (int64_t b = 0; b < p_.s.batch; ++b) {
       for (int64_t h = 0; h < p_.s.heads; ++h) sequence(b, h, grad_key, grad_value);
     }
@@ -305,12 +317,13 @@ class Judge {
  private:
   size_t count(int64_t heads) const { return static_cast<size_t>(p_.outer * heads * p_.total_keys * p_.s.dim); }
 
-  void compare(double got, double expected) {
-    const double error = std::abs(got - expected) / (tolerance_ * (1 + std::abs(expected)));
+  void compare(double got, double expected, double magnitude = 0) {
+    const double error = std::abs(got - expected) / (tolerance_ * (1 + std::abs(expected)) + term_tolerance_ * magnitude);
     worst_ = error <= worst_ ? worst_ : std::isnan(error) ? kInf : error;
   }
+  void compare(double got, const Sum& expected) { compare(got, expected.value, expected.magnitude); }
 
-  void sequence(int64_t b, int64_t h, std::vector<double>& grad_key, std::vector<double>& grad_value) {
+  void sequence(int64_t b, int64_t h, std::vector<Sum>& grad_key, std::vector<Sum>& grad_value) {
     const Shape& s = p_.s;
     const int64_t outer = s.packed ? 0 : b, kh = h / (s.heads / s.key_heads);
     const auto at = [](const std::vector<int32_t>& sums, int64_t i) { return static_cast<int64_t>(sums[static_cast<size_t>(i)]); };
@@ -343,7 +356,7 @@ class Judge {
       } else if (lse != kInf) {
         worst_ = kInf;
       }
-      std::vector<double> output(static_cast<size_t>(s.dim)), grad_query(output.size());
+      std::vector<Sum> output(static_cast<size_t>(s.dim)), grad_query(output.size());
       const auto go = [&](int64_t d) { return double(p_.grad_output.get(outer, h, q0 + i, d)); };
       for (int64_t j = 0; total > 0 && j < seen; ++j) {
         if (masked(j)) continue;
@@ -382,7 +395,7 @@ class Judge {
   }
 
   const Problem& p_;
-  double tolerance_;
+  double tolerance_, term_tolerance_;
   double worst_ = 0;
 };
 
@@ -405,7 +418,7 @@ int main(int argc, char** argv) {
     Problem first(shape, random, queries, keys), second = first;
     first.run(kernels, serial);
     second.run(kernels, threaded);
-    const double error = Judge(first).worst();
+    const double error = Judge(first, kernels).worst();
     worst = std::max(worst, error);
     if (error > 1 || !(first == second)) {
       std::printf("FAIL %s %s, driver 1 %lld: ", kernels.isa, error > 1 ? "is wrong" : "depends on threads", (long long)(seed + index));

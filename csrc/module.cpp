@@ -19,7 +19,7 @@ py::dict build_info() {
   info["compiler"] = "GCC " __VERSION__;
 #endif
 #if defined(__x86_64__)
-  info["isa_built"] = py::make_tuple("baseline", "avx2", "avx512");
+  info["isa_built"] = py::make_tuple("baseline", "avx2", "avx512", "avx512_bf16");
 #else
   info["isa_built"] = py::make_tuple("baseline");
 #endif
@@ -29,14 +29,15 @@ py::dict build_info() {
 }
 
 // As many times, in parallel.
-int64_t multiply_adds(int64_t rounds, int64_t tasks) {
+int64_t multiply_adds(int64_t rounds, int64_t tasks, bool bfloat16) {
   std::vector<int64_t> flops(static_cast<size_t>(tasks));
   struct Work {
+    empcause::DType dtype;
     int64_t rounds, *flops;
-  } work{rounds, flops.data()};
+  } work{bfloat16 ? empcause::DType::kBFloat16 : empcause::DType::kFloat32, rounds, flops.data()};
   const auto task = [](void* pointer, int64_t begin, int64_t end) {
     const Work& w = *static_cast<const Work*>(pointer);
-    for (int64_t i = begin; i < end; ++i) w.flops[i] = empcause::cpu::select_kernels().multiply_adds(w.rounds);
+    for (int64_t i = begin; i < end; ++i) w.flops[i] = empcause::cpu::select_kernels().multiply_adds(w.dtype, w.rounds);
   };
   empcause::parallel_for(tasks, task, &work);
   return std::accumulate(flops.begin(), flops.end(), int64_t{0});
@@ -69,9 +70,10 @@ PYBIND11_MODULE(_C, module) {
              "Compiler, instruction sets built and selected, and the torch whose stable ABI this was built for.\n\n"
              "Raises RuntimeError where EMPCAUSE_CPU_ISA names kernels that are unknown or do not run here.");
   const py::call_guard<py::gil_scoped_release> without_lock;
-  module.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("tasks"), without_lock,
-             "Runs independent chains of fp32 multiply-adds, so many rounds in each of some tasks for torch's threads: the FLOPs it\n"
-             "did, to be timed.");
+  module.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("tasks"), py::arg("bfloat16") = false,
+             without_lock,
+             "Runs independent chains of multiply-adds, so many rounds in each of some tasks for torch's threads: the FLOPs it did, to\n"
+             "be timed. They are of fp32, or of what the kernels multiply bf16 as.");
   module.def("read_all", &read_all, py::arg("address"), py::arg("count"), py::arg("tasks"), without_lock,
              "Reads `count` fp32 values in memory, in parts for torch's threads, to be timed: their sum.");
 }

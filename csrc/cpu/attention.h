@@ -11,10 +11,11 @@ using ParallelFor = void (*)(int64_t count, Task task, void* context);
 
 struct Kernels {
   const char* isa;
+  bool has_pairs;  // bf16 is multiplied in pairs, for which probabilities and gradients of logits are rounded to it
   void (*forward)(const Attention&, ParallelFor);
   void (*backward)(const AttentionBackward&, ParallelFor);
   // The machine's limits, for benchmarks (limits.h).
-  int64_t (*multiply_adds)(int64_t rounds);
+  int64_t (*multiply_adds)(DType, int64_t rounds);
   float (*read_all)(const float* data, int64_t count);
 };
 
@@ -22,6 +23,7 @@ struct Kernels {
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 
 // The best kernels this processor runs, or those that EMPCAUSE_CPU_ISA names.
 // Throws std::runtime_error where that is unknown or does not run here.

@@ -7,61 +7,80 @@
 constexpr float kLargestExponent = 80.0f * kLog2E;
 
 // The query rows of one head, packed both ways; rows beyond the last are zero, and so are rows that see no key.
+template <class T>
 struct QueryRows {
-  float *query, *grad_output;                        // [rows, stride]
-  float *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], query times scale and log2(e)
-  float *logsumexp, *delta;                          // [rows], the former in powers of two
-  float* grad_query;                                 // per block [head_dim, block rows]
+  T *query, *grad_output;                        // [rows, stride], operands of sums over rows
+  T *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], operands of sums over head_dim
+  float *logsumexp, *delta;                      // [rows], the former in powers of two
+  float* grad_query;                             // per block [head_dim, block rows]
 
-  static int64_t size(int64_t rows, int64_t dim) { return rows * (2 * round_up(dim) + 3 * dim + 2); }
+  static int64_t size(int64_t rows, int64_t dim) {
+    return 2 * operands<T>(rows) * round_up(dim) + 2 * rows * operands<T>(dim) + rows * (dim + 2);
+  }
 
   QueryRows(float* memory, int64_t rows, int64_t dim)
-      : query(memory),
-        grad_output(query + rows * round_up(dim)),
-        query_transposed(grad_output + rows * round_up(dim)),
-        grad_output_transposed(query_transposed + rows * dim),
-        logsumexp(grad_output_transposed + rows * dim),
+      : query(reinterpret_cast<T*>(memory)),
+        grad_output(query + operands<T>(rows) * round_up(dim)),
+        query_transposed(grad_output + operands<T>(rows) * round_up(dim)),
+        grad_output_transposed(query_transposed + rows * operands<T>(dim)),
+        logsumexp(reinterpret_cast<float*>(grad_output_transposed + rows * operands<T>(dim))),
         delta(logsumexp + rows),
         grad_query(delta + rows) {}
 };
 
+// `scratch` holds rows of a block as they stand, [2, block rows, stride].
+template <class T>
 inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                         const QueryRows& packed) {
+                         const QueryRows<T>& packed, float* scratch) {
   const Attention& a = g.forward;
-  const int64_t dim = a.head_dim, stride = round_up(dim), rows = blocks.rows();
+  const int64_t dim = a.head_dim, stride = round_up(dim), row_stride = round_up(operands<T>(dim)), rows = blocks.rows();
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
   const int64_t query = offset(a.query), output = offset(a.output), grad_output = offset(g.grad_output);
   const float* saved = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
   for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] * kLog2E : kInfinity;
-  // kWidth rows, and their deltas.
-  const auto pack = [&]<DType kType>(int64_t first) {
-    Vec delta[kWidth];
-    for (int r = 0; r < kWidth; ++r) {
-      const int64_t i = first + r;
-      for (const Matrices* m : {&a.query, &g.grad_output, &a.output}) prefetch_row(*m, kType, offset(*m) + (i + kAhead) * m->row, dim);
-      const bool alive = packed.logsumexp[i] != kInfinity;
-      const auto values = [&](const Matrices& m, int64_t begin, int64_t d) {
-        return alive ? load_values<kType>(m.data, begin + i * m.row + d, dim - d) : Vec{};
-      };
-      delta[r] = Vec{};
-      for (int64_t d = 0; d < stride; d += kWidth) {
-        const Vec go = values(g.grad_output, grad_output, d);
-        store(packed.query + i * stride + d, values(a.query, query, d));
-        store(packed.grad_output + i * stride + d, go);
-        delta[r] += values(a.output, output, d) * go;
-      }
-    }
-    transpose(delta);
-    for (int r = 1; r < kWidth; ++r) delta[0] += delta[r];
-    store(packed.delta + first, delta[0]);
-  };
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
-    with_dtype(a.dtype, [&]<DType kType>() {
-      for (int64_t row = 0; row < block.rows(); row += kWidth) pack.template operator()<kType>(block.first + row);
+    // Rows as they stand are operands of sums over rows too, if they are of fp32.
+    T* query_rows = kValues<T> == 1 ? packed.query + block.first * stride : reinterpret_cast<T*>(scratch);
+    T* grad_output_rows = kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
+    // kWidth rows, and their deltas.
+    const auto pack = [&]<DType kType>(int64_t first) {
+      Vec delta[kWidth];
+      for (int r = 0; r < kWidth; ++r) {
+        const int64_t row = block.first + first + r;
+        prefetch_row(a.query, kType, query + (row + kAhead) * a.query.row, dim);
+        prefetch_row(a.output, kType, output + (row + kAhead) * a.output.row, dim);
+        prefetch_row(g.grad_output, kType, grad_output + (row + kAhead) * g.grad_output.row, dim);
+        const bool alive = packed.logsumexp[row] != kInfinity;
+        const auto values = [&](const Matrices& m, int64_t begin, int64_t d) {
+          return alive ? load_values<kType>(m.data, begin + row * m.row + d, dim - d) : Vec{};
+        };
+        delta[r] = Vec{};
+        for (int64_t d = 0; d < stride; d += kWidth) {
+          const Vec go = values(g.grad_output, grad_output, d);
+          store_along_row(query_rows + (first + r) * row_stride, d, values(a.query, query, d));
+          store_along_row(grad_output_rows + (first + r) * row_stride, d, go);
+          delta[r] += values(a.output, output, d) * go;
+        }
+      }
+      transpose(delta);
+      for (int r = 1; r < kWidth; ++r) delta[0] += delta[r];
+      store(packed.delta + block.first + first, delta[0]);
+    };
+    with_dtype<T>(a.dtype, [&]<DType kType>() {
+      for (int64_t row = 0; row < block.rows(); row += kWidth) pack.template operator()<kType>(row);
     });
-    transpose_rows(packed.query + block.first * stride, block.rows(), dim, a.scale * kLog2E, packed.query_transposed + block.first * dim);
-    transpose_rows(packed.grad_output + block.first * stride, block.rows(), dim, 1.0f, packed.grad_output_transposed + block.first * dim);
+    const int64_t row_operands = operands<T>(dim), place = block.first * row_operands;
+    transpose_rows(query_rows, block.rows(), row_operands, packed.query_transposed + place);
+    transpose_rows(grad_output_rows, block.rows(), row_operands, packed.grad_output_transposed + place);
+    for (int64_t d = 0; kValues<T> == 2 && d < stride; d += kWidth) {
+      const auto over_rows = [&](const T* in, T* out) {
+        const auto values = [&](int64_t r) { return load_values<DType::kBFloat16>(in + r * row_stride, d); };
+        store_over_rows(block.rows(), values, out + operands<T>(block.first) * stride + d, stride);
+      };
+      over_rows(query_rows, packed.query);
+      over_rows(grad_output_rows, packed.grad_output);
+    }
   }
   for (int64_t i = 0; i < rows * dim; ++i) packed.grad_query[i] = 0.0f;
 }
@@ -72,51 +91,77 @@ struct TileGradients {
   Vec weight[kKeyTile];  // to be summed over lanes
 };
 
-// One block of query rows. `probability` and `grad_logits` are scratch, [kKeyTile, rows]. A tile of removed keys (weight 0) only has
-// gradients of its weights.
-inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, KeyRows key, KeyRows value,
-                            const Dropout& dropout, int64_t position, Block block, const QueryRows& packed, float* probability,
-                            float* grad_logits, float* factor, TileGradients& gradients) {
+// Rows of keys of a tile: the keys as operands of sums over head_dim and over keys, the values as those of the former.
+template <class T>
+struct TileRows {
+  KeyRows<T> key, key_over_keys, value;
+};
+
+// Scratch memory of a tile and a block, [kKeyTile, rows] each: values in fp32 become operands of sums over rows where they stand, but
+// the gradients of logits, which are needed over keys as well, do in memory of their own if they are pairs.
+template <class T>
+struct TileScratch {
+  float *probability, *grad_logits, *factor;
+  T* grad_logits_rows;
+};
+
+// One block of query rows. A tile of removed keys (weight 0) only has gradients of its weights.
+template <class T>
+inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, const TileRows<T>& tile_rows,
+                            const Dropout& dropout, int64_t position, Block block, const QueryRows<T>& packed,
+                            const TileScratch<T>& scratch, TileGradients& gradients) {
   const Attention& a = g.forward;
   const int64_t query = block.first, rows = block.rows(), dim = a.head_dim, stride = round_up(dim);
   const Parts parts(tile, a.causal, position, block.vecs);
   if (parts.count == 0) return;
-  const float* query_transposed = packed.query_transposed + query * dim;
-  const float* grad_output_transposed = packed.grad_output_transposed + query * dim;
+  const auto& [key, key_over_keys, value] = tile_rows;
+  const auto& [probability, grad_logits, factor, grad_logits_rows] = scratch;
+  const T* query_transposed = packed.query_transposed + query * operands<T>(dim);
+  const T* grad_output_transposed = packed.grad_output_transposed + query * operands<T>(dim);
+  const Vec scale = splat(a.scale * kLog2E);
+  const Equal depth{operands<T>(dim)};
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
-    matmul(keys, vecs, Equal{dim}, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
+    matmul(keys, vecs, depth, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
            probability + part.begin * rows + lane, rows);
-    matmul(keys, vecs, Equal{dim}, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
+    matmul(keys, vecs, depth, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
            grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows);
     for (int64_t j = part.begin; j < part.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.weight[j]);
       for (int64_t i = lane; i < rows; i += kWidth) {
-        const Vec exponent = load(p + i) - load(packed.logsumexp + query + i);
+        const Vec exponent = load(p + i) * scale - load(packed.logsumexp + query + i);
         Vec e = exp2(removed && exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent);
         if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
         const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);
         const Vec centred = e * (z * load(grad + i) - load(packed.delta + query + i));
         gradients.weight[j] += centred;
-        store(p + i, w * e * z);
+        store_along_row(reinterpret_cast<T*>(p), i, w * e * z);
         store(grad + i, w * centred);
+        if constexpr (kValues<T> == 2) store_along_row(grad_logits_rows + j * rows, i, w * centred);
       }
     }
   }
   if (removed) return;
   for (const Part& part : parts) {
-    const int64_t lane = part.first_vec * kWidth, keys = part.end - part.begin;
-    // Columns of zeros stand for queries before the part's first.
-    const float* queries = packed.query + (query + lane) * stride;
-    const float* grad_output = packed.grad_output + (query + lane) * stride;
-    const int64_t columns = stride / kWidth, depth = rows - lane;
-    const float *p = probability + part.begin * rows + lane, *grad = grad_logits + part.begin * rows + lane;
-    matmul(keys, columns, Equal{depth}, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
-    matmul(keys, columns, Equal{depth}, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
+    // Queries before the part's first vector do not see its keys.
+    const int64_t lane = part.first_vec * kWidth, keys = part.end - part.begin, place = part.begin * rows + operands<T>(lane);
+    const T* queries = packed.query + operands<T>(query + lane) * stride;
+    const T* grad_output = packed.grad_output + operands<T>(query + lane) * stride;
+    const int64_t columns = stride / kWidth;
+    const Equal queries_left{operands<T>(rows - lane)};
+    const T *p = reinterpret_cast<const T*>(probability) + place, *grad = grad_logits_rows + place;
+    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
+    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
   }
-  matmul(dim, block.vecs, Rising{parts.keys}, Add{}, key.data, 1, key.stride, grad_logits, rows, packed.grad_query + query * dim, rows);
+  T* grad_logits_over_keys = reinterpret_cast<T*>(grad_logits);
+  for (int64_t lane = 0; kValues<T> == 2 && lane < rows; lane += kWidth) {
+    const auto values = [&](int64_t j) { return load(grad_logits + j * rows + lane); };
+    store_over_rows(parts.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
+  }
+  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride, grad_logits_over_keys, rows,
+         packed.grad_query + query * dim, rows);
 }
 
 // How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.
@@ -144,6 +189,7 @@ inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int
 }
 
 // Every splits-th tile of a key head.
+template <class T>
 inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t split) {
   const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
@@ -151,21 +197,30 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   const int64_t dim = a.head_dim, stride = round_up(dim);
   const int64_t group = a.num_heads / a.num_key_heads, first_head = key_head * group;
   const Blocks blocks(s.num_queries);
-  const int64_t rows = blocks.rows(), size = QueryRows::size(rows, dim);
+  const int64_t rows = blocks.rows(), size = QueryRows<T>::size(rows, dim);
 
-  float* scratch = thread_scratch(group * size + 6 * kKeyTile * stride + 3 * kKeyTile * kMostVecs * kWidth);
-  const auto queries = [&](int64_t member) { return QueryRows(scratch + member * size, rows, dim); };
-  float* key = scratch + group * size;
-  float* value = key + kKeyTile * stride;
-  float* grad_key = value + kKeyTile * stride;  // of all keys of a tile's range, and of all heads
+  constexpr int64_t kPairs = kValues<T> - 1;  // memory that only they need
+  float* scratch =
+      thread_scratch(group * size + (6 + kPairs) * kKeyTile * stride + (3 + kPairs) * kKeyTile * kMostVecs * kWidth);
+  const auto queries = [&](int64_t member) { return QueryRows<T>(scratch + member * size, rows, dim); };
+  T* key = reinterpret_cast<T*>(scratch + group * size);
+  T* value = key + kKeyTile * stride;
+  float* grad_key = reinterpret_cast<float*>(value + kKeyTile * stride);  // of all keys of a tile's range, and of all heads
   float* grad_value = grad_key + kKeyTile * stride;
   float* some_grad_key = grad_value + kKeyTile * stride;  // of those keys alone that take part
   float* some_grad_value = some_grad_key + kKeyTile * stride;
+  constexpr int64_t kTileSize = kKeyTile * kMostVecs * kWidth;
   float* probability = some_grad_value + kKeyTile * stride;
-  float* grad_logits = probability + kKeyTile * kMostVecs * kWidth;
-  float* factor = grad_logits + kKeyTile * kMostVecs * kWidth;
+  float* grad_logits = probability + kTileSize;
+  float* factor = grad_logits + kTileSize;
+  T* grad_logits_rows = reinterpret_cast<T*>(kValues<T> == 1 ? grad_logits : factor + kTileSize);
+  const TileScratch<T> tile_scratch{probability, grad_logits, factor, grad_logits_rows};
+  T* key_over_keys = reinterpret_cast<T*>(factor + (1 + kPairs) * kTileSize);
 
-  for (int64_t member = 0; member < group; ++member) pack_queries(g, s, batch, first_head + member, blocks, queries(member));
+  static_assert(2 * kMostVecs * kWidth <= 4 * kKeyTile);  // the gradients' memory, not yet in use, holds rows of a block
+  for (int64_t member = 0; member < group; ++member) {
+    pack_queries(g, s, batch, first_head + member, blocks, queries(member), grad_key);
+  }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
   for (int64_t first = split * kKeyTile; first < s.num_keys; first += plan.splits * kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
@@ -187,14 +242,17 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
         });
         if (tile.count == 0) continue;
         const bool every = tile.count == keys;
-        const KeyRows key_rows = tile.rows(a.key, a.dtype, offset(a.key), dim, blocks.count * group, key);
-        const KeyRows value_rows = tile.rows(a.value, a.dtype, offset(a.value), dim, blocks.count * group, value);
+        const int64_t readers = blocks.count * group;
+        TileRows<T> tile_rows{tile.rows<SumOver::kHeadDim>(a.key, a.dtype, offset(a.key), dim, readers, key), {},
+                              tile.rows<SumOver::kHeadDim>(a.value, a.dtype, offset(a.value), dim, readers, value)};
+        tile_rows.key_over_keys =
+            kValues<T> == 1 ? tile_rows.key : tile.pack<SumOver::kKeys>(a.key, a.dtype, offset(a.key), dim, key_over_keys);
         TileGradients gradients{every ? grad_key : some_grad_key, every ? grad_value : some_grad_value, {}};
         for (int64_t i = 0; !every && i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
         for (int64_t i = 0; i < blocks.count; ++i) {
           const Block block = blocks[i];
-          attend_backward(g, tile, removed, key_rows, value_rows, dropout, block.first + s.offset, block, queries(member),
-                          probability, grad_logits, factor, gradients);
+          attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member), tile_scratch,
+                          gradients);
         }
         for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
         for (int64_t j = 0; !every && !removed && j < tile.count; ++j) {
@@ -235,7 +293,8 @@ inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head
   unpack_grad_query(plan.g, s, batch, head, blocks, total);
 }
 
-inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
+template <class T>
+inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
   const Attention& a = g.forward;
   // Few key heads are divided further, by the problem alone, so that results do not depend on the number of threads.
   constexpr int64_t kTasks = 16, kFewestTiles = 4;
@@ -254,7 +313,7 @@ inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t pair = i / p.splits, key_heads = p.g.forward.num_key_heads;
-          backward_key_head(p, pair / key_heads, pair % key_heads, i % p.splits);
+          backward_key_head<T>(p, pair / key_heads, pair % key_heads, i % p.splits);
         }
       },
       &plan);
@@ -266,4 +325,8 @@ inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
         for (int64_t i = begin; i < end; ++i) sum_grad_query(p, i / p.g.forward.num_heads, i % p.g.forward.num_heads);
       },
       &plan);
+}
+
+inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
+  with_operands(g.forward.dtype, [&]<class T>() { backward_as<T>(g, parallel_for); });
 }

@@ -1,4 +1,5 @@
-// Rows of fp32, bf16 and fp16 in and out of fp32 scratch, zero-padded to whole vectors.
+// Rows of fp32, bf16 and fp16 in and out of scratch memory, as operands of products and as sums in fp32, zero-padded to whole
+// vectors.
 // Include inside the namespace of an instruction set only.
 
 inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -8,9 +9,6 @@ inline uint16_t float_to_bfloat16(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays one
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                   // to nearest even
 }
-
-typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
-typedef uint16_t UnalignedShortVec __attribute__((vector_size(kWidth * 2), aligned(2)));
 
 // kWidth neighbouring values of a tensor as fp32.
 template <DType kType>
@@ -41,13 +39,17 @@ inline void store_value(void* data, int64_t index, float value) {
   if constexpr (kType == DType::kFloat16) static_cast<_Float16*>(data)[index] = static_cast<_Float16>(value);
 }
 
-// Calls function.template operator()<dtype>().
-template <class Function>
+// Calls function.template operator()<dtype>(); only bf16 becomes pairs.
+template <class T = float, class Function>
 inline void with_dtype(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::kFloat32: return function.template operator()<DType::kFloat32>();
-    case DType::kBFloat16: return function.template operator()<DType::kBFloat16>();
-    case DType::kFloat16: return function.template operator()<DType::kFloat16>();
+  if constexpr (kValues<T> == 2) {
+    function.template operator()<DType::kBFloat16>();
+  } else {
+    switch (dtype) {
+      case DType::kFloat32: return function.template operator()<DType::kFloat32>();
+      case DType::kBFloat16: return function.template operator()<DType::kBFloat16>();
+      case DType::kFloat16: return function.template operator()<DType::kFloat16>();
+    }
   }
 }
 
@@ -60,16 +62,26 @@ inline Vec load_values(const void* data, int64_t index, int64_t count) {
   return values;
 }
 
+// kWidth neighbouring operands of a sum along a row, of which `count` values are there.
+template <class T, DType kType>
+inline Vec load_operands(const void* data, int64_t index, int64_t count) {
+  if constexpr (kValues<T> == 1) {
+    return load_values<kType>(data, index, count);
+  } else {
+    const uint16_t* row = static_cast<const uint16_t*>(data) + index;
+    UnsignedVec pairs{};
+    if (count >= 2 * kWidth) return reinterpret_cast<Vec>(pairs | *reinterpret_cast<const UnalignedPairs*>(row));
+    for (int i = 0; 2 * i < count; ++i) pairs[i] = row[2 * i] | (2 * i + 1 < count ? uint32_t{row[2 * i + 1]} << 16 : 0u);
+    return reinterpret_cast<Vec>(pairs);
+  }
+}
+
 // The first `count` lanes, or all if it is more.
 template <DType kType>
 inline void store_values(void* data, int64_t index, int64_t count, Vec values) {
   if (kType == DType::kFloat32 && count >= kWidth) return store(static_cast<float*>(data) + index, values);
   if (kType == DType::kBFloat16 && count >= kWidth) {
-    const IntVec bits = reinterpret_cast<IntVec>(values);
-    const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const IntVec nan = (bits >> 16) | 0x40;
-    const ShortVec stored = __builtin_convertvector(values == values ? rounded : nan, ShortVec);
-    *reinterpret_cast<UnalignedShortVec*>(static_cast<uint16_t*>(data) + index) = stored;
+    *reinterpret_cast<UnalignedShortVec*>(static_cast<uint16_t*>(data) + index) = to_bfloat16(values);
     return;
   }
   for (int i = 0; i < kWidth && i < count; ++i) store_value<kType>(data, index + i, values[i]);
@@ -85,11 +97,12 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
-// A row times `factor` into fp32, zeros up to whole vectors.
-inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, float* out) {
-  with_dtype(dtype, [&]<DType kType>() {
-    for (int64_t d = 0; d < size; d += kWidth) {
-      store(out + d, load_values<kType>(m.data, offset + d, size - d) * splat(factor));
+// A row as operands of a sum along it, zeros up to whole vectors.
+template <class T>
+inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, T* out) {
+  with_dtype<T>(dtype, [&]<DType kType>() {
+    for (int64_t d = 0; d < size; d += kValues<T> * kWidth) {
+      store(out + d / kValues<T>, load_operands<T, kType>(m.data, offset + d, size - d));
     }
   });
 }
@@ -102,44 +115,47 @@ inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t si
   });
 }
 
-// Rows to columns: out[d * columns + r] for rows [0, rows), factor included; columns up to `columns`, whole vectors, are zero.
-inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns, int64_t head_dim,
-                            float factor, float* out) {
-  with_dtype(dtype, [&]<DType kType>() {
+// Rows to columns of operands: out[i * columns + r] is operand i of row r in [0, rows); columns up to `columns`, whole vectors, are
+// zero.
+template <class T>
+inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns, int64_t head_dim, T* out) {
+  with_dtype<T>(dtype, [&]<DType kType>() {
+    constexpr int64_t kStep = kValues<T> * kWidth;
     for (int64_t first = 0; first < columns; first += kWidth) {
       for (int r = 0; r < kWidth; ++r) prefetch_row(m, dtype, offset + (first + kWidth + r) * m.row, head_dim);
-      for (int64_t d = 0; d < head_dim; d += kWidth) {
-        const int64_t index = offset + first * m.row + d, columns_left = head_dim - d;
-        const bool whole = first + kWidth <= rows && columns_left >= kWidth;
+      for (int64_t d = 0; d < head_dim; d += kStep) {
+        const int64_t index = offset + first * m.row + d, left = head_dim - d;
+        const bool whole = first + kWidth <= rows && left >= kStep;
         Vec square[kWidth];
         if (whole) {
-          for (int r = 0; r < kWidth; ++r) square[r] = load_values<kType>(m.data, index + r * m.row) * splat(factor);
+          for (int r = 0; r < kWidth; ++r) square[r] = load_operands<T, kType>(m.data, index + r * m.row, kStep);
         } else {
           for (int r = 0; r < kWidth; ++r) {
-            square[r] = first + r < rows ? load_values<kType>(m.data, index + r * m.row, columns_left) * splat(factor) : Vec{};
+            square[r] = first + r < rows ? load_operands<T, kType>(m.data, index + r * m.row, left) : Vec{};
           }
         }
         transpose(square);
-        float* at = out + d * columns + first;
+        T* at = out + d / kValues<T> * columns + first;
         if (whole) {
           for (int c = 0; c < kWidth; ++c) store(at + c * columns, square[c]);
         } else {
-          for (int c = 0; c < kWidth && c < columns_left; ++c) store(at + c * columns, square[c]);
+          for (int c = 0; c < kWidth && c < operands<T>(left); ++c) store(at + c * columns, square[c]);
         }
       }
     }
   });
 }
 
-// The same of whole vectors of rows that stand in scratch, zero-padded: out[d * rows + r].
-inline void transpose_rows(const float* in, int64_t rows, int64_t head_dim, float factor, float* out) {
-  const int64_t stride = round_up(head_dim);
+// The same of whole vectors of rows of operands that stand in scratch: out[i * rows + r].
+template <class T>
+inline void transpose_rows(const T* in, int64_t rows, int64_t row_operands, T* out) {
+  const int64_t stride = round_up(row_operands);
   for (int64_t first = 0; first < rows; first += kWidth) {
-    for (int64_t d = 0; d < head_dim; d += kWidth) {
+    for (int64_t i = 0; i < row_operands; i += kWidth) {
       Vec square[kWidth];
-      for (int r = 0; r < kWidth; ++r) square[r] = load(in + (first + r) * stride + d) * splat(factor);
+      for (int r = 0; r < kWidth; ++r) square[r] = reinterpret_cast<Vec>(load(in + (first + r) * stride + i));
       transpose(square);
-      for (int c = 0; c < kWidth && d + c < head_dim; ++c) store(out + (d + c) * rows + first, square[c]);
+      for (int c = 0; c < kWidth && i + c < row_operands; ++c) store(out + (i + c) * rows + first, square[c]);
     }
   }
 }

@@ -21,7 +21,7 @@ struct DecodePlan {
 };
 
 // Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors.
-struct CopiedRows : KeyRows {
+struct CopiedRows : KeyRows<float> {
   Vec load_at(int64_t key, int64_t d) const { return load(data + key * stride + d); }
   void prefetch(int64_t, int64_t) const {}
 };
@@ -105,8 +105,9 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   float* logits = value + kKeyTile * stride;
   for (int64_t i = 0; i < group * s.num_queries; ++i) {
     const int64_t head = key_head * group + i / s.num_queries, row = i % s.num_queries;
-    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim,
-             a.scale * kLog2E, query + i * stride);
+    float* values = query + i * stride;
+    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim, values);
+    for (int64_t d = 0; d < stride; ++d) values[d] *= a.scale * kLog2E;
     const PartialRow partial = plan.row(batch, head, row, part);
     for (int64_t d = 0; d < stride; ++d) partial.output[d] = 0.0f;
     *partial.maximum = -kInfinity;
@@ -138,8 +139,8 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
         continue;
       }
       if (member == 0 || a.weight.head != 0) {
-        tile.pack(a.key, a.dtype, offset(a.key), dim, key);
-        tile.pack(a.value, a.dtype, offset(a.value), dim, value);
+        tile.pack<SumOver::kHeadDim>(a.key, a.dtype, offset(a.key), dim, key);
+        tile.pack<SumOver::kHeadDim>(a.value, a.dtype, offset(a.value), dim, value);
       }
       attend_rows(CopiedRows{{key, stride}}, CopiedRows{{value, stride}});
     }

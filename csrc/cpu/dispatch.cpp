@@ -21,11 +21,16 @@ namespace {
 
 bool runs_here(const Kernels& kernels) {
 #if defined(__x86_64__)
-  if (&kernels == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&kernels == &kernels_avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (&kernels == &kernels_avx2) return avx2;
+  if (&kernels == &kernels_avx512) return avx512;
+#if defined(EMPCAUSE_BF16_STAND_IN)
+  if (&kernels == &kernels_avx512_bf16) return avx2;
+#else
+  if (&kernels == &kernels_avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
   return &kernels == &kernels_baseline;
 }
@@ -33,7 +38,7 @@ bool runs_here(const Kernels& kernels) {
 // Best first.
 const Kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &kernels_avx512, &kernels_avx2,
+    &kernels_avx512_bf16, &kernels_avx512, &kernels_avx2,
 #endif
     &kernels_baseline};
 

@@ -8,26 +8,30 @@ constexpr int64_t kBand = 192;  // query rows that are worked on together: with 
 constexpr float kSlack = 8.0f;
 
 // A block of query rows with what is known of them so far.
+template <class T>
 struct RunningBlock {
-  float* query;      // [head_dim, rows], times scale and log2(e)
+  T* query;          // [head_dim in operands, rows]
   float* output;     // [head_dim, rows], unnormalised
   float* reference;  // [rows], what logits are relative to, in powers of two
   float* row_sum;
 };
 
-// One tile of keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised probabilities.
-inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows value, const Dropout& dropout, int64_t query,
-                   int64_t position, Block block, const RunningBlock& running, float* logits, float* factor) {
+// One tile of keys, the values as operands of sums over keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised
+// probabilities, as operands of such sums.
+template <class T>
+inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout, int64_t query,
+                   int64_t position, Block block, const RunningBlock<T>& running, float* logits, float* factor) {
   const int64_t rows = block.rows(), dim = a.head_dim;
   const Parts parts(tile, a.causal, position, block.vecs);
   if (parts.count == 0) return;
 
+  const Vec scale = splat(a.scale * kLog2E);
   Vec best[kMostVecs];
   for (int64_t v = 0; v < block.vecs; ++v) best[v] = splat(-kInfinity);
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth;
     const Vec others = best[part.first_vec];
-    matmul(part.end - part.begin, block.vecs - part.first_vec, Equal{dim}, OverwriteAndCompare{best + part.first_vec},
+    matmul(part.end - part.begin, block.vecs - part.first_vec, Equal{operands<T>(dim)}, ScaleAndCompare{scale, best + part.first_vec},
            key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows);
     if (!part.ragged) continue;
     Vec most = others;  // what a query does not see does not count
@@ -40,6 +44,7 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows
     best[part.first_vec] = most;
   }
 
+  T* probability = reinterpret_cast<T*>(logits);
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
   for (int64_t v = 0; v < block.vecs; ++v) {
     const int64_t lane = v * kWidth;
@@ -58,21 +63,21 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows key, KeyRows
         }
       }
     }
-    for (int64_t j = 0; j < parts.keys[v]; ++j) {
-      float* at = logits + j * rows + lane;
-      Vec p = splat(tile.weight[j]) * exp2(load(at) - shift);
+    const auto weighted = [&](int64_t j) {
+      const Vec p = splat(tile.weight[j]) * exp2(load(logits + j * rows + lane) - shift);
       total += p;
-      if (dropout.active()) p *= load(factor + tile.place[j] * rows + lane);
-      store(at, p);
-    }
+      return dropout.active() ? p * load(factor + tile.place[j] * rows + lane) : p;
+    };
+    store_over_rows(parts.keys[v], weighted, probability + lane, rows);
     store(running.row_sum + lane, total);
   }
-  matmul(dim, block.vecs, Rising{parts.keys}, Add{}, value.data, 1, value.stride, logits, rows, running.output, rows);
+  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows);
 }
 
-// All keys and values of a key head in fp32, tile after tile, copied when they are first needed.
+// All keys and values of a key head as operands, tile after tile, copied when they are first needed.
+template <class T>
 struct PackedKeys {
-  float *key, *value;  // [tile, kKeyTile, stride]
+  T *key, *value;  // [tile, kKeyTile rows of operands]
   bool read_once;  // by a single band: nothing is kept
   int64_t tiles = 0;
 
@@ -80,29 +85,30 @@ struct PackedKeys {
 };
 
 // Query rows [begin, end), a band at most, of one (batch, head).
+template <class T>
 inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const Sequence& s,
-                         PackedKeys& packed, float* scratch) {
-  const int64_t dim = a.head_dim, stride = round_up(dim);
+                         PackedKeys<T>& packed, float* scratch) {
+  const int64_t dim = a.head_dim, key_stride = round_up(operands<T>(dim)), value_stride = round_up(dim);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads);
   const Blocks blocks(end - begin);
   const int64_t rows = blocks.rows();
   const Dropout dropout(a, batch, head);
 
-  float* query = scratch;
-  float* output = query + dim * rows;
+  T* query = reinterpret_cast<T*>(scratch);
+  float* output = scratch + dim * rows;
   float* reference = output + dim * rows;
   float* row_sum = reference + rows;
   float* logits = row_sum + rows;
   float* factor = logits + kKeyTile * kMostVecs * kWidth;
 
   const auto running = [&](Block block) {
-    return RunningBlock{query + dim * block.first, output + dim * block.first, reference + block.first, row_sum + block.first};
+    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first, row_sum + block.first};
   };
   const int64_t first_query = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
     pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(), dim,
-                    a.scale * kLog2E, running(block).query);
+                    running(block).query);
   }
   for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
@@ -117,13 +123,14 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   for (int64_t first = 0; first < last; first += kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
     const KeyTile tile(weight, first, keys, [](int64_t, float w) { return w > 0.0f; });
-    KeyRows key{packed.key + first * stride, stride}, value{packed.value + first * stride, stride};
+    T *key_place = packed.key + first * key_stride, *value_place = packed.value + operands<T>(first) * value_stride;
+    KeyRows<T> key{key_place, key_stride}, value{value_place, value_stride};
     if (packed.read_once) {
-      key = tile.rows(a.key, a.dtype, first_key, dim, blocks.count, packed.key);
-      value = tile.rows(a.value, a.dtype, first_value, dim, blocks.count, packed.value);
+      key = tile.rows<SumOver::kHeadDim>(a.key, a.dtype, first_key, dim, blocks.count, packed.key);
+      value = tile.rows<SumOver::kKeys>(a.value, a.dtype, first_value, dim, blocks.count, packed.value);
     } else if (first == packed.tiles * kKeyTile) {
-      tile.pack(a.key, a.dtype, first_key, dim, packed.key + first * stride);
-      tile.pack(a.value, a.dtype, first_value, dim, packed.value + first * stride);
+      tile.pack<SumOver::kHeadDim>(a.key, a.dtype, first_key, dim, key_place);
+      tile.pack<SumOver::kKeys>(a.value, a.dtype, first_value, dim, value_place);
       ++packed.tiles;
     }
     for (int64_t i = 0; i < blocks.count; ++i) {
@@ -135,7 +142,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
 
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
-    const RunningBlock done = running(block);
+    const RunningBlock<T> done = running(block);
     const int64_t row = begin + block.first, block_rows = end - row < block.rows() ? end - row : block.rows();
     const auto normaliser = [&](int64_t r) {
       const Vec total = load(done.row_sum + r);
@@ -154,6 +161,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
 }
 
 // Query rows [begin, end) of all heads that share a key head.
+template <class T>
 inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, int64_t begin, int64_t end) {
   const Sequence s = sequence(a, batch);
   if (end > s.num_queries) end = s.num_queries;
@@ -161,24 +169,24 @@ inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, in
   const int64_t dim = a.head_dim, stride = round_up(dim), group = a.num_heads / a.num_key_heads;
   const int64_t last = a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
   const int64_t rows = round_up(end - begin < kBand ? end - begin : kBand);
-  float* scratch =
-      thread_scratch(PackedKeys::size(last, stride) + 2 * dim * rows + 2 * rows + 2 * kKeyTile * kMostVecs * kWidth);
-  PackedKeys packed{scratch, scratch + PackedKeys::size(last, stride) / 2, group == 1 && end - begin <= kBand};
+  const int64_t keys_size = PackedKeys<T>::size(last, stride);
+  float* scratch = thread_scratch(keys_size + 2 * dim * rows + 2 * rows + 2 * kKeyTile * kMostVecs * kWidth);
+  T* operands_of_keys = reinterpret_cast<T*>(scratch);
+  PackedKeys<T> packed{operands_of_keys, operands_of_keys + keys_size / 2, group == 1 && end - begin <= kBand};
   for (int64_t member = 0; member < group; ++member) {
     if (a.weight.head != 0) packed.tiles = 0;  // another head may leave out other keys
     for (int64_t row = begin; row < end; row += kBand) {
       forward_band(a, batch, key_head * group + member, row, end - row < kBand ? end : row + kBand, s, packed,
-                   scratch + PackedKeys::size(last, stride));
+                   scratch + keys_size);
     }
   }
 }
 
-inline void forward(const Attention& a, ParallelFor parallel_for) {
+template <class T>
+inline void forward_as(const Attention& a, ParallelFor parallel_for) {
   // Few key heads are divided further, by the problem alone, so that results do not depend on the number of threads.
   constexpr int64_t kTasks = 16;
   const int64_t heads = a.batch * a.num_key_heads;
-  if (heads == 0 || a.num_queries == 0) return;
-  if (decodes(a)) return decode(a, parallel_for);
   const int64_t bands = (a.num_queries + kBand - 1) / kBand;
   const int64_t wanted = clamped((kTasks + heads - 1) / heads, 1, bands);
   struct Context {
@@ -190,8 +198,14 @@ inline void forward(const Attention& a, ParallelFor parallel_for) {
     const Context& c = *static_cast<const Context*>(pointer);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t pair = index / c.pieces, first = index % c.pieces * c.rows;
-      forward_rows(c.a, pair / c.a.num_key_heads, pair % c.a.num_key_heads, first, first + c.rows);
+      forward_rows<T>(c.a, pair / c.a.num_key_heads, pair % c.a.num_key_heads, first, first + c.rows);
     }
   };
   parallel_for(heads * context.pieces, task, &context);
+}
+
+inline void forward(const Attention& a, ParallelFor parallel_for) {
+  if (a.batch * a.num_key_heads == 0 || a.num_queries == 0) return;
+  if (decodes(a)) return decode(a, parallel_for);
+  with_operands(a.dtype, [&]<class T>() { forward_as<T>(a, parallel_for); });
 }

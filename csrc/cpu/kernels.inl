@@ -1,5 +1,6 @@
 // The kernels, compiled once per instruction set: each of the kernels_*.cpp defines EMPCAUSE_ISA and includes this file.
 #include <memory>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -10,8 +11,9 @@ namespace empcause::cpu {
 
 namespace EMPCAUSE_ISA {
 
-#include "simd.h"
 // The parts build on each other in this order.
+#include "simd.h"
+#include "operands.h"
 #include "convert.h"
 #include "dropout.h"
 #include "matmul.h"
@@ -29,8 +31,8 @@ namespace EMPCAUSE_ISA {
 #define EMPCAUSE_JOIN(a, b) EMPCAUSE_JOIN_OF(a, b)
 
 extern const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA);
-const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA) = {EMPCAUSE_TEXT(EMPCAUSE_ISA), EMPCAUSE_ISA::forward,
-                                                       EMPCAUSE_ISA::backward, EMPCAUSE_ISA::multiply_adds,
-                                                       EMPCAUSE_ISA::read_all};
+const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_ISA) = {EMPCAUSE_TEXT(EMPCAUSE_ISA), EMPCAUSE_ISA::kHasPairs,
+                                                       EMPCAUSE_ISA::forward,       EMPCAUSE_ISA::backward,
+                                                       EMPCAUSE_ISA::multiply_adds, EMPCAUSE_ISA::read_all};
 
 }  // namespace empcause::cpu

@@ -1,18 +1,27 @@
 // What the machine can do at most: the yardsticks that benchmarks hold the kernels against.
 // Include inside the namespace of an instruction set only.
 
-// Independent chains of multiply-adds in registers, as many as the matrix products have accumulators; the FLOPs done.
-inline int64_t multiply_adds(int64_t rounds) {
-  const volatile float one = 1.0f;  // nothing here is known to the compiler
-  const Vec factor = splat(one), summand = splat(one);
-  Vec acc[kAccumulators];
-  for (int i = 0; i < kAccumulators; ++i) acc[i] = splat(one);
-  for (int64_t round = 0; round < rounds; ++round) {
-    for (int i = 0; i < kAccumulators; ++i) acc[i] = acc[i] * factor + summand;
-  }
-  volatile float result = 0.0f;
-  for (int i = 0; i < kAccumulators; ++i) result = result + sum(acc[i]);
-  return 2 * rounds * kAccumulators * kWidth;
+// Independent chains of multiply-adds in registers, as many as the matrix products have accumulators and of such operands as theirs
+// for a dtype; the FLOPs done.
+inline int64_t multiply_adds(DType dtype, int64_t rounds) {
+  int64_t flops = 0;
+  with_operands(dtype, [&]<class T>() {
+    const volatile uint32_t some = 0x3f803f80u;  // nothing is known to the compiler, nor that two reads give the same
+    const auto factor = [&] { return splat(__builtin_bit_cast(T, uint32_t{some})); };
+    const auto a = factor(), b = factor();
+    Vec acc[kAccumulators];
+    for (Vec& chain : acc) chain = reinterpret_cast<Vec>(factor());
+    for (int64_t round = 0; round < rounds; ++round) {
+      for (int i = 0; i < kAccumulators; ++i) {
+        if constexpr (kValues<T> == 1) acc[i] = multiply_add(a, acc[i], b);
+        if constexpr (kValues<T> == 2) acc[i] = multiply_add(a, b, acc[i]);
+      }
+    }
+    volatile float result = 0.0f;
+    for (int i = 0; i < kAccumulators; ++i) result = result + sum(acc[i]);
+    flops = 2 * kValues<T> * rounds * kAccumulators * kWidth;
+  });
+  return flops;
 }
 
 // Reads an array once, as fast as memory gives it; the sum of its values.

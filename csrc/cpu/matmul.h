@@ -1,5 +1,5 @@
-// C[M, lanes] = or += A[M, K] B[K, lanes] in registers. A is read element by element with any two strides (so its transpose
-// costs nothing), B and C along rows of whole vectors. What is added to C is summed by itself first, so that rounding errors of
+// C[M, lanes] = or += A[M, K] B[K, lanes] in registers. A is read operand by operand with any two strides (so its transpose
+// costs nothing), B and C along rows of whole vectors; K counts operands. What is added to C is summed by itself first, so that rounding errors of
 // long sums grow with the number of products, not with that of all terms.
 // Include inside the namespace of an instruction set only.
 
@@ -15,7 +15,8 @@ constexpr int kAccumulators = 3 * kMatmulRows;
 // Loops over accumulators are unrolled early, so that these never live in memory.
 #define EMPCAUSE_UNROLLED _Pragma("GCC unroll 24")
 
-// How many products are summed: as many for all columns, or a number for each vector of these, none smaller than the one before.
+// How many products are summed: as many for all columns, or a number of values for each vector of these, none smaller than the one
+// before.
 struct Equal {
   int64_t count;
   static constexpr bool kRises = false;
@@ -24,29 +25,30 @@ struct Equal {
   Equal from(int64_t) const { return *this; }
 };
 
+template <class T>
 struct Rising {
-  const int64_t* counts;
+  const int64_t* values;
   static constexpr bool kRises = true;
 
-  int64_t operator[](int64_t vec) const { return counts[vec]; }
-  Rising from(int64_t vec) const { return {counts + vec}; }
+  int64_t operator[](int64_t vec) const { return operands<T>(values[vec]); }
+  Rising from(int64_t vec) const { return {values + vec}; }
 };
 
 // Products k, k + 1, ... of the vectors from kFirst on.
-template <int kFirst, int kRows, int kVecs, class Depth>
-[[gnu::always_inline]] inline void multiply_add(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const float* a, int64_t a_row,
-                                                int64_t a_col, const float* b, int64_t b_row) {
+template <int kFirst, int kRows, int kVecs, class Depth, class T>
+[[gnu::always_inline]] inline void accumulate(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const T* a, int64_t a_row,
+                                              int64_t a_col, const T* b, int64_t b_row) {
   const int64_t end = depth[kFirst];
   _Pragma("GCC unroll 4")
   for (; k < end; ++k) {
-    Vec row[kVecs];
+    decltype(load(b)) row[kVecs];
     EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) row[v] = load(b + k * b_row + v * kWidth);
     EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
-      const Vec factor = splat(a[r * a_row + k * a_col]);
-      EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) acc[r][v] += factor * row[v];
+      const auto factor = splat(a[r * a_row + k * a_col]);
+      EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) acc[r][v] = multiply_add(factor, row[v], acc[r][v]);
     }
   }
-  if constexpr (Depth::kRises && kFirst + 1 < kVecs) multiply_add<kFirst + 1>(acc, k, depth, a, a_row, a_col, b, b_row);
+  if constexpr (Depth::kRises && kFirst + 1 < kVecs) accumulate<kFirst + 1>(acc, k, depth, a, a_row, a_col, b, b_row);
 }
 
 // What is done with a tile of products.
@@ -73,36 +75,40 @@ struct Add {
   Add from(int64_t) const { return *this; }
 };
 
-// Keeps the largest of each column too, in `largest`.
-struct OverwriteAndCompare {
+// Times `factor`; keeps the largest of each column too, in `largest`.
+struct ScaleAndCompare {
+  Vec factor;
   Vec* largest;
 
   template <int kRows, int kVecs>
   [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
-    Overwrite{}(acc, c, c_row);
     EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
       Vec most = largest[v];
-      EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) most = maximum(acc[r][v], most);
+      EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
+        const Vec product = acc[r][v] * factor;
+        store(c + r * c_row + v * kWidth, product);
+        most = maximum(product, most);
+      }
       largest[v] = most;
     }
   }
-  OverwriteAndCompare from(int64_t vec) const { return {largest + vec}; }
+  ScaleAndCompare from(int64_t vec) const { return {factor, largest + vec}; }
 };
 
-template <int kRows, int kVecs, class Depth, class Then>
-[[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const float* a, int64_t a_row, int64_t a_col, const float* b,
+template <int kRows, int kVecs, class Depth, class Then, class T>
+[[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
                                                int64_t b_row, float* c, int64_t c_row) {
   Vec acc[kRows][kVecs];
   EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
     EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
   }
-  multiply_add<0>(acc, 0, depth, a, a_row, a_col, b, b_row);
+  accumulate<0>(acc, 0, depth, a, a_row, a_col, b, b_row);
   then(acc, c, c_row);
 }
 
 // kRows at once, then half as many, and so on.
-template <int kRows, int kVecs, class Depth, class Then>
-inline void matmul_rows(int64_t rows, Depth depth, Then then, const float* a, int64_t a_row, int64_t a_col, const float* b,
+template <int kRows, int kVecs, class Depth, class Then, class T>
+inline void matmul_rows(int64_t rows, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
                         int64_t b_row, float* c, int64_t c_row) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
@@ -115,8 +121,8 @@ inline void matmul_rows(int64_t rows, Depth depth, Then then, const float* a, in
 }
 
 // `vecs` vectors of columns, from 1 on.
-template <class Depth, class Then>
-inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const float* a, int64_t a_row, int64_t a_col, const float* b,
+template <class Depth, class Then, class T>
+inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
                    int64_t b_row, float* c, int64_t c_row) {
   for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3), then = then.from(3)) {
     matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);

@@ -27,7 +27,9 @@ inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; 
 // Products of the low 32 bits of each lane.
 inline LongVec multiply_low_halves(LongVec a, LongVec b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<LongVec>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  // All lanes of a masked product: GCC 12 takes the unmasked one for a read of what is uninitialised.
+  const __m512i x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+  return reinterpret_cast<LongVec>(_mm512_maskz_mul_epu32(static_cast<__mmask8>(0xff), x, y));
 #elif defined(__AVX2__)
   return reinterpret_cast<LongVec>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #elif defined(__SSE2__)

@@ -8,9 +8,13 @@ constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass
 // Rows that are far from each other displace each other from the cache: only so few blocks of queries read them uncopied.
 constexpr int64_t kFewReaders = 4;
 
-// Rows of keys or values, one every `stride` values.
+// The dimension along which neighbours form operands.
+enum class SumOver { kHeadDim, kKeys };
+
+// Rows of operands of keys or values, one every `stride`: of each key, or, of sums over keys, of each pair of keys if T is one.
+template <class T>
 struct KeyRows {
-  const float* data;
+  const T* data;
   int64_t stride;
 };
 
@@ -47,21 +51,33 @@ struct KeyTile {
     return low;
   }
 
-  // Their rows of keys or values, copied to `out`: fp32, whole vectors each.
-  KeyRows pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, float* out) const {
+  // Their rows of keys or values as operands, copied to `out`.
+  template <SumOver kSum, class T>
+  KeyRows<T> pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, T* out) const {
+    constexpr bool kPairsOfRows = kSum == SumOver::kKeys && kValues<T> == 2;
+    const int64_t stride = round_up(kPairsOfRows ? head_dim : operands<T>(head_dim));
+    const auto row = [&](int64_t j) { return offset + (first + place[j]) * m.row; };
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t row = offset + (first + place[j]) * m.row;
-      prefetch_row(m, dtype, row + kAhead * m.row, head_dim);
-      load_row(m, dtype, row, head_dim, 1.0f, out + j * round_up(head_dim));
+      prefetch_row(m, dtype, row(j) + kAhead * m.row, head_dim);
+      if constexpr (!kPairsOfRows) load_row(m, dtype, row(j), head_dim, out + j * stride);
     }
-    return {out, round_up(head_dim)};
+    for (int64_t d = 0; kPairsOfRows && d < head_dim; d += kWidth) {
+      const auto values = [&](int64_t j) { return load_values<DType::kBFloat16>(m.data, row(j) + d, head_dim - d); };
+      store_over_rows(count, values, out + d, stride);
+    }
+    return {out, stride};
   }
 
   // The same, for so many blocks of queries: where the rows stand, if that can be and few read them there.
-  KeyRows rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, float* out) const {
-    const bool neighbours = count > 0 && place[count - 1] == count - 1;
-    if (dtype != DType::kFloat32 || !neighbours || readers > kFewReaders) return pack(m, dtype, offset, head_dim, out);
-    return {static_cast<const float*>(m.data) + offset + first * m.row, m.row};
+  template <SumOver kSum, class T>
+  KeyRows<T> rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, T* out) const {
+    if constexpr (kValues<T> == 1) {
+      const bool neighbours = count > 0 && place[count - 1] == count - 1;
+      if (dtype == DType::kFloat32 && neighbours && readers <= kFewReaders) {
+        return {static_cast<const float*>(m.data) + offset + first * m.row, m.row};
+      }
+    }
+    return pack<kSum>(m, dtype, offset, head_dim, out);
   }
 };
 

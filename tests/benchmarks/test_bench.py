@@ -37,16 +37,21 @@ def test_choices_are_the_suites():
 
 def test_limits_are_positive_and_finite():
     limits = Limits(rounds=1000, bytes_read=2**16, repeats=2)
-    assert 0 < limits.gflops < 1e5
+    assert all(0 < gflops < 1e5 for gflops in limits.gflops.values())
     assert 0 < limits.gigabytes < 1e5
     assert limits.of(SUITES["decoding"][0]) is limits.reading
-    assert limits.of(SUITES["lengths"][0]) is limits.arithmetic
+    case = SUITES["lengths"][0]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert limits.of(replace(case, dtype=dtype)) is limits.arithmetic[dtype]
 
 
 def test_what_limits_count():
     from empcause import _C
 
     assert _C.multiply_adds(10, 3) == 3 * _C.multiply_adds(10, 1) > 0
+    # Pairs are multiplied twice as many at once, where there are any.
+    in_pairs = _C.build_info()["isa_selected"] == "avx512_bf16"
+    assert _C.multiply_adds(10, 1, bfloat16=True) == (2 if in_pairs else 1) * _C.multiply_adds(10, 1)
     values = torch.arange(1001, dtype=torch.float32)
     assert _C.read_all(values.data_ptr(), values.numel(), 3) == 1000 * 1001 / 2
 

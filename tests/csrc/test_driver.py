@@ -14,12 +14,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def build_driver(source: Path, folder: Path, build_type: str, sanitizers: str = "address,undefined") -> Path:
+def build_driver(
+    source: Path, folder: Path, build_type: str, sanitizers: str = "address,undefined", stand_in: bool = False
+) -> Path:
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if cmake is None:
         pytest.skip("cmake is not installed")
     options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_BUILD_DRIVER=ON", f"-DCMAKE_BUILD_TYPE={build_type}"]
-    options.append(f"-DEMPCAUSE_SANITIZERS={sanitizers}")
+    options += [f"-DEMPCAUSE_SANITIZERS={sanitizers}", f"-DEMPCAUSE_BF16_STAND_IN={'ON' if stand_in else 'OFF'}"]
     subprocess.run([cmake, "-S", source, "-B", folder, *options], check=True, capture_output=True)
     subprocess.run([cmake, "--build", folder, "--target", "driver", "--parallel", "2"], check=True, capture_output=True)
     return folder / "driver"
@@ -27,7 +29,10 @@ def build_driver(source: Path, folder: Path, build_type: str, sanitizers: str = 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    return cache(lambda sanitizers: build_driver(ROOT, tmp_path_factory.mktemp("driver"), "RelWithDebInfo", sanitizers))
+    def driver(sanitizers: str, stand_in: bool = False) -> Path:
+        return build_driver(ROOT, tmp_path_factory.mktemp("driver"), "RelWithDebInfo", sanitizers, stand_in)
+
+    return cache(driver)
 
 
 def run(driver: Path, isa: str, cases: int) -> None:
@@ -39,10 +44,17 @@ def run(driver: Path, isa: str, cases: int) -> None:
     assert f"{cases} cases" in done.stdout
 
 
-@pytest.mark.parametrize(("isa", "cases"), [("baseline", 2000), ("avx2", 4000), ("avx512", 4000), ("", 10000)])
+@pytest.mark.parametrize(
+    ("isa", "cases"), [("baseline", 2000), ("avx2", 4000), ("avx512", 4000), ("avx512_bf16", 4000), ("", 10000)]
+)
 def test_right_and_clean_under_address_and_undefined_behaviour_sanitizers(build, isa, cases):
     """The empty name is the best instruction set of this processor."""
     run(build("address,undefined"), isa, cases)
+
+
+def test_pairs_of_bf16_with_their_product_in_software(build):
+    """What the kernels for AVX512-BF16 do with pairs, on a processor without it."""
+    run(build("address,undefined", stand_in=True), "avx512_bf16", 4000)
 
 
 def test_clean_under_thread_sanitizer(build):

@@ -247,7 +247,7 @@ def test_varlen_equals_sequences_one_by_one(backend, dropout_p):
         torch.testing.assert_close(got[index], pack(expected[index], lengths), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """Each unit in a process of its own, over a few cases; skipped where the processor lacks it."""
     code = f"""
