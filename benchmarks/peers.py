@@ -57,8 +57,13 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         tensor = torch.randn(shape, generator=generator, device=device).to(case.dtype)
         return tensor if case.packed else tensor.transpose(1, 2)
 
-    query, grad_output = random(case.heads, case.queries), random(case.heads, case.queries)
-    key, value = random(case.key_heads, case.keys), random(case.key_heads, case.keys)
+    grad_output = random(case.heads, case.queries)
+    if case.queries == case.keys and case.heads == case.key_heads:
+        # As GPT-2's projection makes them: a token's query, key and value are neighbours.
+        query, key, value = random(3 * case.heads, case.keys).chunk(3, dim=1)
+    else:
+        query = random(case.heads, case.queries)
+        key, value = random(case.key_heads, case.keys), random(case.key_heads, case.keys)
     if case.decoding:
         key, value = key.contiguous(), value.contiguous()  # as a cache keeps them
     lengths = torch.tensor(case.lengths, device=device)

@@ -84,7 +84,9 @@ class TestPeers:
         assert padded.query.shape == (3, 4, 48, 16)
         assert padded.key_mask.sum(1).tolist() == packed.sums.diff().tolist() == [48, 30, 12]
         assert packed.query.shape == (90, 4, 16)
-        assert padded.query.transpose(1, 2).is_contiguous(), "as a projection leaves it"
+        tokens, rows = 3 * 4 * 16, [padded.query, padded.key, padded.value]
+        assert [row.stride() for row in rows] == 3 * [(48 * tokens, 16, tokens, 1)], "as GPT-2's projection leaves them"
+        assert [row.storage_offset() for row in rows] == [0, 4 * 16, 2 * 4 * 16]
 
     def test_flops_count_visible_pairs(self):
         visible = [sum(range(1, length + 1)) for length in (48, 30, 12)]
