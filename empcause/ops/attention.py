@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
 from empcause.ops.backends import choose_backend
@@ -63,13 +65,16 @@ def biased_attention(
     """
     _check_tensors(query, key, value, packed=False)
     batch, heads, _, dim = query.shape
+    device = query.device
     keys = key.shape[2]
-    _check_options(strength, dropout_p, heads, query.device)
-    _check_cause(cause, (batch, heads), keys, "[B or 1, K] or [B or 1, H or 1, K]", query.device)
-    _check_mask(key_mask, (batch, keys), "[B, K]", query.device)
+    _check_options(strength, dropout_p, heads, device)
+    per_key = ((batch, keys), (1, keys))
+    per_head = ((batch, heads, keys), (batch, 1, keys), (1, heads, keys), (1, 1, keys))
+    _check_cause(cause, per_key + per_head, "[B or 1, K] or [B or 1, H or 1, K]", device)
+    _check_mask(key_mask, (batch, keys), "[B, K]", device)
     scale = dim**-0.5 if scale is None else float(scale)
-    seed = _seed(seed, dropout_p, query.device)
-    offset = None if query_offset is None else _scalar("query_offset", query_offset, query.device)
+    seed = _seed(seed, dropout_p, device)
+    offset = None if query_offset is None else _scalar("query_offset", query_offset, device)
     backend = choose_backend(backend, query)
     if backend == "reference":
         check_weights(cause, strength, key_mask)
@@ -86,9 +91,9 @@ def biased_attention(
             seed=seed,
             query_offset=offset,
         )[0]
-    weights = _kernel_weights(cause, strength, key_mask)
-    arguments = (query, key, value, *weights, causal, scale, dropout_p, seed, offset)
-    return _apply(_Attention, _operators(backend), arguments)
+    cause, strength, head_strength, key_mask = _kernel_weights(cause, strength, key_mask)
+    others = (strength, head_strength, key_mask, causal, scale, dropout_p, seed, offset)
+    return _apply(_Attention, "attention", backend, query, key, value, cause, others)
 
 
 def biased_attention_varlen(
@@ -130,17 +135,18 @@ def biased_attention_varlen(
     """
     _check_tensors(query, key, value, packed=True)
     _, heads, dim = query.shape
+    device = query.device
     keys = key.shape[0]
-    _check_options(strength, dropout_p, heads, query.device)
-    _check_cause(cause, (heads,), keys, "[M] or [H or 1, M]", query.device)
-    _check_mask(key_mask, (keys,), "[M]", query.device)
+    _check_options(strength, dropout_p, heads, device)
+    _check_cause(cause, ((keys,), (heads, keys), (1, keys)), "[M] or [H or 1, M]", device)
+    _check_mask(key_mask, (keys,), "[M]", device)
     for name, sums in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if sums.dtype != torch.int32 or sums.dim() != 1 or sums.shape[0] < 1 or sums.shape != cu_seqlens_q.shape:
             raise ValueError(
                 f"{name} must be int32 [sequences + 1], the same length for both, not {sums.dtype} {list(sums.shape)}."
             )
     scale = dim**-0.5 if scale is None else float(scale)
-    seed = _seed(seed, dropout_p, query.device)
+    seed = _seed(seed, dropout_p, device)
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
     backend = choose_backend(backend, query)
     if backend == "reference":
@@ -163,9 +169,9 @@ def biased_attention_varlen(
             dropout_p=dropout_p,
             seed=seed,
         )[0]
-    weights = _kernel_weights(cause, strength, key_mask)
-    arguments = (query, key, value, *weights, *packing, causal, scale, dropout_p, seed, None)
-    return _apply(_AttentionVarlen, _operators(backend), arguments)
+    cause, strength, head_strength, key_mask = _kernel_weights(cause, strength, key_mask)
+    others = (strength, head_strength, key_mask, *packing, causal, scale, dropout_p, seed, None)
+    return _apply(_AttentionVarlen, "attention_varlen", backend, query, key, value, cause, others)
 
 
 def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
@@ -196,20 +202,13 @@ def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tens
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
-    dims, dtype, device = 3 if packed else 4, query.dtype, query.device
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != dims:
-            form, key_form = ("[N, H, D]", "[M, Hkv, D]") if packed else ("[B, H, Q, D]", "[B, Hkv, K, D]")
-            raise ValueError(f"{name} must be {form if name == 'query' else key_form}, not {list(tensor.shape)}.")
-        if tensor.dtype != dtype:
-            raise ValueError(f"query, key and value must share a dtype; {name} is {tensor.dtype}, query {dtype}.")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {device}.")
+    shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
+    dims = 3 if packed else 4
+    alike = key_shape == value.shape and dtype == key.dtype == value.dtype and device == key.device == value.device
+    if not alike or len(shape) != dims or len(key_shape) != dims:
+        _refuse_tensors(query, key, value, dims)  # apart from the other checks: small calls would feel the loop in it
     if not dtype.is_floating_point:
         raise ValueError(f"query, key and value must be floating, not {dtype}.")
-    shape, key_shape = query.shape, key.shape
-    if key_shape != value.shape:
-        raise ValueError(f"key and value must have the same shape, not {list(key_shape)} and {list(value.shape)}.")
     if key_shape[-1] != shape[-1] or not 1 <= shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
             f"query and key must share a head size from 1 to {MAX_HEAD_DIM}, not {shape[-1]} and {key_shape[-1]}."
@@ -218,6 +217,19 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         raise ValueError(f"query and key must share the batch, not {shape[0]} and {key_shape[0]}.")
     if key_shape[1] < 1 or shape[1] % key_shape[1]:
         raise ValueError(f"the key heads must divide the query heads; there are {key_shape[1]} and {shape[1]}.")
+
+
+def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor, dims: int) -> None:
+    """Say which of the tensors is unlike the others, or has another number of dimensions than `dims`."""
+    form, key_form = ("[N, H, D]", "[M, Hkv, D]") if dims == 3 else ("[B, H, Q, D]", "[B, Hkv, K, D]")
+    for name, tensor, expected in (("query", query, form), ("key", key, key_form), ("value", value, key_form)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{name} must be {expected}, not {list(tensor.shape)}.")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"query, key and value must share a dtype; {name} is {tensor.dtype}, query {query.dtype}.")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}.")
+    raise ValueError(f"key and value must have the same shape, not {list(key.shape)} and {list(value.shape)}.")
 
 
 def _check_options(strength: float | Tensor, dropout_p: float, heads: int, device: torch.device) -> None:
@@ -233,16 +245,13 @@ def _check_options(strength: float | Tensor, dropout_p: float, heads: int, devic
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}.")
 
 
-def _check_cause(cause: Tensor | None, limits: tuple[int, ...], keys: int, expected: str, device: torch.device) -> None:
-    """`limits` are the sizes of [batch and] heads, each of which may be 1; heads may be left out."""
+def _check_cause(
+    cause: Tensor | None, shapes: tuple[tuple[int, ...], ...], expected: str, device: torch.device
+) -> None:
     if cause is None:
         return
-    *outer, last = cause.shape or (-1,)
-    fits = last == keys and 0 <= len(limits) - len(outer) <= 1
-    for size, limit in zip(outer, limits, strict=False):
-        fits = fits and (size == limit or size == 1)
-    if not fits:
-        raise ValueError(f"cause must be {expected} with K = {keys}, not {list(cause.shape)}.")
+    if cause.shape not in shapes:
+        raise ValueError(f"cause must be {expected} with K = {shapes[0][-1]}, not {list(cause.shape)}.")
     if not cause.is_floating_point() or cause.device != device:
         raise ValueError(f"cause must be floating on {device}, not {cause.dtype} on {cause.device}.")
 
@@ -285,30 +294,44 @@ def _kernel_weights(
     return cause, float(strength), None, key_mask
 
 
-def _operators(backend: str) -> Any:
-    return getattr(torch.ops, f"empcause_{backend}")
+def _operator(backend: str, name: str) -> OpOverload:
+    return getattr(getattr(torch.ops, f"empcause_{backend}"), name).default
 
 
-def _apply(function: type["_Attention"] | type["_AttentionVarlen"], operators: Any, arguments: tuple) -> Tensor:
+@cache
+def _operators(backend: str, name: str) -> tuple[Callable, Callable]:
+    """The raw operator and its gradient as eager mode calls them: looked up once, without the overloads' own wrappers."""
+    return _operator(backend, name)._op, _operator(backend, f"{name}_backward")._op
+
+
+def _apply(
+    function: type["_Attention"] | type["_AttentionVarlen"],
+    name: str,
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None,
+    others: tuple,
+) -> Tensor:
     """Run a raw operator, recording its gradient if it is needed.
 
     Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler needs the
     registered one (`registration.py`).
     """
     if torch.compiler.is_compiling():
-        return function.operator(operators)(*arguments)[0]
-    if torch.is_grad_enabled() and _needs_grad(*arguments[:4]):
-        return function.apply(
-            operators, *arguments[:4], arguments[4:]
-        )  # torch looks at each argument, but not into a tuple
+        return _operator(backend, name)(query, key, value, cause, *others)[0]
+    operators = _operators(backend, name)
+    if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
+        # torch looks at each argument, but not into a tuple
+        return function.apply(operators, query, key, value, cause, others)
     with below_autograd():
-        return function.operator(operators)(*arguments)[0]
+        return operators[0](query, key, value, cause, *others)[0]
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None) -> bool:
-    return (
-        query.requires_grad or key.requires_grad or value.requires_grad or (cause is not None and cause.requires_grad)
-    )
+    inputs = query.requires_grad or key.requires_grad or value.requires_grad
+    return inputs or (cause is not None and cause.requires_grad)
 
 
 def _differentiable_once(backward: Callable) -> Callable:
@@ -323,50 +346,61 @@ def _differentiable_once(backward: Callable) -> Callable:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def operator(operators: Any) -> Any:
-        return operators.attention
-
-    @staticmethod
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
+        forward, backward = operators
         with below_autograd():
-            output, logsumexp = operators.attention(query, key, value, cause, *others)
-        strength, head_strength, key_mask, *options, seed, query_offset = others
-        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, query_offset)
-        ctx.operators, ctx.strength, ctx.options = operators, strength, options
+            output, logsumexp = forward(query, key, value, cause, *others)
+        strength, head_strength, key_mask, causal, scale, dropout_p, seed, offset = others
+        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset)
+        ctx.constants = backward, strength, causal, scale, dropout_p
         return output
 
     @staticmethod
     @_differentiable_once
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
-        wants_cause = cause is not None and ctx.needs_input_grad[4]
-        weights = (cause, ctx.strength, head_strength, key_mask)
-        saved = (grad_output, query, key, value, output, logsumexp)
-        grads = ctx.operators.attention_backward(*saved, *weights, *ctx.options, seed, offset, wants_cause)
-        return None, *grads[:3], grads[3] if wants_cause else None, None
+        backward, strength, causal, scale, dropout_p = ctx.constants
+        wants_cause = ctx.needs_input_grad[4]
+        # Each by its name: putting 16 arguments together from parts is felt in a small call.
+        grad_query, grad_key, grad_value, grad_cause = backward(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            logsumexp,
+            cause,
+            strength,
+            head_strength,
+            key_mask,
+            causal,
+            scale,
+            dropout_p,
+            seed,
+            offset,
+            wants_cause,
+        )
+        return None, grad_query, grad_key, grad_value, grad_cause if wants_cause else None, None
 
 
 class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
-    def operator(operators: Any) -> Any:
-        return operators.attention_varlen
-
-    @staticmethod
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
+        forward, backward = operators
         with below_autograd():
-            output, logsumexp = operators.attention_varlen(query, key, value, cause, *others)
-        strength, head_strength, key_mask, cu_q, cu_k, *options, seed, _ = others
+            output, logsumexp = forward(query, key, value, cause, *others)
+        strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, _ = others
         ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed)
-        ctx.operators, ctx.strength, ctx.options = operators, strength, options
+        ctx.constants = backward, strength, max_q, max_k, causal, scale, dropout_p
         return output
 
     @staticmethod
     @_differentiable_once
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
-        wants_cause = cause is not None and ctx.needs_input_grad[4]
-        weights = (cause, ctx.strength, head_strength, key_mask)
-        saved = (grad_output, query, key, value, output, logsumexp)
-        packed = (cu_q, cu_k, *ctx.options, seed, None, wants_cause)
-        grads = ctx.operators.attention_varlen_backward(*saved, *weights, *packed)
-        return None, *grads[:3], grads[3] if wants_cause else None, None
+        *inputs, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
+        backward, strength, *options = ctx.constants
+        wants_cause = ctx.needs_input_grad[4]
+        grad_query, grad_key, grad_value, grad_cause = backward(
+            grad_output, *inputs, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, None, wants_cause
+        )
+        return None, grad_query, grad_key, grad_value, grad_cause if wants_cause else None, None
