@@ -22,7 +22,8 @@ struct DecodePlan {
 
 // Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors.
 struct CopiedRows : KeyRows<float> {
-  Vec load_at(int64_t key, int64_t d) const { return load(data + key * stride + d); }
+  int64_t place(int64_t key) const { return key * stride; }
+  Vec load_at(int64_t index) const { return load(data + index); }
   void prefetch(int64_t, int64_t) const {}
 };
 
@@ -31,7 +32,8 @@ struct TensorRows {
   const Matrices& rows;
   int64_t first;
 
-  Vec load_at(int64_t key, int64_t d) const { return load_values<kType>(rows.data, first + key * rows.row + d); }
+  int64_t place(int64_t key) const { return first + key * rows.row; }
+  Vec load_at(int64_t index) const { return load_values<kType>(rows.data, index); }
   void prefetch(int64_t key, int64_t size) const { prefetch_row(rows, kType, first + key * rows.row, size); }
 };
 
@@ -47,17 +49,34 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
       key.prefetch(j + kAheadKeys, stride);
       value.prefetch(j, stride);
     }
+    int64_t place[kWidth];
     Vec products[kWidth];
-    for (int j = 0; j < kWidth; ++j) products[j] = Vec{};
+    for (int j = 0; j < kWidth; ++j) {
+      place[j] = key.place(first + (j < last ? j : last));
+      products[j] = Vec{};
+    }
     for (int64_t d = 0; d < stride; d += kWidth) {
       const Vec q = load(query + d);
-      for (int j = 0; j < kWidth; ++j) products[j] += q * key.load_at(first + (j < last ? j : last), d);
+      for (int j = 0; j < kWidth; ++j) products[j] += q * key.load_at(place[j] + d);
     }
     transpose(products);
     Vec total{};
     for (int j = 0; j < kWidth; ++j) total += products[j];
     store(logits + first, total);
   }
+}
+
+// Some vectors of the output, from dimension d on: corrected, plus the values of some keys times their probabilities.
+template <int kVecs, class Rows>
+inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
+  Vec acc[kVecs];
+  EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[v] = load(output + v * kWidth) * correction;
+  for (int64_t j = 0; j < keys; ++j) {
+    const Vec p = splat(probability[j]);
+    const int64_t place = value.place(j) + d;
+    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[v] += p * value.load_at(place + v * kWidth);
+  }
+  EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) store(output + v * kWidth, acc[v]);
 }
 
 template <class Rows>
@@ -82,16 +101,10 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
   }
   *row.maximum = new_maximum;
   *row.sum = *row.sum * correction[0] + sum(total);
-  constexpr int64_t kVecs = 4;
-  for (int64_t d = 0; d < stride; d += kVecs * kWidth) {
-    const int64_t vecs = (stride - d) / kWidth < kVecs ? (stride - d) / kWidth : kVecs;
-    Vec acc[kVecs];
-    for (int64_t v = 0; v < vecs; ++v) acc[v] = load(row.output + d + v * kWidth) * correction;
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t v = 0; v < vecs; ++v) acc[v] += splat(logits[j]) * value.load_at(j, d + v * kWidth);
-    }
-    for (int64_t v = 0; v < vecs; ++v) store(row.output + d + v * kWidth, acc[v]);
-  }
+  int64_t d = 0;
+  for (; d + 8 * kWidth <= stride; d += 8 * kWidth) add_values<8>(logits, value, keys, d, correction, row.output + d);
+  for (; d + 2 * kWidth <= stride; d += 2 * kWidth) add_values<2>(logits, value, keys, d, correction, row.output + d);
+  if (d < stride) add_values<1>(logits, value, keys, d, correction, row.output + d);
 }
 
 inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head, int64_t part) {
