@@ -121,6 +121,15 @@ class TestGate:
         assert "not finite" in disagreement(good, [good[0] * float("nan")], good, torch.float32)
         assert "shape" in disagreement(good, [good[0][:1]], good, torch.float32)
 
+    @pytest.mark.parametrize(
+        ("rows", "units", "verdict"), [(1, 3, None), (1, 20, "largest"), (5, 3, "root mean square")]
+    )
+    def test_what_is_slightly_wrong_everywhere_is_red_where_rows_are_many(self, rows, units, verdict):
+        exact = [torch.ones(1, 1, rows, 8, dtype=torch.float64)]
+        got = [exact[0] * (1 + units * torch.finfo(torch.float32).eps)]
+        found = disagreement(exact, got, exact, torch.float32)
+        assert found is None if verdict is None else verdict in found
+
     def test_matrix_holds_on_the_cpu(self):
         """Each dtype's first cases here; all of them on a GPU."""
         cases = list(correctness.matrix())

@@ -1,0 +1,36 @@
+"""exp2 and log2 of the CPU's kernels keep the bounds that csrc/cpu/simd.h states, on every instruction set."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent / "simd_test.cpp"
+CSRC = Path(__file__).parents[2] / "csrc"
+AVX2 = ["-mavx2", "-mfma", "-ffp-contract=fast"]
+FLAGS = {"baseline": [], "avx2": AVX2, "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]}
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_errors_are_below_the_stated_bounds(isa, tmp_path):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "simd_test"
+    command = [compiler, "-std=c++20", "-O2", "-Wno-psabi", *FLAGS[isa], f"-I{CSRC}", SOURCE, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode and isa != "baseline" and "unrecognized" in built.stderr:
+        pytest.skip(f"this compiler does not know {isa}")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode == 77:
+        pytest.skip(f"this processor does not run {isa}")
+    exp2_error, log2_error, special_values = map(float, done.stdout.split())
+    stated = [
+        float(bound) for bound in re.findall(r"relative error below (\S+)[;,]", (CSRC / "cpu" / "simd.h").read_text())
+    ]
+    assert [0 < error < bound for error, bound in zip((exp2_error, log2_error), stated, strict=True)] == [True, True]
+    assert special_values == 1
