@@ -103,6 +103,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
   *row.sum = *row.sum * correction[0] + sum(total);
   int64_t d = 0;
   for (; d + 8 * kWidth <= stride; d += 8 * kWidth) add_values<8>(logits, value, keys, d, correction, row.output + d);
+  for (; d + 4 * kWidth <= stride; d += 4 * kWidth) add_values<4>(logits, value, keys, d, correction, row.output + d);
   for (; d + 2 * kWidth <= stride; d += 2 * kWidth) add_values<2>(logits, value, keys, d, correction, row.output + d);
   if (d < stride) add_values<1>(logits, value, keys, d, correction, row.output + d);
 }

@@ -1,6 +1,7 @@
 """The operator for AVX512-BF16 on a processor without it: its module built with products of pairs in software, and tested."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a unit for x86"),
+]
 
 ROOT = Path(__file__).parents[2]
 
