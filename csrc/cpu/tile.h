@@ -74,6 +74,7 @@ struct KeyTile {
     if constexpr (kValues<T> == 1) {
       const bool neighbours = count > 0 && place[count - 1] == count - 1;
       if (dtype == DType::kFloat32 && neighbours && readers <= kFewReaders) {
+        for (int64_t j = 0; j < count; ++j) prefetch_row(m, dtype, offset + (first + j) * m.row, head_dim);
         return {static_cast<const float*>(m.data) + offset + first * m.row, m.row};
       }
     }
@@ -93,9 +94,10 @@ struct Parts {
   int count = 0;
   int64_t keys[kMostVecs];  // that any lane of a vector sees
 
-  // `position` is that of the first query among the keys.
+  // `position` is that of the first query among the keys. The key there belongs to the first ragged part, though all lanes see it:
+  // in a tile without gaps that part then has whole vectors of keys too, for which products have the most accumulators.
   Parts(const KeyTile& tile, bool causal, int64_t position, int64_t vecs) {
-    int64_t begin = causal ? tile.up_to(position) : tile.count;
+    int64_t begin = causal ? tile.up_to(position - 1) : tile.count;
     if (begin > 0) part[count++] = {0, begin, 0, false};
     for (int64_t v = 0; causal && v < vecs && begin < tile.count; ++v) {
       const int64_t end = tile.up_to(position + (v + 1) * kWidth - 1);
