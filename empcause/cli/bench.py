@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, or compare two results; 1 if a ratio fell."""
     import torch
 
+    from empcause.cli.memory import keep_freed_memory
     from empcause.ops import info
 
     if not info()["cpu"].runs:
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
         return int(bool(fallen))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()  # or whose results meet fresh pages is a matter of luck
     suites = SUITES if "all" in options.suites else options.suites
     cpu.bench(suites, options.dtypes, options.peers, options.output, options.seconds)
     return 0

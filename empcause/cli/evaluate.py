@@ -17,10 +17,15 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(namespace: argparse.Namespace) -> int:
     """Evaluate and print the headline figures and where the report is."""
+    import torch
+
+    from empcause.cli.memory import keep_freed_memory
     from empcause.cli.options import parse_options
     from empcause.cli.terminal import hide_file_progress, print_metrics
 
     hide_file_progress()
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     prog = f"empcause evaluate {namespace.stage}"
     if namespace.stage == "extractor":
         from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
