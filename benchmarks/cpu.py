@@ -78,33 +78,40 @@ class Limits:
     Attributes:
         gflops: 10^9 FLOP/s of each dtype, the best of several. bf16 is on a par with fp32 where it is multiplied as that.
         gigabytes: 10^9 bytes/s, the best of several.
-        arithmetic, reading: the same to be timed beside peers, as a machine that others use too is not always equally fast.
     """
 
     def __init__(self, rounds: int = 4_000_000, bytes_read: int = 2**29, repeats: int = 8) -> None:
-        tasks = 8 * torch.get_num_threads()
+        self._tasks = 8 * torch.get_num_threads()
         values = torch.ones(bytes_read // 4)  # more than the caches hold
 
-        def arithmetic(bfloat16: bool) -> Yardstick:
-            def multiply_adds() -> int:
-                return _C.multiply_adds(rounds // tasks, tasks, bfloat16)
-
-            return Yardstick("limit: multiply-adds", multiply_adds, multiply_adds(), Case.flops)
-
         def read() -> None:
-            _C.read_all(values.data_ptr(), values.numel(), tasks)
+            _C.read_all(values.data_ptr(), values.numel(), self._tasks)
 
         in_pairs = _C.multiply_adds(1, 1, True) > _C.multiply_adds(1, 1, False)
-        single = arithmetic(False)
-        self.arithmetic = {torch.float32: single, torch.bfloat16: arithmetic(True) if in_pairs else single}
-        self.reading = Yardstick("limit: reading", read, values.nbytes, Case.bytes)
-        best = {limit: _best_rate(limit, repeats) for limit in {*self.arithmetic.values(), self.reading}}
-        self.gflops = {dtype: best[limit] for dtype, limit in self.arithmetic.items()}
-        self.gigabytes = best[self.reading]
+        self._in_pairs = {torch.float32: False, torch.bfloat16: in_pairs}
+        self._reading = Yardstick("limit: reading", read, values.nbytes, Case.bytes)
+        best = {pairs: _best_rate(self._multiply_adds(pairs, rounds), repeats) for pairs in {False, in_pairs}}
+        self.gflops = {dtype: best[pairs] for dtype, pairs in self._in_pairs.items()}
+        self.gigabytes = _best_rate(self._reading, repeats)
 
     def of(self, case: Case) -> Yardstick:
-        """Decoding is bound by reading, the rest by arithmetic."""
-        return self.reading if case.decoding else self.arithmetic[case.dtype]
+        """What a case is timed beside, as a machine that others use too is not always equally fast.
+
+        Decoding is bound by reading, the rest by multiply-adds. Of these no more than the case takes: while a processor computes
+        for long and reads nothing, its neighbours fill the caches, and the peer that comes next pays for it.
+        """
+        if case.decoding:
+            return self._reading
+        in_pairs = self._in_pairs[case.dtype]
+        return self._multiply_adds(in_pairs, int(case.flops("forward")) // _C.multiply_adds(1, 1, in_pairs))
+
+    def _multiply_adds(self, in_pairs: bool, rounds: int) -> Yardstick:
+        rounds_each = max(1, rounds // self._tasks)
+
+        def multiply_adds() -> int:
+            return _C.multiply_adds(rounds_each, self._tasks, in_pairs)
+
+        return Yardstick("limit: multiply-adds", multiply_adds, multiply_adds(), Case.flops)
 
 
 def _best_rate(limit: Yardstick, repeats: int) -> float:
