@@ -24,14 +24,17 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 void serial(int64_t count, Task task, void* context) {
-  for (int64_t i = 0; i < count; ++i) task(context, i, i + 1);
+  for (int64_t i = 0; i < count; ++i) task(context, i, i + 1 < count ? i + 1 : -1);
 }
 
 void threaded(int64_t count, Task task, void* context) {
   constexpr int64_t kThreads = 3;
   std::vector<std::thread> threads;
   for (int64_t t = 0; t < kThreads; ++t) {
-    threads.emplace_back(task, context, count * t / kThreads, count * (t + 1) / kThreads);
+    threads.emplace_back([=] {
+      const int64_t end = count * (t + 1) / kThreads;
+      for (int64_t i = count * t / kThreads; i < end; ++i) task(context, i, i + 1 < end ? i + 1 : -1);
+    });
   }
   for (std::thread& thread : threads) thread.join();
 }

@@ -35,9 +35,9 @@ int64_t multiply_adds(int64_t rounds, int64_t tasks, bool bfloat16) {
     empcause::DType dtype;
     int64_t rounds, *flops;
   } work{bfloat16 ? empcause::DType::kBFloat16 : empcause::DType::kFloat32, rounds, flops.data()};
-  const auto task = [](void* pointer, int64_t begin, int64_t end) {
+  const auto task = [](void* pointer, int64_t index, int64_t) {
     const Work& w = *static_cast<const Work*>(pointer);
-    for (int64_t i = begin; i < end; ++i) w.flops[i] = empcause::cpu::select_kernels().multiply_adds(w.dtype, w.rounds);
+    w.flops[index] = empcause::cpu::select_kernels().multiply_adds(w.dtype, w.rounds);
   };
   empcause::parallel_for(tasks, task, &work);
   return std::accumulate(flops.begin(), flops.end(), int64_t{0});
@@ -51,12 +51,10 @@ float read_all(uintptr_t address, int64_t count, int64_t tasks) {
     int64_t count, tasks;
     float* sums;
   } work{reinterpret_cast<const float*>(address), count, tasks, sums.data()};
-  const auto task = [](void* pointer, int64_t begin, int64_t end) {
+  const auto task = [](void* pointer, int64_t index, int64_t) {
     const Work& w = *static_cast<const Work*>(pointer);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = w.count * i / w.tasks, last = w.count * (i + 1) / w.tasks;
-      w.sums[i] = empcause::cpu::select_kernels().read_all(w.data + first, last - first);
-    }
+    const int64_t first = w.count * index / w.tasks, last = w.count * (index + 1) / w.tasks;
+    w.sums[index] = empcause::cpu::select_kernels().read_all(w.data + first, last - first);
   };
   empcause::parallel_for(tasks, task, &work);
   return std::accumulate(sums.begin(), sums.end(), 0.0f);

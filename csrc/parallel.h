@@ -3,18 +3,33 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/attention.h"
 
 namespace empcause {
 
-// A thread takes the next task when it has done one: tasks differ in length, and so do processors that others use too.
+// Each thread has a range of neighbouring tasks, and when these are done it helps the others with theirs: tasks differ in length,
+// and so do processors that others use too.
 inline void parallel_for(int64_t count, cpu::Task task, void* context) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(context, i, i + 1);
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::vector<Range> ranges(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    ranges[t].next = count * t / threads;
+    ranges[t].end = count * (t + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t t = 0; t < threads; ++t) {
+      Range& range = ranges[(first + t) % threads];
+      for (int64_t i = range.next++; i < range.end; i = range.next++) task(context, i, i + 1 < range.end ? i + 1 : -1);
+    }
   });
 }
 

@@ -5,8 +5,8 @@
 
 namespace empcause::cpu {
 
-// Runs task(context, begin, end) over ranges that cover [0, count).
-using Task = void (*)(void* context, int64_t begin, int64_t end);
+// Runs task(context, index, next) for every index in [0, count). `next` is the task that the thread is likely to take then, or -1.
+using Task = void (*)(void* context, int64_t index, int64_t next);
 using ParallelFor = void (*)(int64_t count, Task task, void* context);
 
 struct Kernels {

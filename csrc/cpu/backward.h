@@ -109,7 +109,7 @@ struct TileScratch {
 template <class T>
 inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, const TileRows<T>& tile_rows,
                             const Dropout& dropout, int64_t position, Block block, const QueryRows<T>& packed,
-                            const TileScratch<T>& scratch, TileGradients& gradients) {
+                            const TileScratch<T>& scratch, TileGradients& gradients, Upcoming& upcoming) {
   const Attention& a = g.forward;
   const int64_t query = block.first, rows = block.rows(), dim = a.head_dim, stride = round_up(dim);
   const Parts parts(tile, a.causal, position, block.vecs);
@@ -124,9 +124,9 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
     matmul(keys, vecs, depth, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
-           probability + part.begin * rows + lane, rows);
+           probability + part.begin * rows + lane, rows, upcoming);
     matmul(keys, vecs, depth, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
-           grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows);
+           grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows, upcoming);
     for (int64_t j = part.begin; j < part.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.weight[j]);
@@ -152,8 +152,10 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     const int64_t columns = stride / kWidth;
     const Equal queries_left{operands<T>(rows - lane)};
     const T *p = reinterpret_cast<const T*>(probability) + place, *grad = grad_logits_rows + place;
-    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride);
-    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride);
+    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride,
+           upcoming);
+    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride,
+           upcoming);
   }
   T* grad_logits_over_keys = reinterpret_cast<T*>(grad_logits);
   for (int64_t lane = 0; kValues<T> == 2 && lane < rows; lane += kWidth) {
@@ -161,7 +163,7 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     store_over_rows(parts.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
   }
   matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride, grad_logits_over_keys, rows,
-         packed.grad_query + query * dim, rows);
+         packed.grad_query + query * dim, rows, upcoming);
 }
 
 // How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.
@@ -190,7 +192,8 @@ inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int
 
 // Every splits-th tile of a key head.
 template <class T>
-inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t split) {
+inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t split,
+                              Upcoming& upcoming) {
   const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
   const Sequence s = sequence(a, batch);
@@ -252,7 +255,7 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
         for (int64_t i = 0; i < blocks.count; ++i) {
           const Block block = blocks[i];
           attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member), tile_scratch,
-                          gradients);
+                          gradients, upcoming);
         }
         for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
         for (int64_t j = 0; !every && !removed && j < tile.count; ++j) {
@@ -309,20 +312,20 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
   }
   parallel_for(
       heads * plan.splits,
-      [](void* pointer, int64_t begin, int64_t end) {
+      [](void* pointer, int64_t index, int64_t next) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t pair = i / p.splits, key_heads = p.g.forward.num_key_heads;
-          backward_key_head<T>(p, pair / key_heads, pair % key_heads, i % p.splits);
-        }
+        const Attention& f = p.g.forward;
+        const int64_t pair = index / p.splits, next_pair = next < 0 ? -1 : next / p.splits;
+        Upcoming upcoming(f, next_pair, 0, {f.query, f.output, p.g.grad_output}, {f.key, f.value});
+        backward_key_head<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.splits, upcoming);
       },
       &plan);
   if (plan.splits == 1) return;
   parallel_for(
       a.batch * a.num_heads,
-      [](void* pointer, int64_t begin, int64_t end) {
+      [](void* pointer, int64_t index, int64_t) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
-        for (int64_t i = begin; i < end; ++i) sum_grad_query(p, i / p.g.forward.num_heads, i % p.g.forward.num_heads);
+        sum_grad_query(p, index / p.g.forward.num_heads, index % p.g.forward.num_heads);
       },
       &plan);
 }

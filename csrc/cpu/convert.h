@@ -97,6 +97,49 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
+// Rows that the thread's next task begins with: called for, some at a time, while this one multiplies.
+class Upcoming {
+ public:
+  // The first query head of a pair of batch and key head, from a row on; nothing if `pair` is -1.
+  Upcoming(const Attention& a, int64_t pair, int64_t first_query, std::initializer_list<Matrices> of_queries,
+           std::initializer_list<Matrices> of_keys)
+      : dtype_(a.dtype), head_dim_(a.head_dim) {
+    if (pair < 0) return;
+    const int64_t batch = pair / a.num_key_heads, key_head = pair % a.num_key_heads;
+    const int64_t head = key_head * (a.num_heads / a.num_key_heads);
+    const Sequence s = sequence(a, batch);
+    for (const Matrices& m : of_queries) {
+      add(m, batch * m.batch + head * m.head + (s.query_begin + first_query) * m.row, s.num_queries - first_query);
+    }
+    for (const Matrices& m : of_keys) add(m, batch * m.batch + key_head * m.head + s.key_begin * m.row, s.num_keys);
+  }
+
+  void call() {
+    for (int i = 0; i < 2 && next_ < count_; ++i) {
+      Part& part = parts_[next_];
+      prefetch_row(part.m, dtype_, part.offset, head_dim_);
+      part.offset += part.m.row;
+      if (--part.rows == 0) ++next_;
+    }
+  }
+
+ private:
+  struct Part {
+    Matrices m;
+    int64_t offset, rows;
+  };
+
+  void add(const Matrices& m, int64_t offset, int64_t rows) {
+    constexpr int64_t kMost = 128;  // of each tensor: they and what is worked on fit the second-level cache
+    if (rows > 0) parts_[count_++] = {m, offset, rows < kMost ? rows : kMost};
+  }
+
+  DType dtype_;
+  int64_t head_dim_;
+  Part parts_[5];
+  int count_ = 0, next_ = 0;
+};
+
 // A row as operands of a sum along it, zeros up to whole vectors.
 template <class T>
 inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, T* out) {

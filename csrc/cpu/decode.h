@@ -204,12 +204,10 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
   plan.memory = memory.get();
   parallel_for(
       heads * plan.parts,
-      [](void* pointer, int64_t begin, int64_t end) {
+      [](void* pointer, int64_t index, int64_t) {
         const DecodePlan& p = *static_cast<const DecodePlan*>(pointer);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t pair = i / p.parts;
-          decode_part(p, pair / p.a.num_key_heads, pair % p.a.num_key_heads, i % p.parts);
-        }
+        const int64_t pair = index / p.parts;
+        decode_part(p, pair / p.a.num_key_heads, pair % p.a.num_key_heads, index % p.parts);
       },
       &plan);
   for (int64_t i = 0; i < a.batch * a.num_heads; ++i) combine_parts(plan, i / a.num_heads, i % a.num_heads);

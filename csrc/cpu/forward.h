@@ -20,7 +20,8 @@ struct RunningBlock {
 // probabilities, as operands of such sums.
 template <class T>
 inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout, int64_t query,
-                   int64_t position, Block block, const RunningBlock<T>& running, float* logits, float* factor) {
+                   int64_t position, Block block, const RunningBlock<T>& running, float* logits, float* factor,
+                   Upcoming& upcoming) {
   const int64_t rows = block.rows(), dim = a.head_dim;
   const Parts parts(tile, a.causal, position, block.vecs);
   if (parts.count == 0) return;
@@ -32,7 +33,8 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
     const int64_t lane = part.first_vec * kWidth;
     const Vec others = best[part.first_vec];
     matmul(part.end - part.begin, block.vecs - part.first_vec, Equal{operands<T>(dim)}, ScaleAndCompare{scale, best + part.first_vec},
-           key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows);
+           key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows,
+           upcoming);
     if (!part.ragged) continue;
     Vec most = others;  // what a query does not see does not count
     for (int64_t j = part.begin; j < part.end; ++j) {
@@ -71,7 +73,8 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
     store_over_rows(parts.keys[v], weighted, probability + lane, rows);
     store(running.row_sum + lane, total);
   }
-  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows);
+  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
+         upcoming);
 }
 
 // All keys and values of a key head as operands, tile after tile, copied when they are first needed.
@@ -87,7 +90,7 @@ struct PackedKeys {
 // Query rows [begin, end), a band at most, of one (batch, head).
 template <class T>
 inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const Sequence& s,
-                         PackedKeys<T>& packed, float* scratch) {
+                         PackedKeys<T>& packed, float* scratch, Upcoming& upcoming) {
   const int64_t dim = a.head_dim, key_stride = round_up(operands<T>(dim)), value_stride = round_up(dim);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads);
   const Blocks blocks(end - begin);
@@ -136,7 +139,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
     for (int64_t i = 0; i < blocks.count; ++i) {
       const Block block = blocks[i];
       const int64_t row = begin + block.first;
-      attend(a, tile, key, value, dropout, row, row + s.offset, block, running(block), logits, factor);
+      attend(a, tile, key, value, dropout, row, row + s.offset, block, running(block), logits, factor, upcoming);
     }
   }
 
@@ -162,7 +165,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
 
 // Query rows [begin, end) of all heads that share a key head.
 template <class T>
-inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, int64_t begin, int64_t end) {
+inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, int64_t begin, int64_t end, Upcoming& upcoming) {
   const Sequence s = sequence(a, batch);
   if (end > s.num_queries) end = s.num_queries;
   if (begin >= end) return;
@@ -177,7 +180,7 @@ inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, in
     if (a.weight.head != 0) packed.tiles = 0;  // another head may leave out other keys
     for (int64_t row = begin; row < end; row += kBand) {
       forward_band(a, batch, key_head * group + member, row, end - row < kBand ? end : row + kBand, s, packed,
-                   scratch + keys_size);
+                   scratch + keys_size, upcoming);
     }
   }
 }
@@ -194,12 +197,12 @@ inline void forward_as(const Attention& a, ParallelFor parallel_for) {
     int64_t rows, pieces;
   } context{a, (bands + wanted - 1) / wanted * kBand, 0};
   context.pieces = (a.num_queries + context.rows - 1) / context.rows;
-  const Task task = [](void* pointer, int64_t begin, int64_t end) {
+  const Task task = [](void* pointer, int64_t index, int64_t next) {
     const Context& c = *static_cast<const Context*>(pointer);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t pair = index / c.pieces, first = index % c.pieces * c.rows;
-      forward_rows<T>(c.a, pair / c.a.num_key_heads, pair % c.a.num_key_heads, first, first + c.rows);
-    }
+    const int64_t pair = index / c.pieces, first = index % c.pieces * c.rows;
+    const int64_t next_pair = next < 0 ? -1 : next / c.pieces;
+    Upcoming upcoming(c.a, next_pair, next % c.pieces * c.rows, {c.a.query, c.a.output}, {c.a.key, c.a.value});
+    forward_rows<T>(c.a, pair / c.a.num_key_heads, pair % c.a.num_key_heads, first, first + c.rows, upcoming);
   };
   parallel_for(heads * context.pieces, task, &context);
 }

@@ -1,4 +1,5 @@
 // The kernels, compiled once per instruction set: each of the kernels_*.cpp defines EMPCAUSE_ISA and includes this file.
+#include <initializer_list>
 #include <memory>
 #include <type_traits>
 #if defined(__SSE2__)

@@ -109,26 +109,27 @@ template <int kRows, int kVecs, class Depth, class Then, class T>
 // kRows at once, then half as many, and so on.
 template <int kRows, int kVecs, class Depth, class Then, class T>
 inline void matmul_rows(int64_t rows, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                        int64_t b_row, float* c, int64_t c_row) {
+                        int64_t b_row, float* c, int64_t c_row, Upcoming& upcoming) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
+    upcoming.call();
     matmul_tile<kRows, kVecs>(depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
   }
   if constexpr (kRows > 1) {
     if (m == rows) return;
-    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
+    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row, upcoming);
   }
 }
 
-// `vecs` vectors of columns, from 1 on.
+// `vecs` vectors of columns, from 1 on. Each tile of products is a time to call for more of what is upcoming.
 template <class Depth, class Then, class T>
 inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                   int64_t b_row, float* c, int64_t c_row) {
+                   int64_t b_row, float* c, int64_t c_row, Upcoming& upcoming) {
   for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3), then = then.from(3)) {
-    matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);
+    matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
   }
   for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth, depth = depth.from(2), then = then.from(2)) {
-    matmul_rows<kMatmulRows, 2>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);
+    matmul_rows<kMatmulRows, 2>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
   }
-  if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row);
+  if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
 }
