@@ -136,7 +136,7 @@ class Upcoming {
 
   DType dtype_;
   int64_t head_dim_;
-  Part parts_[5];
+  Part parts_[8];
   int count_ = 0, next_ = 0;
 };
 
