@@ -130,8 +130,9 @@ class Upcoming {
   };
 
   void add(const Matrices& m, int64_t offset, int64_t rows) {
-    constexpr int64_t kMost = 128;  // of each tensor: they and what is worked on fit the second-level cache
-    if (rows > 0) parts_[count_++] = {m, offset, rows < kMost ? rows : kMost};
+    constexpr int64_t kMostValues = 1 << 14;  // of each tensor: what is called for too early is displaced again
+    const int64_t most = kMostValues / head_dim_;
+    if (rows > 0) parts_[count_++] = {m, offset, rows < most ? rows : most};
   }
 
   DType dtype_;
