@@ -4,14 +4,9 @@ Where the CUDA backend is built and there is a device, the kernels run on it; el
 races, uninitialised shared memory and accesses outside of the tensors, and ends the call with an error.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from csrc.building import ROOT, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.cases import Case, gradients
@@ -21,7 +16,6 @@ import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.backends import load_cuda
 
-ROOT = Path(__file__).parents[2]
 ON_DEVICE = empcause.info()["cuda"].built and torch.cuda.is_available()
 DEVICE = "cuda" if ON_DEVICE else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,16 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(scope="session")
 def emulation():
     """Path of the library that runs the kernels on the host, built where that is possible."""
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    for tool in ("cmake", "ninja", os.environ.get("CXX", "c++")):
-        if shutil.which(tool, path=environment["PATH"]) is None:
-            pytest.skip(f"{tool} is not installed: it builds the CUDA kernels for the emulator")
-    build = ROOT / "build" / "cuda_emulation"
-    options = ["-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in (["-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], ["--build", str(build)]):
-        done = subprocess.run(["cmake", *command], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return build / "libempcause_cuda_emulation.so"
+    folder = ROOT / "build" / "cuda_emulation"
+    build("empcause_cuda_emulation", folder, "-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_CUDA_EMULATION=ON")
+    return folder / "libempcause_cuda_emulation.so"
 
 
 @pytest.fixture(scope="session", autouse=True)
