@@ -316,7 +316,8 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
         const Attention& f = p.g.forward;
         const int64_t pair = index / p.splits, next_pair = next < 0 ? -1 : next / p.splits;
-        Upcoming upcoming(f, next_pair, 0, {f.query, f.output, p.g.grad_output, p.g.grad_query}, {f.key, f.value, p.g.grad_key, p.g.grad_value});
+        Upcoming upcoming(f, next_pair, 0, {f.query, f.output, p.g.grad_output, p.g.grad_query},
+                          {f.key, f.value, p.g.grad_key, p.g.grad_value});
         backward_key_head<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.splits, upcoming);
       },
       &plan);

@@ -97,7 +97,7 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
-// Rows that the thread's next task begins with: called for, some at a time, while this one multiplies.
+// Rows that the thread's next task begins with, to be read or written: called for, some at a time, while this one multiplies.
 class Upcoming {
  public:
   // The first query head of a pair of batch and key head, from a row on; nothing if `pair` is -1.

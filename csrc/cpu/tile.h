@@ -68,7 +68,8 @@ struct KeyTile {
     return {out, stride};
   }
 
-  // The same, for so many blocks of queries: where the rows stand, if that can be and few read them there.
+  // The same, for so many blocks of queries: where the rows stand, if that can be and few read them there. A product goes through them
+  // a few at a time, so all are called for before.
   template <SumOver kSum, class T>
   KeyRows<T> rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, T* out) const {
     if constexpr (kValues<T> == 1) {

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 # Of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -17,7 +18,9 @@ def keep_freed_memory() -> bool:
     Returns:
         False, and nothing is changed, where the C library is another one, or the user chose by one of glibc's variables.
     """
+    if sys.platform != "linux" or any(name in os.environ for name in _VARIABLES):
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name in os.environ for name in _VARIABLES):
+    if mallopt is None:
         return False
     return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_MMAP_MAX, 0))
