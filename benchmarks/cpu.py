@@ -108,10 +108,11 @@ class Limits:
     def _multiply_adds(self, in_pairs: bool, rounds: int) -> Yardstick:
         rounds_each = max(1, rounds // self._tasks)
 
-        def multiply_adds() -> int:
-            return _C.multiply_adds(rounds_each, self._tasks, in_pairs)
+        def multiply_adds() -> None:
+            _C.multiply_adds(rounds_each, self._tasks, in_pairs)
 
-        return Yardstick("limit: multiply-adds", multiply_adds, multiply_adds(), Case.flops)
+        work = rounds_each * self._tasks * _C.multiply_adds(1, 1, in_pairs)
+        return Yardstick("limit: multiply-adds", multiply_adds, work, Case.flops)
 
 
 def _best_rate(limit: Yardstick, repeats: int) -> float:
