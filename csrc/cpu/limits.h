@@ -10,15 +10,15 @@ inline int64_t multiply_adds(DType dtype, int64_t rounds) {
     const auto factor = [&] { return splat(__builtin_bit_cast(T, uint32_t{some})); };
     const auto a = factor(), b = factor();
     Vec acc[kAccumulators];
-    for (Vec& chain : acc) chain = reinterpret_cast<Vec>(factor());
+    EMPCAUSE_UNROLLED for (Vec& chain : acc) chain = reinterpret_cast<Vec>(factor());
     for (int64_t round = 0; round < rounds; ++round) {
-      for (int i = 0; i < kAccumulators; ++i) {
+      EMPCAUSE_UNROLLED for (int i = 0; i < kAccumulators; ++i) {
         if constexpr (kValues<T> == 1) acc[i] = multiply_add(a, acc[i], b);
         if constexpr (kValues<T> == 2) acc[i] = multiply_add(a, b, acc[i]);
       }
     }
     volatile float result = 0.0f;
-    for (int i = 0; i < kAccumulators; ++i) result = result + sum(acc[i]);
+    EMPCAUSE_UNROLLED for (int i = 0; i < kAccumulators; ++i) result = result + sum(acc[i]);
     flops = 2 * kValues<T> * rounds * kAccumulators * kWidth;
   });
   return flops;
