@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-# Whether memory is kept, and the page faults of taking, filling and freeing 64 MiB: the median of 15 times, as the heap first grows
-# to where an aligned block also fits beside what else was taken.
+# Whether memory is kept, and the page faults of taking, filling and freeing 64 MiB: the median of 15 times, as the heap
+# first grows to where an aligned block also fits beside what else was taken.
 PROGRAM = """
 import resource, statistics, sys, torch
 from empcause.cli.memory import keep_freed_memory
