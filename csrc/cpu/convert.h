@@ -115,7 +115,8 @@ class Upcoming {
   }
 
   void call() {
-    for (int i = 0; i < 2 && next_ < count_; ++i) {
+    constexpr int kRowsAtOnce = kWidth / 4;  // the wider the tiles of products, the fewer they are
+    for (int i = 0; i < kRowsAtOnce && next_ < count_; ++i) {
       Part& part = parts_[next_];
       prefetch_row(part.m, dtype_, part.offset, head_dim_);
       part.offset += part.m.row;

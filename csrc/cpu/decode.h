@@ -20,22 +20,49 @@ struct DecodePlan {
   }
 };
 
-// Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors.
+// Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors. Two vectors at once are dealt to them
+// alternately where that is how they are had with the least work.
 struct CopiedRows : KeyRows<float> {
+  static constexpr bool kDealt = false;
+
   int64_t place(int64_t key) const { return key * stride; }
   Vec load_at(int64_t index) const { return load(data + index); }
+  TwoVecs load_two_at(int64_t index) const { return {load(data + index), load(data + index + kWidth)}; }
   void prefetch(int64_t, int64_t) const {}
 };
 
 template <DType kType>
 struct TensorRows {
+  static constexpr bool kDealt = kType == DType::kBFloat16;
   const Matrices& rows;
   int64_t first;
 
   int64_t place(int64_t key) const { return first + key * rows.row; }
   Vec load_at(int64_t index) const { return load_values<kType>(rows.data, index); }
+  TwoVecs load_two_at(int64_t index) const {
+    if constexpr (kDealt) {
+      const auto pairs = load(reinterpret_cast<const Pair*>(static_cast<const uint16_t*>(rows.data) + index));
+      return {reinterpret_cast<Vec>(pairs << 16), reinterpret_cast<Vec>(pairs & 0xffff0000u)};
+    } else {
+      return {load_at(index), load_at(index + kWidth)};
+    }
+  }
   void prefetch(int64_t key, int64_t size) const { prefetch_row(rows, kType, first + key * rows.row, size); }
 };
+
+// Two neighbouring vectors as rows of that kind give them, and the way back.
+template <class Rows>
+inline TwoVecs load_two(const float* p) {
+  const Vec a = load(p), b = load(p + kWidth);
+  return Rows::kDealt ? deal(a, b) : TwoVecs{a, b};
+}
+
+template <class Rows>
+inline void store_two(float* p, Vec a, Vec b) {
+  const TwoVecs two = Rows::kDealt ? interleave(a, b) : TwoVecs{a, b};
+  store(p, two.a);
+  store(p + kWidth, two.b);
+}
 
 // How long before its use a key is called for, which is how long memory takes.
 constexpr int64_t kAheadKeys = 32;
@@ -55,7 +82,16 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
       place[j] = key.place(first + (j < last ? j : last));
       products[j] = Vec{};
     }
-    for (int64_t d = 0; d < stride; d += kWidth) {
+    int64_t d = 0;
+    for (; d + 2 * kWidth <= stride; d += 2 * kWidth) {
+      const TwoVecs q = load_two<Rows>(query + d);
+      for (int j = 0; j < kWidth; ++j) {
+        const TwoVecs k = key.load_two_at(place[j] + d);
+        products[j] += q.a * k.a;
+        products[j] += q.b * k.b;
+      }
+    }
+    if (d < stride) {
       const Vec q = load(query + d);
       for (int j = 0; j < kWidth; ++j) products[j] += q * key.load_at(place[j] + d);
     }
@@ -69,14 +105,29 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
 // Some vectors of the output, from dimension d on: corrected, plus the values of some keys times their probabilities.
 template <int kVecs, class Rows>
 inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
-  Vec acc[kVecs];
-  EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[v] = load(output + v * kWidth) * correction;
+  TwoVecs acc[kVecs / 2];
+  EMPCAUSE_UNROLLED for (int v = 0; v < kVecs / 2; ++v) {
+    acc[v] = load_two<Rows>(output + 2 * v * kWidth);
+    acc[v].a *= correction;
+    acc[v].b *= correction;
+  }
   for (int64_t j = 0; j < keys; ++j) {
     const Vec p = splat(probability[j]);
     const int64_t place = value.place(j) + d;
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[v] += p * value.load_at(place + v * kWidth);
+    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs / 2; ++v) {
+      const TwoVecs values = value.load_two_at(place + 2 * v * kWidth);
+      acc[v].a += p * values.a;
+      acc[v].b += p * values.b;
+    }
   }
-  EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) store(output + v * kWidth, acc[v]);
+  EMPCAUSE_UNROLLED for (int v = 0; v < kVecs / 2; ++v) store_two<Rows>(output + 2 * v * kWidth, acc[v].a, acc[v].b);
+}
+
+template <class Rows>
+inline void add_values_of_one(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
+  Vec acc = load(output) * correction;
+  for (int64_t j = 0; j < keys; ++j) acc += splat(probability[j]) * value.load_at(value.place(j) + d);
+  store(output, acc);
 }
 
 template <class Rows>
@@ -105,7 +156,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
   for (; d + 8 * kWidth <= stride; d += 8 * kWidth) add_values<8>(logits, value, keys, d, correction, row.output + d);
   for (; d + 4 * kWidth <= stride; d += 4 * kWidth) add_values<4>(logits, value, keys, d, correction, row.output + d);
   for (; d + 2 * kWidth <= stride; d += 2 * kWidth) add_values<2>(logits, value, keys, d, correction, row.output + d);
-  if (d < stride) add_values<1>(logits, value, keys, d, correction, row.output + d);
+  if (d < stride) add_values_of_one(logits, value, keys, d, correction, row.output + d);
 }
 
 inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head, int64_t part) {

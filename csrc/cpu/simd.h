@@ -102,6 +102,29 @@ inline Vec shuffle(Vec a, Vec b, IntVec index) {
 #endif
 }
 
+struct TwoVecs {
+  Vec a, b;
+};
+
+// Neighbouring values to a and b in turn, and the way back.
+inline TwoVecs deal(Vec a, Vec b) {
+  IntVec even, odd;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    even[lane] = 2 * lane;
+    odd[lane] = 2 * lane + 1;
+  }
+  return {shuffle(a, b, even), shuffle(a, b, odd)};
+}
+
+inline TwoVecs interleave(Vec a, Vec b) {
+  IntVec low, high;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * kWidth;
+    high[lane] = kWidth / 2 + low[lane];
+  }
+  return {shuffle(a, b, low), shuffle(a, b, high)};
+}
+
 // Blocks of kStep x kStep values change places with those on the other side of the diagonal.
 template <int kStep>
 inline void transpose_blocks(Vec (&rows)[kWidth]) {
