@@ -316,8 +316,18 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
         const Attention& f = p.g.forward;
         const int64_t pair = index / p.splits, next_pair = next < 0 ? -1 : next / p.splits;
-        Upcoming upcoming(f, next_pair, 0, {f.query, f.output, p.g.grad_output, p.g.grad_query},
-                          {f.key, f.value, p.g.grad_key, p.g.grad_value});
+        Upcoming upcoming(f);
+        if (next_pair >= 0) {
+          const int64_t batch = next_pair / f.num_key_heads, key_head = next_pair % f.num_key_heads;
+          const int64_t head = key_head * (f.num_heads / f.num_key_heads);
+          const Sequence s = sequence(f, batch);
+          for (const Matrices& m : {f.query, f.output, p.g.grad_output, p.g.grad_query}) {
+            upcoming.add(m, batch, head, s.query_begin, s.num_queries);
+          }
+          for (const Matrices& m : {f.key, f.value, p.g.grad_key, p.g.grad_value}) {
+            upcoming.add(m, batch, key_head, s.key_begin, s.num_keys);
+          }
+        }
         backward_key_head<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.splits, upcoming);
       },
       &plan);

@@ -97,21 +97,16 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
-// Rows that the thread's next task begins with, to be read or written: called for, some at a time, while this one multiplies.
+// Rows that the thread works on next, to be read or written: called for, some at a time, while it multiplies.
 class Upcoming {
  public:
-  // The first query head of a pair of batch and key head, from a row on; nothing if `pair` is -1.
-  Upcoming(const Attention& a, int64_t pair, int64_t first_query, std::initializer_list<Matrices> of_queries,
-           std::initializer_list<Matrices> of_keys)
-      : dtype_(a.dtype), head_dim_(a.head_dim) {
-    if (pair < 0) return;
-    const int64_t batch = pair / a.num_key_heads, key_head = pair % a.num_key_heads;
-    const int64_t head = key_head * (a.num_heads / a.num_key_heads);
-    const Sequence s = sequence(a, batch);
-    for (const Matrices& m : of_queries) {
-      add(m, batch * m.batch + head * m.head + (s.query_begin + first_query) * m.row, s.num_queries - first_query);
-    }
-    for (const Matrices& m : of_keys) add(m, batch * m.batch + key_head * m.head + s.key_begin * m.row, s.num_keys);
+  explicit Upcoming(const Attention& a) : dtype_(a.dtype), head_dim_(a.head_dim) {}
+
+  // So many rows of a tensor from `row` on.
+  void add(const Matrices& m, int64_t batch, int64_t head, int64_t row, int64_t rows) {
+    constexpr int64_t kMostValues = 1 << 14;  // what is called for too early is displaced again
+    const int64_t most = kMostValues / head_dim_;
+    if (rows > 0) parts_[count_++] = {m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
   }
 
   void call() {
@@ -129,12 +124,6 @@ class Upcoming {
     Matrices m;
     int64_t offset, rows;
   };
-
-  void add(const Matrices& m, int64_t offset, int64_t rows) {
-    constexpr int64_t kMostValues = 1 << 14;  // of each tensor: what is called for too early is displaced again
-    const int64_t most = kMostValues / head_dim_;
-    if (rows > 0) parts_[count_++] = {m, offset, rows < most ? rows : most};
-  }
 
   DType dtype_;
   int64_t head_dim_;

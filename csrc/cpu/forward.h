@@ -77,15 +77,20 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
          upcoming);
 }
 
-// All keys and values of a key head as operands, tile after tile, copied when they are first needed.
+// All keys and values of a key head as operands, tile after tile, copied when they are first needed, if they are.
 template <class T>
 struct PackedKeys {
-  T *key, *value;  // [tile, kKeyTile rows of operands]
-  bool read_once;  // by a single band: nothing is kept
+  T *key, *value;   // [tile, kKeyTile rows of operands]
+  int64_t readers;  // blocks of queries, of all heads that share them
   int64_t tiles = 0;
 
   static int64_t size(int64_t keys, int64_t stride) { return 2 * (keys + kKeyTile) * stride; }
 };
+
+// The keys that queries before `end` see.
+inline int64_t keys_seen(const Attention& a, const Sequence& s, int64_t end) {
+  return a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
+}
 
 // Query rows [begin, end), a band at most, of one (batch, head).
 template <class T>
@@ -122,20 +127,16 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   const int64_t first_key = batch * a.key.batch + key_head * a.key.head + s.key_begin * a.key.row;
   const int64_t first_value = batch * a.value.batch + key_head * a.value.head + s.key_begin * a.value.row;
   const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
-  const int64_t last = a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
+  const int64_t last = keys_seen(a, s, end);
   for (int64_t first = 0; first < last; first += kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
     const KeyTile tile(weight, first, keys, [](int64_t, float w) { return w > 0.0f; });
-    T *key_place = packed.key + first * key_stride, *value_place = packed.value + operands<T>(first) * value_stride;
-    KeyRows<T> key{key_place, key_stride}, value{value_place, value_stride};
-    if (packed.read_once) {
-      key = tile.rows<SumOver::kHeadDim>(a.key, a.dtype, first_key, dim, blocks.count, packed.key);
-      value = tile.rows<SumOver::kKeys>(a.value, a.dtype, first_value, dim, blocks.count, packed.value);
-    } else if (first == packed.tiles * kKeyTile) {
-      tile.pack<SumOver::kHeadDim>(a.key, a.dtype, first_key, dim, key_place);
-      tile.pack<SumOver::kKeys>(a.value, a.dtype, first_value, dim, value_place);
-      ++packed.tiles;
-    }
+    const bool known = first < packed.tiles * kKeyTile;
+    if (!known) ++packed.tiles;
+    const KeyRows<T> key = tile.rows<SumOver::kHeadDim>(a.key, a.dtype, first_key, dim, packed.readers,
+                                                        packed.key + first * key_stride, known);
+    const KeyRows<T> value = tile.rows<SumOver::kKeys>(a.value, a.dtype, first_value, dim, packed.readers,
+                                                       packed.value + operands<T>(first) * value_stride, known);
     for (int64_t i = 0; i < blocks.count; ++i) {
       const Block block = blocks[i];
       const int64_t row = begin + block.first;
@@ -164,23 +165,43 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
 }
 
 // Query rows [begin, end) of all heads that share a key head.
-template <class T>
-inline void forward_rows(const Attention& a, int64_t batch, int64_t key_head, int64_t begin, int64_t end, Upcoming& upcoming) {
+struct ForwardTask {
+  int64_t batch, key_head, begin, end;
+};
+
+// What a band of rows from `begin` on needs, of keys those from the first `known` on.
+inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t known) {
   const Sequence s = sequence(a, batch);
-  if (end > s.num_queries) end = s.num_queries;
+  const int64_t last = clamped(begin + kBand, 0, end < s.num_queries ? end : s.num_queries);
+  const int64_t key_head = head / (a.num_heads / a.num_key_heads), keys = keys_seen(a, s, last);
+  Upcoming upcoming(a);
+  for (const Matrices& m : {a.query, a.output}) upcoming.add(m, batch, head, s.query_begin + begin, last - begin);
+  for (const Matrices& m : {a.key, a.value}) upcoming.add(m, batch, key_head, s.key_begin + known, keys - known);
+  return upcoming;
+}
+
+// Band after band. `next` is the task that the thread is likely to take then, or null.
+template <class T>
+inline void forward_task(const Attention& a, const ForwardTask& task, const ForwardTask* next) {
+  const Sequence s = sequence(a, task.batch);
+  const int64_t begin = task.begin, end = task.end < s.num_queries ? task.end : s.num_queries;
   if (begin >= end) return;
   const int64_t dim = a.head_dim, stride = round_up(dim), group = a.num_heads / a.num_key_heads;
-  const int64_t last = a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
   const int64_t rows = round_up(end - begin < kBand ? end - begin : kBand);
-  const int64_t keys_size = PackedKeys<T>::size(last, stride);
+  const int64_t keys_size = PackedKeys<T>::size(keys_seen(a, s, end), stride);
   float* scratch = thread_scratch(keys_size + 2 * dim * rows + 2 * rows + 2 * kKeyTile * kMostVecs * kWidth);
   T* operands_of_keys = reinterpret_cast<T*>(scratch);
-  PackedKeys<T> packed{operands_of_keys, operands_of_keys + keys_size / 2, group == 1 && end - begin <= kBand};
-  for (int64_t member = 0; member < group; ++member) {
+  PackedKeys<T> packed{operands_of_keys, operands_of_keys + keys_size / 2, group * Blocks(end - begin).count};
+  const int64_t first_head = task.key_head * group, last_head = first_head + group - 1;
+  for (int64_t head = first_head; head <= last_head; ++head) {
     if (a.weight.head != 0) packed.tiles = 0;  // another head may leave out other keys
     for (int64_t row = begin; row < end; row += kBand) {
-      forward_band(a, batch, key_head * group + member, row, end - row < kBand ? end : row + kBand, s, packed,
-                   scratch + keys_size, upcoming);
+      const int64_t after = row + kBand < end ? row + kBand : end;
+      Upcoming upcoming = after < end        ? upcoming_band(a, task.batch, head, after, end, keys_seen(a, s, after))
+                          : head < last_head ? upcoming_band(a, task.batch, head + 1, begin, end, keys_seen(a, s, end))
+                          : next != nullptr  ? upcoming_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
+                                             : Upcoming(a);
+      forward_band(a, task.batch, head, row, after, s, packed, scratch + keys_size, upcoming);
     }
   }
 }
@@ -195,14 +216,17 @@ inline void forward_as(const Attention& a, ParallelFor parallel_for) {
   struct Context {
     const Attention& a;
     int64_t rows, pieces;
+
+    ForwardTask operator[](int64_t index) const {
+      const int64_t pair = index / pieces, begin = index % pieces * rows;
+      return {pair / a.num_key_heads, pair % a.num_key_heads, begin, begin + rows};
+    }
   } context{a, (bands + wanted - 1) / wanted * kBand, 0};
   context.pieces = (a.num_queries + context.rows - 1) / context.rows;
   const Task task = [](void* pointer, int64_t index, int64_t next) {
-    const Context& c = *static_cast<const Context*>(pointer);
-    const int64_t pair = index / c.pieces, first = index % c.pieces * c.rows;
-    const int64_t next_pair = next < 0 ? -1 : next / c.pieces;
-    Upcoming upcoming(c.a, next_pair, next % c.pieces * c.rows, {c.a.query, c.a.output}, {c.a.key, c.a.value});
-    forward_rows<T>(c.a, pair / c.a.num_key_heads, pair % c.a.num_key_heads, first, first + c.rows, upcoming);
+    const Context& tasks = *static_cast<const Context*>(pointer);
+    const ForwardTask next_task = tasks[next < 0 ? index : next];
+    forward_task<T>(tasks.a, tasks[index], next < 0 ? nullptr : &next_task);
   };
   parallel_for(heads * context.pieces, task, &context);
 }

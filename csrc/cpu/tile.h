@@ -51,11 +51,17 @@ struct KeyTile {
     return low;
   }
 
+  // From one copied row to the next.
+  template <SumOver kSum, class T>
+  static int64_t row_stride(int64_t head_dim) {
+    return round_up(kSum == SumOver::kKeys ? head_dim : operands<T>(head_dim));
+  }
+
   // Their rows of keys or values as operands, copied to `out`.
   template <SumOver kSum, class T>
   KeyRows<T> pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, T* out) const {
     constexpr bool kPairsOfRows = kSum == SumOver::kKeys && kValues<T> == 2;
-    const int64_t stride = round_up(kPairsOfRows ? head_dim : operands<T>(head_dim));
+    const int64_t stride = row_stride<kSum, T>(head_dim);
     const auto row = [&](int64_t j) { return offset + (first + place[j]) * m.row; };
     for (int64_t j = 0; j < count; ++j) {
       prefetch_row(m, dtype, row(j) + kAhead * m.row, head_dim);
@@ -69,9 +75,10 @@ struct KeyTile {
   }
 
   // The same, for so many blocks of queries: where the rows stand, if that can be and few read them there. A product goes through them
-  // a few at a time, so all are called for before.
+  // a few at a time, so all are called for before. `copied` says that `out` holds them already, if it is to.
   template <SumOver kSum, class T>
-  KeyRows<T> rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, T* out) const {
+  KeyRows<T> rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, T* out,
+                  bool copied = false) const {
     if constexpr (kValues<T> == 1) {
       const bool neighbours = count > 0 && place[count - 1] == count - 1;
       if (dtype == DType::kFloat32 && neighbours && readers <= kFewReaders) {
@@ -79,6 +86,7 @@ struct KeyTile {
         return {static_cast<const float*>(m.data) + offset + first * m.row, m.row};
       }
     }
+    if (copied) return {out, row_stride<kSum, T>(head_dim)};
     return pack<kSum>(m, dtype, offset, head_dim, out);
   }
 };
