@@ -54,7 +54,7 @@ def test_clean_under_thread_sanitizer(driver):
     run(driver("-DEMPCAUSE_SANITIZERS=thread"), "", 1000)
 
 
-def test_a_wrong_kernel_is_noticed(build, tmp_path):
+def test_a_wrong_kernel_is_noticed(tmp_path):
     """The driver's own judgement: the same problems with a kernel that forgets the weights of one tile."""
     source = tmp_path / "source"
     shutil.copytree(ROOT / "csrc", source / "csrc")
