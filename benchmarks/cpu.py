@@ -82,26 +82,22 @@ class Limits:
 
     def __init__(self, rounds: int = 4_000_000, bytes_read: int = 2**29, repeats: int = 8) -> None:
         self._tasks = 8 * torch.get_num_threads()
-        values = torch.ones(bytes_read // 4)  # more than the caches hold
-
-        def read() -> None:
-            _C.read_all(values.data_ptr(), values.numel(), self._tasks)
-
+        self._values = torch.ones(bytes_read // 4)  # more than the caches hold
         in_pairs = _C.multiply_adds(1, 1, True) > _C.multiply_adds(1, 1, False)
         self._in_pairs = {torch.float32: False, torch.bfloat16: in_pairs}
-        self._reading = Yardstick("limit: reading", read, values.nbytes, Case.bytes)
         best = {pairs: _best_rate(self._multiply_adds(pairs, rounds), repeats) for pairs in {False, in_pairs}}
         self.gflops = {dtype: best[pairs] for dtype, pairs in self._in_pairs.items()}
-        self.gigabytes = _best_rate(self._reading, repeats)
+        self.gigabytes = _best_rate(self._reading(bytes_read), repeats)
 
     def of(self, case: Case) -> Yardstick:
         """What a case is timed beside, as a machine that others use too is not always equally fast.
 
-        Decoding is bound by reading, the rest by multiply-adds. Of these no more than the case takes: while a processor computes
-        for long and reads nothing, its neighbours fill the caches, and the peer that comes next pays for it.
+        Decoding is bound by reading, the rest by multiply-adds. Of either no more than the case takes, so that waking threads
+        counts as much in both; and while a processor computes for long and reads nothing, its neighbours fill the caches, and
+        the peer that comes next pays for it.
         """
         if case.decoding:
-            return self._reading
+            return self._reading(case.bytes("forward"))
         in_pairs = self._in_pairs[case.dtype]
         return self._multiply_adds(in_pairs, int(case.flops("forward")) // _C.multiply_adds(1, 1, in_pairs))
 
@@ -113,6 +109,14 @@ class Limits:
 
         work = rounds_each * self._tasks * _C.multiply_adds(1, 1, in_pairs)
         return Yardstick("limit: multiply-adds", multiply_adds, work, Case.flops)
+
+    def _reading(self, wanted: int) -> Yardstick:
+        values = self._values[: wanted // 4]
+
+        def read() -> None:
+            _C.read_all(values.data_ptr(), values.numel(), self._tasks)
+
+        return Yardstick("limit: reading", read, values.nbytes, Case.bytes)
 
 
 def _best_rate(limit: Yardstick, repeats: int) -> float:

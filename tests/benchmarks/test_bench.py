@@ -39,7 +39,14 @@ def test_limits_are_positive_and_finite():
     limits = Limits(rounds=1000, bytes_read=2**16, repeats=2)
     assert all(0 < gflops < 1e5 for gflops in limits.gflops.values())
     assert 0 < limits.gigabytes < 1e5
-    assert limits.of(SUITES["decoding"][0]).name == "limit: reading"
+
+
+def test_decoding_is_timed_beside_reading_as_much():
+    limits = Limits(rounds=1000, bytes_read=2**22, repeats=2)
+    case = Case("decode", 1, 2, 2, 1, 512, 64)
+    limit = limits.of(case)
+    assert limit.name == "limit: reading"
+    assert limit.work == case.bytes("forward")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
