@@ -95,10 +95,7 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
       const Vec q = load(query + d);
       for (int j = 0; j < kWidth; ++j) products[j] += q * key.load_at(place[j] + d);
     }
-    transpose(products);
-    Vec total{};
-    for (int j = 0; j < kWidth; ++j) total += products[j];
-    store(logits + first, total);
+    store(logits + first, sums(products));
   }
 }
 

@@ -24,16 +24,19 @@ inline int64_t multiply_adds(DType dtype, int64_t rounds) {
   return flops;
 }
 
-// Reads an array once, as fast as memory gives it; the sum of its values.
+// Reads an array once, as fast as memory gives it, which is from two places at a time; the sum of its values.
 inline float read_all(const float* data, int64_t count) {
-  constexpr int kChains = 8;
-  Vec acc[kChains]{};
-  int64_t i = 0;
-  for (; i + kChains * kWidth <= count; i += kChains * kWidth) {
-    for (int c = 0; c < kChains; ++c) acc[c] += load(data + i + c * kWidth);
+  constexpr int64_t kVecs = 4, kStep = kVecs * kWidth;
+  const int64_t half = count / (2 * kStep) * kStep;
+  Vec first[kVecs]{}, second[kVecs]{};
+  for (int64_t i = 0; i < half; i += kStep) {
+    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
+      first[v] += load(data + i + v * kWidth);
+      second[v] += load(data + half + i + v * kWidth);
+    }
   }
   float total = 0.0f;
-  for (const Vec& part : acc) total += sum(part);
-  for (; i < count; ++i) total += data[i];
+  for (int v = 0; v < kVecs; ++v) total += sum(first[v] + second[v]);
+  for (int64_t i = 2 * half; i < count; ++i) total += data[i];
   return total;
 }

@@ -144,6 +144,24 @@ inline void transpose_blocks(Vec (&rows)[kWidth]) {
   }
 }
 
+// The sum of each row, that of row i in lane i: transposed and added up, in half as many vectors after each step.
+template <int kStep = kWidth / 2>
+inline Vec sums(Vec* rows) {
+  IntVec low, high;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    low[lane] = (lane & kStep) == 0 ? lane : kWidth + lane - kStep;
+    high[lane] = (lane & kStep) == 0 ? lane + kStep : kWidth + lane;
+  }
+  for (int i = 0; i < kStep; ++i) {
+    rows[i] = shuffle(rows[i], rows[i + kStep], low) + shuffle(rows[i], rows[i + kStep], high);
+  }
+  if constexpr (kStep == 1) {
+    return rows[0];
+  } else {
+    return sums<kStep / 2>(rows);
+  }
+}
+
 // kWidth x kWidth values, rows to columns, in place: first within squares of four, by interleaving single values, then pairs,
 // which is one instruction each where vectors consist of parts of four values.
 inline void transpose(Vec (&rows)[kWidth]) {

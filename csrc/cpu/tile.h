@@ -27,7 +27,14 @@ struct KeyTile {
   // Keys of [first, first + keys) for which take(place, weight) holds.
   template <class Take>
   KeyTile(const float* weights, int64_t first_key, int64_t keys, Take take) : first(first_key) {
+    bool all = true;  // which is common, and takes no decision per key
     for (int64_t j = 0; j < keys; ++j) {
+      place[j] = j;
+      weight[j] = weights[first + j];
+      all &= take(j, weights[first + j]);
+    }
+    count = all ? keys : 0;
+    for (int64_t j = 0; !all && j < keys; ++j) {
       if (!take(j, weights[first + j])) continue;
       place[count] = j;
       weight[count++] = weights[first + j];
