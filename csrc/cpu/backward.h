@@ -63,7 +63,9 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
           delta[r] += values(a.output, output, d) * go;
         }
       }
-      store(packed.delta + block.first + first, sums(delta));
+      transpose(delta);
+      for (int r = 1; r < kWidth; ++r) delta[0] += delta[r];
+      store(packed.delta + block.first + first, delta[0]);
     };
     with_dtype<T>(a.dtype, [&]<DType kType>() {
       for (int64_t row = 0; row < block.rows(); row += kWidth) pack.template operator()<kType>(row);

@@ -158,7 +158,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
     float* logsumexp = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin + row;
     for (int64_t r = 0; r < block_rows; r += kWidth) {
       const Vec total = load(done.row_sum + r);
-      const Vec value_of_rows = (load(done.reference + r) + log2(total)) * splat(kLn2);
+      const Vec value_of_rows = load(done.reference + r) * splat(kLn2) + log2(total) * splat(kLn2);
       store_values<DType::kFloat32>(logsumexp, r, block_rows - r, total == Vec{} ? splat(kInfinity) : value_of_rows);
     }
   }
