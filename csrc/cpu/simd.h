@@ -144,7 +144,7 @@ inline void transpose_blocks(Vec (&rows)[kWidth]) {
   }
 }
 
-// The sum of each row, that of row i in lane i: transposed and added up, in half as many vectors after each step.
+// The sum of each row, that of row i in lane i: transposed and added up, half as many vectors after each step. Uses the rows up.
 template <int kStep = kWidth / 2>
 inline Vec sums(Vec* rows) {
   IntVec low, high;
