@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formula
+from empcause.benchmarks.shapes import Case
 from torch import Tensor
 
 from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference
 
+ROWS = 512  # of keys, that are judged at least: few values have no error of typical size
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
 
 
@@ -58,8 +60,8 @@ def _largest(x: Tensor) -> float:
 class Gate:
     """Judges peers on the very tensors that are timed.
 
-    The last sequence of the batch is compared, without its padding. Dropout is checked where its bits are known, that is in this
-    package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
+    The last sequences of the batch are compared, without their padding. Dropout is checked where its bits are known, that is in
+    this package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -80,12 +82,13 @@ class Gate:
             got = _gradients(call, self.inputs.leaves, self.inputs.grad_output, wants_cause)
         key = peer.weighted, dropout_p
         if key not in self._expected:
-            self._expected[key] = (
-                _expected(self.inputs, dropout_p, peer.weighted, torch.float64),
-                _expected(self.inputs, dropout_p, peer.weighted, None),
+            self._expected[key] = tuple(
+                _joined([_expected(self.inputs, index, dropout_p, peer.weighted, dtype) for index in _judged(case)])
+                for dtype in (torch.float64, None)
             )
         truth, plain = self._expected[key]
-        return disagreement(truth, _sliced(self.inputs, got), plain, case.dtype)
+        judged = _joined([_sequence(case, got, index) for index in _judged(case)])
+        return disagreement(truth, judged, plain, case.dtype)
 
 
 def first_sentence(error: BaseException) -> str:
@@ -102,23 +105,39 @@ def _gradients(call: Call, leaves: Sequence[Tensor], grad_output: Tensor, wants_
     return [output.detach(), *torch.autograd.grad(output, wanted, grad_output)]
 
 
-def _sliced(inputs: Inputs, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The last sequence's part, without padding, of tensors like query, key, value and cause: `[1, H, N, D]`, `[1, N]`."""
-    rows = inputs.case.lengths[-1]
-    if inputs.case.packed:
-        return [(x[-rows:].transpose(0, 1) if x.dim() == 3 else x[-rows:])[None] for x in tensors]
-    return [x[-1:, :, :rows] if x.dim() == 4 else x[-1:, :rows] for x in tensors]
+def _judged(case: Case) -> list[int]:
+    """Sequences of the batch, from the last on, until they have `ROWS` keys."""
+    last = case.batch - 1
+    while last > 0 and sum(case.lengths[last:]) < ROWS:
+        last -= 1
+    return list(range(last, case.batch))
 
 
-def _expected(inputs: Inputs, dropout_p: float, weighted: bool, dtype: torch.dtype | None) -> list[Tensor]:
-    """Output and gradients for the last sequence: the reference in fp64, or the plain formula in the case's own dtype."""
+def _sequence(case: Case, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
+    """One sequence's part, without padding, of tensors like query, key, value and cause: `[1, H, N, D]`, `[1, N]`."""
+    length = case.lengths[index]
+    if case.packed:
+        rows = slice(sum(case.lengths[:index]), sum(case.lengths[: index + 1]))
+        return [(x[rows].transpose(0, 1) if x.dim() == 3 else x[rows])[None] for x in tensors]
+    return [x[index, None, :, :length] if x.dim() == 4 else x[index, None, :length] for x in tensors]
+
+
+def _joined(sequences: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Such tensors of several sequences as one: `[rows, D]`, `[rows]`."""
+    return [
+        torch.cat([x.flatten(0, -2) if x.dim() == 4 else x[0] for x in same]) for same in zip(*sequences, strict=True)
+    ]
+
+
+def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtype: torch.dtype | None) -> list[Tensor]:
+    """Output and gradients for one sequence: the reference in fp64, or the plain formula in the case's own dtype."""
     case = inputs.case
-    *tensors, cause, grad_output = _sliced(inputs, (*inputs.leaves, inputs.grad_output))
+    *tensors, cause, grad_output = _sequence(case, (*inputs.leaves, inputs.grad_output), index)
     cause = cause if weighted else torch.zeros_like(cause)
     keep = torch.ones((), dtype=torch.bool, device=cause.device).expand(1, case.heads, 1, 1)
     if dropout_p:
         shape = (case.batch, case.heads, tensors[0].shape[2], tensors[1].shape[2])
-        keep = dropout_keep_mask(SEED, dropout_p, *shape, device=cause.device)[-1:]
+        keep = dropout_keep_mask(SEED, dropout_p, *shape, device=cause.device)[index, None]
     group = case.heads // case.key_heads
     parts: list[list[Tensor]] = []
     for head in range(case.key_heads):

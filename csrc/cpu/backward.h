@@ -11,7 +11,7 @@ template <class T>
 struct QueryRows {
   T *query, *grad_output;                        // [rows, stride], operands of sums over rows
   T *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], operands of sums over head_dim
-  float *logsumexp, *delta;                      // [rows], the former in powers of two
+  float *logsumexp, *delta;                      // [rows]
   float* grad_query;                             // per block [head_dim, block rows]
 
   static int64_t size(int64_t rows, int64_t dim) {
@@ -37,7 +37,7 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
   const int64_t query = offset(a.query), output = offset(a.output), grad_output = offset(g.grad_output);
   const float* saved = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
-  for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] * kLog2E : kInfinity;
+  for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] : kInfinity;
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
     // Rows as they stand are operands of sums over rows too, if they are of fp32.
@@ -118,7 +118,7 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   const auto& [probability, grad_logits, factor, grad_logits_rows] = scratch;
   const T* query_transposed = packed.query_transposed + query * operands<T>(dim);
   const T* grad_output_transposed = packed.grad_output_transposed + query * operands<T>(dim);
-  const Vec scale = splat(a.scale * kLog2E);
+  const Vec scale = splat(a.scale);
   const Equal depth{operands<T>(dim)};
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
   for (const Part& part : parts) {
@@ -131,7 +131,7 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.weight[j]);
       for (int64_t i = lane; i < rows; i += kWidth) {
-        const Vec exponent = load(p + i) * scale - load(packed.logsumexp + query + i);
+        const Vec exponent = (load(p + i) * scale - load(packed.logsumexp + query + i)) * splat(kLog2E);  // rounded least so
         Vec e = exp2(removed && exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent);
         if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
         const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);
