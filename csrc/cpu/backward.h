@@ -131,7 +131,8 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.weight[j]);
       for (int64_t i = lane; i < rows; i += kWidth) {
-        const Vec exponent = (load(p + i) * scale - load(packed.logsumexp + query + i)) * splat(kLog2E);  // rounded least so
+        // Subtracted before log2(e) multiplies both, which rounds once less.
+        const Vec exponent = (load(p + i) * scale - load(packed.logsumexp + query + i)) * splat(kLog2E);
         Vec e = exp2(removed && exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent);
         if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
         const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);

@@ -96,8 +96,8 @@ inline int64_t keys_seen(const Attention& a, const Sequence& s, int64_t end) {
 template <class T>
 inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const Sequence& s,
                          PackedKeys<T>& packed, float* scratch, Upcoming& upcoming) {
-  const int64_t dim = a.head_dim, key_stride = round_up(operands<T>(dim)), value_stride = round_up(dim);
-  const int64_t key_head = head / (a.num_heads / a.num_key_heads);
+  const int64_t dim = a.head_dim, key_head = head / (a.num_heads / a.num_key_heads);
+  const int64_t key_stride = KeyTile::row_stride<SumOver::kHeadDim, T>(dim), value_stride = KeyTile::row_stride<SumOver::kKeys, T>(dim);
   const Blocks blocks(end - begin);
   const int64_t rows = blocks.rows();
   const Dropout dropout(a, batch, head);

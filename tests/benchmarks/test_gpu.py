@@ -115,6 +115,20 @@ class TestGate:
         peer = Peer("one wrong row", prepare)
         assert "output" in Gate(inputs).verdict(peer, prepare(inputs, 0.0))
 
+    @pytest.mark.parametrize("wrong", [None, 0, 1, 2])
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_every_sequence_is_judged_where_they_are_short(self, padded, wrong):
+        inputs = make_inputs(replace(SMALL, padded=padded), "cpu")
+        factor = torch.ones(SMALL.batch, 1, 1, 1)
+        if wrong is not None:
+            factor[wrong] += 1e-3
+
+        def prepare(inputs, dropout_p):
+            return lambda *leaves: factor * formula(*leaves, inputs.key_mask, lambda probability: probability)
+
+        verdict = Gate(inputs).verdict(Peer("one wrong sequence", prepare), prepare(inputs, 0.0))
+        assert verdict is None if wrong is None else "output" in verdict
+
     def test_nan_and_shape_are_red(self):
         good = [torch.ones(2, 3, dtype=torch.float64)]
         assert disagreement(good, good, good, torch.float32) is None
