@@ -1,4 +1,5 @@
-# make demo: everything once on the embedded sample, with a report.   make test: the tests.
+# make demo: everything once on the embedded sample, with a report.   make test: the tests.   make faults: what happens when things go wrong.
+# make guards: each guard of the fault tests is taken away in turn; its test must notice.
 # Both set up .venv first, once. TORCH_SPEC and TRITON_SPEC say which torch and which triton are installed where .venv has none
 # (a torch for CUDA brings its own triton).
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[chi]*')
 
-.PHONY: setup demo test slow lint clean
+.PHONY: setup demo test slow faults guards lint clean
 
 setup: $(READY)
 
@@ -18,10 +19,16 @@ demo: $(READY)
 	$(BIN)/empcause demo
 
 test: $(READY)
-	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest
+	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest --ignore tests/faults
 
 slow: $(READY)
 	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest -m slow
+
+faults: $(READY)
+	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest tests/faults
+
+guards: $(READY)
+	PYTHONPATH=tests/csrc $(BIN)/python tests/faults/remove_guards.py -k '$(K)'
 
 lint: $(READY)
 	$(BIN)/ruff check .

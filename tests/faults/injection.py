@@ -1,0 +1,32 @@
+"""Ways to make things go wrong: other users, failing system calls, commands in processes of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# As a user without rights: CI runs as root, whom no permission stops.
+UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+def failing(call: str, error: str, path: Path | str, when: str = "1+") -> tuple[str, ...]:
+    """Prefix of a command whose system call fails on one path.
+
+    Args:
+        call: names of system calls, separated by commas ("write,pwrite64").
+        error: as errno names it ("ENOSPC").
+        path: a file or folder; calls on it alone fail.
+        when: which of these calls: "3" the third, "3+" from the third on.
+    """
+    return ("strace", "-f", "-qq", "-o", os.devnull, "-P", str(path), "-e", f"inject={call}:error={error}:when={when}")
+
+
+def empcause(
+    *arguments: str | Path, prefix: Sequence[str] = (), cwd: Path | None = None, timeout: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the console command in a process of its own, with these environment variables added."""
+    command = [*prefix, sys.executable, "-m", "empcause", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout, check=False
+    )
