@@ -1,6 +1,5 @@
 """What both stages share: models from a folder or from nothing, the Trainer's habits, the finished model's folder."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from empcause.checkpoints import check_weights
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
+from empcause.training.folder import save_finished
 
 # Files of a tokenizer's folder that say of which class it is.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -168,35 +167,6 @@ class StageTrainer(Trainer):
         return named
 
 
-def find_checkpoint(args: StageTrainingArguments) -> str | None:
-    """What to resume from: `--resume_from_checkpoint true` (the newest whole one in output_dir), a folder, or None.
-
-    A checkpoint whose writing was interrupted is passed over; its folder is renamed to `interrupted-...`.
-
-    Raises:
-        UserError: the named checkpoint is missing or damaged.
-    """
-    wanted = args.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not Path(wanted).is_dir():
-            raise UserError(f"resume_from_checkpoint: the folder {wanted} does not exist.")
-        check_weights(wanted)
-        return str(wanted)
-    folder = Path(args.output_dir)
-    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            if not (Path(newest) / "trainer_state.json").exists():
-                raise UserError("its writing was interrupted")
-            json.loads((Path(newest) / "trainer_state.json").read_text())
-            check_weights(newest)
-            return newest
-        except (UserError, json.JSONDecodeError):
-            Path(newest).rename(Path(newest).with_name("interrupted-" + Path(newest).name))
-    return None
-
-
 def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[str, float]:
     """Save the model with `save_pretrained`, its tokenizer, metrics, training history and model card.
 
@@ -210,11 +180,6 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
     """
     if not trainer.is_world_process_zero():
         return metrics
-    folder = Path(trainer.args.output_dir)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     args = trainer.args
     used_sample = args.data == "sample"
@@ -224,14 +189,14 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
         if used_sample
         else "EmpatheticDialogues (CC BY-NC 4.0: non-commercial use only, which this model inherits) and EmoCause"
     )
-    (folder / "README.md").write_text(
+    readme = (
         f"---\nlicense: {licence}\nlibrary_name: empcause\nlanguage: en\n---\n\n{card}\n\n"
         f"Trained with empcause from `{args.model_name_or_path or args.model_type}` on {data}; "
         f"learning rate {args.learning_rate:g}, {args.per_device_train_batch_size} texts per batch and device, "
         f"{args.gradient_accumulation_steps} accumulated, seed {args.seed}, {trainer.state.global_step} steps.\n\n"
-        f"| metric (validation) | value |\n|---|---|\n{rows}\n",
-        encoding="utf-8",
+        f"| metric (validation) | value |\n|---|---|\n{rows}\n"
     )
+    save_finished(trainer, metrics, readme)
     return metrics
 
 

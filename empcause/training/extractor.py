@@ -22,12 +22,12 @@ from empcause.extractor.labels import IGNORED
 from empcause.training.common import (
     StageTrainer,
     StageTrainingArguments,
-    find_checkpoint,
     finish,
     load_config,
     load_tokenizer,
     set_environment,
 )
+from empcause.training.folder import find_checkpoint
 
 SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
 

@@ -27,12 +27,12 @@ from empcause.generator import (
 from empcause.training.common import (
     StageTrainer,
     StageTrainingArguments,
-    find_checkpoint,
     finish,
     load_config,
     load_tokenizer,
     set_environment,
 )
+from empcause.training.folder import find_checkpoint
 
 logger = logging.get_logger(__name__)
 

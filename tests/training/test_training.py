@@ -15,8 +15,8 @@ import torch
 from empcause.cli import main
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
-from empcause.training.common import find_checkpoint
 from empcause.training.extractor import ExtractorTrainingArguments, cause_labels, split_annotations, train_extractor
+from empcause.training.folder import find_checkpoint
 from empcause.training.generator import GeneratorTrainingArguments, train_generator
 
 
