@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+import pybind11
 from building import build
 from kinds import FOLDER, ROOT, Guard, Kind, kinds
 from tqdm import tqdm
@@ -36,7 +37,7 @@ def replacement(guard: Guard, folder: Path) -> dict[str, str]:
         shutil.copy(ROOT / "CMakeLists.txt", source)
         (source / guard.path).write_text(text, encoding="utf-8")
         with building:
-            build("_C", folder / "build", source=source)
+            build("_C", folder / "build", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", source=source)
         replaced, by = Path("_C"), next((folder / "build").glob("_C*.so"))
     return {"EMPCAUSE_REPLACED_FILE": str(replaced), "EMPCAUSE_REPLACEMENT_FILE": str(by)}
 
