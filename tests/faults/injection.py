@@ -10,16 +10,17 @@ from pathlib import Path
 UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
-def failing(call: str, error: str, path: Path | str, when: str = "1+") -> tuple[str, ...]:
-    """Prefix of a command whose system call fails on one path.
+def failing(call: str, error: str, path: Path | str | None = None, when: str = "1+") -> tuple[str, ...]:
+    """Prefix of a command whose system call fails, on one path or on any.
 
     Args:
         call: names of system calls, separated by commas ("write,pwrite64").
         error: as errno names it ("ENOSPC").
-        path: a file or folder; calls on it alone fail.
+        path: a file or folder, where calls on it alone shall fail.
         when: which of these calls: "3" the third, "3+" from the third on.
     """
-    return ("strace", "-f", "-qq", "-o", os.devnull, "-P", str(path), "-e", f"inject={call}:error={error}:when={when}")
+    where = () if path is None else ("-P", str(path))
+    return ("strace", "-f", "-qq", "-o", os.devnull, *where, "-e", f"inject={call}:error={error}:when={when}")
 
 
 def empcause(
