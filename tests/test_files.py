@@ -22,9 +22,14 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
 def test_an_error_in_the_block_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "metrics.json"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as file:
-        file.write(b"half")
-        raise error
+
+    def write_half():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "\udc80")
     assert path.read_text() == "old"
