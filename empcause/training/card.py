@@ -1,0 +1,87 @@
+"""The model card: what a training run says about the model that came out of it."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from transformers import TrainingArguments
+
+from empcause.data.origin import Origin
+from empcause.text import code, markdown
+
+if TYPE_CHECKING:
+    from empcause.training.common import StageTrainer
+
+# transformers' settings that make a difference to the model; the stages' own are all named.
+_SETTINGS = (
+    "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
+    "gradient_accumulation_steps label_smoothing_factor bf16 fp16 seed data_seed"
+).split()
+# Where things lay on the machine, and what the card says in its sentences.
+_NOT_SETTINGS = {"data", "model_name_or_path", "tokenizer_name", "model_type", "config_overrides", "extractor"}
+
+
+def model_card(
+    trainer: "StageTrainer", metrics: Mapping[str, float], title: str, abilities: str, trained_on: str, origin: Origin
+) -> str:
+    """The card of a finished model, in Markdown with the front matter of the Hugging Face Hub.
+
+    Args:
+        trainer: after `train`.
+        metrics: figures of the final evaluation.
+        title: what the model is.
+        abilities: sentences about what it does.
+        trained_on: how many texts it learned from, and how many it was validated on.
+        origin: the data of both.
+    """
+    args = trainer.args
+    own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
+    settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in _NOT_SETTINGS}
+    settings["processes"] = args.world_size
+    front = yaml.safe_dump(
+        {"license": origin.licence, "library_name": "empcause", "language": "en"}, sort_keys=False, allow_unicode=True
+    )
+    parts = [
+        f"---\n{front}---",
+        f"# {title}",
+        abilities,
+        f"{_start(trainer)} with empcause on {origin.name} ({origin.terms}): {trained_on}. {_length(trainer)}",
+        _table("metric on the validation texts", {name: f"{value:.4g}" for name, value in metrics.items()}),
+        _table("setting", {name: _value(value) for name, value in settings.items()}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _start(trainer: "StageTrainer") -> str:
+    args = trainer.args
+    if args.model_name_or_path:
+        return f"Fine-tuned from {code(_name(args.model_name_or_path))}, whose licence applies as well,"
+    return f"Trained from nothing ({args.model_type}, {trainer.model.num_parameters():,} parameters)"
+
+
+def _name(path: str) -> str:
+    """A model's name on the hub, or the name of its folder without the path to it."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def _length(trainer: "StageTrainer") -> str:
+    args, state = trainer.args, trainer.state
+    said = f"It trained for {state.global_step:,} optimiser steps ({state.epoch or 0:.3g} epochs)"
+    if state.global_step < state.max_steps:
+        said += f" of {state.max_steps:,} planned, as the validation {args.metric_for_best_model} no longer got better"
+    if args.load_best_model_at_end and state.best_global_step:
+        said += f"; the weights are those of step {state.best_global_step:,}, the best of them"
+    return f"{said}."
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else markdown(str(getattr(value, "value", value)))
+
+
+def _table(what: str, values: Mapping[str, str]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return f"| {what} | value |\n|---|---|\n{rows}"
