@@ -14,8 +14,8 @@ _MARKDOWN = regex.compile(r"[\\`*_{}\[\]()<>#!|~&$]")
 def visible(text: str) -> str:
     """The text in one line, with every character that does something instead of being seen written as its escape.
 
-    A terminal's escape sequence becomes `\\x1b[31m`, a new line `\\n`, an override of the direction of writing `\\u202e`, a byte that
-    was not UTF-8 `\\udcff`.
+    A terminal's escape sequence becomes `\\x1b[31m`, a new line `\\n`, an override of the direction of writing `\\u202e`, a byte
+    that was not UTF-8 `\\udcff`.
     """
     return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 

@@ -26,8 +26,6 @@ from empcause.training.folder import save_finished
 # Files of a tokenizer's folder that say of which class it is.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
-DATA_LICENCE = "cc-by-nc-4.0"
-
 
 @dataclass
 class StageTrainingArguments(TrainingArguments):
@@ -173,30 +171,13 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
     Args:
         trainer: after `train`; holds the best model.
         metrics: figures of the final evaluation.
-        card: what the model is, in Markdown, for its model card.
+        card: text of the model card.
 
     Returns:
         `metrics`.
     """
-    if not trainer.is_world_process_zero():
-        return metrics
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    args = trainer.args
-    used_sample = args.data == "sample"
-    licence = "apache-2.0" if used_sample else DATA_LICENCE
-    data = (
-        "the sample embedded in empcause (Apache-2.0)"
-        if used_sample
-        else "EmpatheticDialogues (CC BY-NC 4.0: non-commercial use only, which this model inherits) and EmoCause"
-    )
-    readme = (
-        f"---\nlicense: {licence}\nlibrary_name: empcause\nlanguage: en\n---\n\n{card}\n\n"
-        f"Trained with empcause from `{args.model_name_or_path or args.model_type}` on {data}; "
-        f"learning rate {args.learning_rate:g}, {args.per_device_train_batch_size} texts per batch and device, "
-        f"{args.gradient_accumulation_steps} accumulated, seed {args.seed}, {trainer.state.global_step} steps.\n\n"
-        f"| metric (validation) | value |\n|---|---|\n{rows}\n"
-    )
-    save_finished(trainer, metrics, readme)
+    if trainer.is_world_process_zero():
+        save_finished(trainer, metrics, card)
     return metrics
 
 

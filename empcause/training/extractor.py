@@ -16,9 +16,11 @@ from empcause.data import (
     load_dialogues,
     split_words,
 )
+from empcause.data.origin import origin
 from empcause.evaluation.metrics import emotion_correct, score_causes
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, pad_batch
 from empcause.extractor.labels import IGNORED
+from empcause.training.card import model_card
 from empcause.training.common import (
     StageTrainer,
     StageTrainingArguments,
@@ -102,6 +104,7 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     checkpoint = find_checkpoint(args)
     labelled, validation = split_annotations(args)
     dialogues = [] if args.supervision == "supervised" else load_dialogues("train", args.data)
+    data = origin(args.data, [*labelled, *validation], *([dialogues] if dialogues else []))
     tokenizer = load_tokenizer(args)
     set_seed(args.seed)
     model = CauseExtractor(*build_encoder(args, tokenizer))
@@ -136,8 +139,26 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = evaluate_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
-    card = "# Emotion cause extractor\n\nFinds the emotion of a text and the words that caused it."
+    trained_on = f"{num_labelled:,} annotated and {len(items) - num_labelled:,} other situations, validated on "
+    trained_on += f"{len(validation):,} annotated ones"
+    card = model_card(trainer, metrics, "Emotion cause extractor", _abilities(args), trained_on, data)
     return finish(trainer, metrics, card)
+
+
+def _abilities(args: ExtractorTrainingArguments) -> str:
+    """What the extractor has learned, for its card."""
+    learned = {
+        "semi-supervised": "Causes were learned from EmoCause's annotations and from automatic labels.",
+        "supervised": "Causes were learned from EmoCause's annotations.",
+        "unsupervised": "Causes were learned from automatic labels; no annotation of causes was used.",
+        "emotion": "Causes were not learned: the emotion alone was.",
+    }
+    read = "Causes are read from the attention of the first token." if args.cause_from == "attention" else ""
+    if args.supervision == "emotion" and not read:
+        read = "What it says about causes is meaningless."
+    return " ".join(
+        filter(None, ("Finds the emotion of a text and the words that caused it.", learned[args.supervision], read))
+    )
 
 
 def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnotation], list[CauseAnnotation]]:

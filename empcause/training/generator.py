@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from empcause.checkpoints import read_config
 from empcause.data import ResponsePair, join_turns, load_dialogues, response_pairs
 from empcause.data.collation import pad_dialogues
+from empcause.data.origin import origin
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.evaluation.metrics import perplexity
@@ -24,6 +26,8 @@ from empcause.generator import (
     longest_sequence,
     response_nll,
 )
+from empcause.text import code
+from empcause.training.card import model_card
 from empcause.training.common import (
     StageTrainer,
     StageTrainingArguments,
@@ -94,8 +98,11 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     if args.gamma > 0:
         assert args.extractor is not None
         read_config(args.extractor, "extractor", "empcause train extractor")
-    train_pairs = _draw(response_pairs(load_dialogues("train", args.data)), args.max_train_samples, args.seed)
-    valid_pairs = _draw(response_pairs(load_dialogues("valid", args.data)), args.max_eval_samples, args.seed)
+    train_dialogues, valid_dialogues = load_dialogues("train", args.data), load_dialogues("valid", args.data)
+    data = origin(args.data, train_dialogues, valid_dialogues)
+    train_responses, valid_responses = response_pairs(train_dialogues), response_pairs(valid_dialogues)
+    train_pairs = _draw(train_responses, args.max_train_samples, args.seed)
+    valid_pairs = _draw(valid_responses, args.max_eval_samples, args.seed)
     set_seed(args.seed)
     model, tokenizer = build_generator(args)
     limit = min(args.max_length, longest_sequence(model))
@@ -120,9 +127,15 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = evaluate_perplexity(model, tokenizer, valid_items, args.per_device_eval_batch_size)
-    card = (
-        "# Empathetic conversation generator\n\nAnswers a dialogue; its attention is biased towards the words that caused "
-        f"the speaker's emotion (gamma {args.gamma:g})."
+    bias = "its attention is not biased (gamma 0)"
+    if args.gamma > 0:
+        assert args.extractor is not None
+        bias = "its attention is biased towards the words that caused the speaker's emotion"
+        bias += f" (gamma {args.gamma:g}), as the extractor {code(Path(args.extractor).resolve().name)} finds them"
+    trained_on = f"{len(train_pairs):,} of {len(train_responses):,} responses, validated on {len(valid_pairs):,} of "
+    trained_on += f"{len(valid_responses):,}"
+    card = model_card(
+        trainer, metrics, "Empathetic conversation generator", f"Answers a dialogue; {bias}.", trained_on, data
     )
     return finish(trainer, metrics, card)
 

@@ -25,6 +25,7 @@ from empcause.data import (
     response_pairs,
     split_words,
 )
+from empcause.data.origin import origin
 from empcause.errors import UserError
 
 HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\n"
@@ -308,3 +309,14 @@ class TestDownload:
         dataset = replace(EMPATHETIC_DIALOGUES, url="http://127.0.0.1:9/data.tar.gz")
         with pytest.raises(UserError, match="failed"):
             download(dataset, tmp_path)
+
+
+def test_the_papers_data_are_known_by_their_content(real_data):
+    dialogues, annotations = load_dialogues("test", real_data), load_annotations("valid", real_data)
+    found = origin(real_data, dialogues, annotations)
+    assert found.name == "EmpatheticDialogues and EmoCause"
+    assert (found.licence, found.published) == ("cc-by-nc-4.0", True)
+    assert origin(real_data, annotations).name == "EmoCause"
+    altered = [replace(dialogues[0], turns=("Cut", *dialogues[0].turns[1:])), *dialogues[1:]]
+    for own in (dialogues[1:], altered):
+        assert origin(real_data, own).licence == "unknown"
