@@ -5,12 +5,17 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from empcause.errors import UserError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Buffers that older versions of transformers saved and newer ones compute.
+_FORMER_BUFFERS = ("position_ids", "attn.bias", "masked_bias", "inv_freq")
 
 
 def read_config(path: str | os.PathLike[str], what: str, how: str) -> dict[str, Any]:
@@ -58,13 +63,61 @@ def check_weights(path: str | os.PathLike[str]) -> None:
 def load_pretrained(
     model_class: type[Model], path: str | os.PathLike[str], what: str, how: str, model_type: str
 ) -> Model:
-    """`model_class.from_pretrained(path)` after checks.
+    """A finished model from its folder, after checks.
 
     Raises:
-        UserError: the folder is missing, holds another kind of model, or is damaged.
+        UserError: the folder is missing, holds another kind of model, or is damaged (see `load_whole`).
     """
     found = read_config(path, what, how).get("model_type")
     if found != model_type:
         raise UserError(f"{path} holds a model of type {found!r}, not an {what} (type {model_type!r}).")
     check_weights(path)
-    return model_class.from_pretrained(path)
+    return load_whole(model_class, path)
+
+
+def load_whole(
+    model_class: type[Model], path: str | os.PathLike[str], new: tuple[str, ...] | None = None, **options: Any
+) -> Model:
+    """`model_class.from_pretrained(path)` whose every weight stands in the file, fits and is finite.
+
+    transformers leaves weights that are missing or do not fit at random values and goes on.
+
+    Args:
+        model_class: the model's class, or an `AutoModel`.
+        path: a folder, or a name on the model hub.
+        new: for a pretrained base model: names of the modules that it lacks and that start anew. Heads of it that the model
+            has no use for are passed over.
+        **options: of `from_pretrained`.
+
+    Raises:
+        UserError: there is no such model, its configuration is damaged, or its weights are not those of the model.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # all that transformers would warn of is judged here
+    try:
+        model, found = model_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError, SafetensorError) as error:
+        raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    parts = {name for name, _ in model.named_children()} - set(new or ())
+    judged = {
+        "missing": [key for key in found["missing_keys"] if not key.startswith(new or "none of them")],
+        "of another shape": [key for key, *_ in found["mismatched_keys"]],
+        "unknown to the model": [
+            key
+            for key in found["unexpected_keys"]
+            if new is None or key.removeprefix(f"{model.base_model_prefix}.").split(".")[0] in parts
+            if not key.endswith(_FORMER_BUFFERS)
+        ],
+        "not finite": [name for name, value in model.state_dict().items() if not value.isfinite().all()],
+    }
+    for fault, keys in judged.items():
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(
+                f"The weights in {path} cannot be used ({fault}: {min(keys)}{more}); use another checkpoint."
+            )
+    return model

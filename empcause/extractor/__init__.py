@@ -2,7 +2,7 @@
 
 from empcause.extractor.configuration import CauseExtractorConfig
 from empcause.extractor.encoding import encode_text, pad_batch
-from empcause.extractor.inference import Extraction, extract, load_extractor
+from empcause.extractor.inference import Extraction, extract, load_extractor, longest_input
 from empcause.extractor.labels import automatic_labels
 from empcause.extractor.modeling import CauseExtractor, CauseExtractorOutput
 
@@ -15,5 +15,6 @@ __all__ = [
     "encode_text",
     "extract",
     "load_extractor",
+    "longest_input",
     "pad_batch",
 ]

@@ -2,9 +2,12 @@
 
 from typing import Any, ClassVar, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from empcause.data import EMOTIONS
+from empcause.errors import UserError
+from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, check_values
 
 
 class CauseExtractorConfig(PreTrainedConfig):
@@ -20,7 +23,10 @@ class CauseExtractorConfig(PreTrainedConfig):
         cause_reduction: cause loss as the "mean" over real tokens, or their "sum" per batch of texts.
         aux_form: auxiliary loss as the "complement" `1 - <Att, C1>`, or "literal" `<Att, C1>` (eq 8).
         head_dropout: dropout before both heads.
-        max_length: longest text in tokens that it is trained on and reads.
+        max_length: longest text in tokens that it is trained on (it reads what the encoder can).
+
+    Raises:
+        UserError: a value out of range, or an encoder of no known type.
     """
 
     model_type = "empcause_extractor"
@@ -41,7 +47,12 @@ class CauseExtractorConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.encoder, dict):
             values = dict(self.encoder)
-            self.encoder = AutoConfig.for_model(values.pop("model_type"), **values)
+            try:
+                self.encoder = AutoConfig.for_model(values.pop("model_type", None), **values)
+            except (ValueError, TypeError, StrictDataclassError) as error:
+                raise UserError(f"encoder: {' '.join(str(error).split())[:200]}") from error
+        weights = dict.fromkeys(("emotion_weight", "cause_weight", "aux_weight"), NOT_NEGATIVE)
+        check_values(self, weights | {"automatic_top_k": COUNT, "head_dropout": SHARE, "max_length": COUNT})
         kwargs.setdefault("id2label", dict(enumerate(EMOTIONS)))
         kwargs.setdefault("label2id", {name: index for index, name in enumerate(EMOTIONS)})
         super().__post_init__(**kwargs)

@@ -44,6 +44,11 @@ def encode_text(
     }
 
 
+def is_cut(item: dict[str, NDArray[np.int64]], text: str, max_length: int) -> bool:
+    """Whether a text of `encode_text` lost its end."""
+    return len(item["input_ids"]) >= max_length and int(item["offsets"].max()) < len(text.rstrip())
+
+
 def first_overlap(spans: NDArray[np.int64], words: Sequence[Word]) -> NDArray[np.int64]:
     """Index of the first word that each character span overlaps, -1 for none: `[n]` from `[n, 2]`."""
     if not words:

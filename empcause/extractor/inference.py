@@ -9,12 +9,16 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from empcause.checkpoints import load_pretrained
 from empcause.data import Word, align_max, split_words
+from empcause.errors import UserError
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.encoding import encode_text, pad_batch
+from empcause.extractor.encoding import encode_text, is_cut, pad_batch
 from empcause.extractor.modeling import CauseExtractor
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def load_extractor(path: str | os.PathLike[str]) -> tuple[CauseExtractor, PreTra
     """Load a trained extractor and its tokenizer, in evaluation mode.
 
     Raises:
-        UserError: the folder does not exist, holds another kind of model, or a file in it is cut short.
+        UserError: the folder does not exist, holds another kind of model, or is damaged.
     """
     model = load_pretrained(
         CauseExtractor, path, "extractor", "empcause train extractor", CauseExtractorConfig.model_type
@@ -69,11 +73,13 @@ def extract(
         texts: raw texts; a text without words has no causes.
         words: their words if they are split already (EmoCause); default `split_words`.
         batch_size: texts per batch; batches hold texts of similar length.
-        max_length: longest text in tokens, the rest has probability 0; default is what the encoder can read.
+        max_length: longest text in tokens; the rest has probability 0, and a warning says for how many texts. Default is
+            what the encoder can read.
         progress: show a progress bar.
 
     Raises:
         ValueError: `words` and `texts` differ in number.
+        UserError: the extractor's probabilities are not finite.
     """
     if words is None:
         words = [split_words(text) for text in texts]
@@ -81,6 +87,9 @@ def extract(
         raise ValueError(f"words has {len(words)} entries for {len(texts)} texts; one list per text is expected.")
     limit = max_length or longest_input(model, tokenizer)
     items = [encode_text(tokenizer, text, split, limit) for text, split in zip(texts, words, strict=True)]
+    cut = sum(is_cut(item, text, limit) for item, text in zip(items, texts, strict=True))
+    if cut:
+        logger.warning(f"{cut} of {len(texts)} texts have more than {limit} tokens; no causes are found in the rest.")
     order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
     results: dict[int, Extraction] = {}
     was_training = model.training
@@ -96,6 +105,10 @@ def extract(
         else:
             attention = output.cls_attention * (batch["special_tokens_mask"] == 0)
             cause_probs = attention / attention.amax(-1, keepdim=True).clamp(min=1e-9)
+        if not (np.isfinite(emotion_probs).all() and cause_probs.isfinite().all()):
+            raise UserError(
+                "The extractor's probabilities are not numbers (NaN): its training diverged or its files are damaged."
+            )
         for row, index in enumerate(indices):
             real = items[index]["special_tokens_mask"] == 0
             spans = items[index]["offsets"][real]

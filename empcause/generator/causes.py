@@ -1,18 +1,23 @@
 """Cause probabilities for the generator's tokens, from a frozen extractor, computed once per text."""
 
 import hashlib
+import io
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from empcause.data import SPEAKER, align_max, cache_dir, join_turns
 from empcause.data.sequences import EncodedDialogue
-from empcause.extractor import extract, load_extractor
+from empcause.extractor import extract, load_extractor, longest_input
+from empcause.files import replacing
+
+logger = logging.get_logger(__name__)
 
 
 class TextCauses(NamedTuple):
@@ -25,9 +30,14 @@ class TextCauses(NamedTuple):
 class CauseCache:
     """Causes of texts by one extractor, kept in a file so that they are computed once, not once per epoch or run.
 
+    A file that is damaged is made anew; one that cannot be written is done without.
+
     Args:
-        extractor: folder of the extractor; its weights' checksum names the file.
+        extractor: folder of the extractor. Its weights, configuration and tokenizer name the file.
         folder: where the file lies; default is the cache folder.
+
+    Attributes:
+        digest: of all that decides the causes of a text.
 
     Raises:
         UserError: there is no extractor.
@@ -38,46 +48,54 @@ class CauseCache:
         digest = hashlib.sha256()
         for file in sorted([*Path(extractor).glob("*.safetensors"), Path(extractor) / "config.json"]):
             digest.update(file.read_bytes())
-        self.path = (folder or cache_dir() / "causes") / f"{digest.hexdigest()[:32]}.npz"
-        self._known: dict[str, TextCauses] = {}
-        self._load()
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(str(longest_input(self.model, self.tokenizer)).encode())
+        self.digest = digest.hexdigest()[:32]
+        self.path = (folder or cache_dir() / "causes") / f"{self.digest}.npz"
+        self._known = self._load()
 
     def get(self, texts: Sequence[str], progress: bool = False) -> list[TextCauses]:
         """Causes of the texts; what is not known yet is extracted and added to the file."""
-        missing = list({text for text in texts if self._key(text) not in self._known})
+        missing = [text for text in dict.fromkeys(texts) if self._key(text) not in self._known]
         if missing:
             for found in extract(self.model, self.tokenizer, missing, progress=progress):
                 self._known[self._key(found.text)] = TextCauses(found.token_spans, found.token_probs)
-            self._save()
+            try:
+                self._save()
+            except OSError as error:
+                logger.warning(f"The causes cannot be kept for the next run: {self.path}: {error.strerror or error}.")
         return [self._known[self._key(text)] for text in texts]
 
     @staticmethod
     def _key(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _load(self) -> None:
+    def _load(self) -> dict[str, TextCauses]:
         try:
             with np.load(self.path, allow_pickle=False) as stored:
                 bounds = np.cumsum(stored["lengths"])[:-1]
                 spans, probs = np.split(stored["spans"], bounds), np.split(stored["probs"], bounds)
-                self._known = {
-                    str(key): TextCauses(*value) for key, *value in zip(stored["keys"], spans, probs, strict=True)
-                }
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            self._known = {}  # none yet, or damaged: extracted again
+                return {str(key): TextCauses(*value) for key, *value in zip(stored["keys"], spans, probs, strict=True)}
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # readers of damaged files raise errors of many kinds
+            logger.warning_once(f"The kept causes {self.path} cannot be read and are made anew: {error}.")
+            return {}
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with FileLock(self.path.with_suffix(".lock")):
+            known = self._load() | self._known  # another run may have added texts
+            content = io.BytesIO()
             np.savez(
-                file,
-                keys=np.array(list(self._known)),
-                lengths=np.array([len(causes.probs) for causes in self._known.values()]),
-                spans=np.concatenate([causes.spans for causes in self._known.values()]),
-                probs=np.concatenate([causes.probs for causes in self._known.values()]),
+                content,
+                keys=np.array(list(known)),
+                lengths=np.array([len(causes.probs) for causes in known.values()]),
+                spans=np.concatenate([causes.spans for causes in known.values()]),
+                probs=np.concatenate([causes.probs for causes in known.values()]),
             )
-        temporary.replace(self.path)
+            with replacing(self.path) as file:
+                file.write(content.getbuffer())
 
 
 def token_causes(

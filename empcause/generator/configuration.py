@@ -1,9 +1,11 @@
 """Configurations of the generators: their base model's, and how causes are used."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoConfig, GPT2Config, LlamaConfig
+
+from empcause.ranges import NOT_NEGATIVE, SHARE, check_values
 
 
 @dataclass(kw_only=True)
@@ -14,11 +16,18 @@ class CauseFields:
         gamma: factor of the attention bias; 0 is the base model without bias.
         cause_scope: which turns may hold causes: the whole "context", the "speaker"'s turns, or the speaker's "last" turn.
         cause_threshold: None uses the extractor's probabilities; a number turns them into 0 and 1 there.
+
+    Raises:
+        UserError: a value out of range.
     """
 
     gamma: float = 1.0
     cause_scope: Literal["context", "speaker", "last"] = "context"
     cause_threshold: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_values(self, {"gamma": NOT_NEGATIVE, "cause_threshold": SHARE})
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
 class EmpatheticGPT2Config(CauseFields, GPT2Config):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Cache, GPT2LMHeadModel, LlamaForC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from empcause.data.sequences import IGNORED
+from empcause.errors import UserError
 from empcause.generator.configuration import EmpatheticGPT2Config, EmpatheticLlamaConfig
 
 NUM_ROLES = 2
@@ -43,6 +44,7 @@ class EmpatheticMixin:
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, or the loss of the labelled tokens.
@@ -57,6 +59,7 @@ class EmpatheticMixin:
             position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model
                 (`generate` gives those that it finds named here).
             num_items_in_batch: what the summed loss is divided by; default is the number of labels.
+            label_smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1).
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
@@ -78,7 +81,9 @@ class EmpatheticMixin:
         targets = labels[:, 1:]
         counted = targets != IGNORED
         logits = self.lm_head(hidden[:, :-1][counted])  # type: ignore[attr-defined]
-        total = nn.functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
+        total = nn.functional.cross_entropy(
+            logits.float(), targets[counted], reduction="sum", label_smoothing=label_smoothing
+        )
         number = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
         return CausalLMOutputWithPast(loss=total / number, logits=logits)
 
@@ -114,24 +119,32 @@ for _config, _model in GENERATORS.values():
 
 
 def add_separator(model: Any, tokenizer: Any) -> None:
-    """Give tokenizer and model a separator token, whose embedding starts at the mean of all word embeddings.
+    """Give tokenizer and model a separator token, whose rows start at the mean of those of all other tokens.
 
-    Nothing happens if the tokenizer has one. Without a padding token, the end token pads (labels are masked by position).
+    A separator that the tokenizer has keeps its row. Without a padding token, the end token pads (labels are masked by
+    position).
+
+    Raises:
+        UserError: the tokenizer has no end token.
     """
+    if tokenizer.eos_token is None:
+        raise UserError(f"The tokenizer {tokenizer.name_or_path!r} has no end token, which every response needs.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    trained = sorted(set(tokenizer.get_vocab().values()))
     if tokenizer.sep_token is None:
         tokenizer.add_special_tokens({"sep_token": "[SEP]"})
-    embeddings = model.get_input_embeddings()
-    old = embeddings.num_embeddings
-    if len(tokenizer) > old:
-        mean = embeddings.weight.detach().mean(0)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[old:] = mean
-            head = model.get_output_embeddings().weight
-            if head is not model.get_input_embeddings().weight:
-                head[old:] = head[:old].mean(0)
+    rows = model.get_input_embeddings().num_embeddings
+    trained = [token for token in trained if token < rows]
+    new = sorted(set(tokenizer.get_vocab().values()) - set(trained))
+    if new and new[-1] >= rows:
+        model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with torch.no_grad():
+        # Rows of no token (an embedding may have some to spare) are no part of the mean.
+        for values in {id(values): values for values in (embeddings.weight, head.weight, head.bias)}.values():
+            if values is not None:
+                values[new] = values[trained].mean(0)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoModel, TrainerCallback, set_seed
 
+from empcause.checkpoints import load_whole
 from empcause.data import (
     EMOTIONS,
     CauseAnnotation,
@@ -187,7 +188,7 @@ def build_encoder(args: ExtractorTrainingArguments, tokenizer: Any) -> tuple[Cau
     encoder_config = load_config(args, tokenizer)
     encoder = None
     if args.model_name_or_path:
-        encoder = AutoModel.from_pretrained(args.model_name_or_path)
+        encoder = load_whole(AutoModel, args.model_name_or_path, new=("pooler",))
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # only the encoder's own classification heads use it
         encoder_config = encoder.config

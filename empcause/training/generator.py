@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from empcause.checkpoints import read_config
+from empcause.checkpoints import load_whole, read_config
 from empcause.data import ResponsePair, join_turns, load_dialogues, response_pairs
 from empcause.data.collation import pad_dialogues
 from empcause.data.origin import origin
@@ -169,7 +169,8 @@ def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, 
     values.pop("model_type")
     config = config_class(**values)
     if args.model_name_or_path:
-        model = model_class.from_pretrained(args.model_name_or_path, config=config, attn_implementation="empcause")
+        options = {"config": config, "attn_implementation": "empcause"}
+        model = load_whole(model_class, args.model_name_or_path, new=("role_embedding",), **options)
     else:
         model = model_class._from_config(config, attn_implementation="empcause")
     model = model.float()  # master weights; bf16 is the Trainer's autocast
