@@ -44,17 +44,13 @@ const Kernels* const kAll[] = {
 
 const Kernels& choose() {
   const char* wanted = std::getenv("EMPCAUSE_CPU_ISA");
-  std::string known;
+  std::string usable;
   for (const Kernels* kernels : kAll) {
-    if (wanted == nullptr || *wanted == '\0') {
-      if (runs_here(*kernels)) return *kernels;
-    } else if (std::strcmp(wanted, kernels->isa) == 0) {
-      if (runs_here(*kernels)) return *kernels;
-      throw std::runtime_error("EMPCAUSE_CPU_ISA is " + std::string(wanted) + ", which this processor does not run");
-    }
-    known += std::string(known.empty() ? "" : ", ") + kernels->isa;
+    if (!runs_here(*kernels)) continue;
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, kernels->isa) == 0) return *kernels;
+    usable += std::string(usable.empty() ? "" : ", ") + kernels->isa;
   }
-  throw std::runtime_error("EMPCAUSE_CPU_ISA is " + std::string(wanted) + "; expected one of " + known);
+  throw std::runtime_error("EMPCAUSE_CPU_ISA is " + std::string(wanted) + "; this processor runs " + usable);
 }
 
 }  // namespace

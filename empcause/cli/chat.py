@@ -1,8 +1,11 @@
 """`empcause chat`: a conversation in the terminal."""
 
 import argparse
+import sys
 
 from empcause.cli.respond import add_model_options, generation_options, load_responder
+from empcause.errors import UserError
+from empcause.text import visible
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,6 +23,9 @@ def run(namespace: argparse.Namespace) -> int:
     """Read messages until the end of the input; the dialogue so far is the context of each answer."""
     from empcause.cli.terminal import console, print_reply
 
+    if sys.stdin is None:
+        raise UserError("chat reads from the standard input, which is closed; use `empcause respond`.")
+    options = generation_options(namespace)
     responder = load_responder(namespace)
     console.print("Type a message and press Enter; /reset starts a new dialogue, /quit ends.", style="dim")
     turns: list[str] = []
@@ -33,6 +39,10 @@ def run(namespace: argparse.Namespace) -> int:
         if message == "/reset":
             turns = []
         elif message:
-            reply = responder([*turns, message], **generation_options(namespace))
+            try:
+                reply = responder([*turns, message], **options)
+            except UserError as error:
+                console.print(visible(str(error)), style="red", markup=False)
+                continue
             print_reply(reply)
             turns += [message, reply.response or "..."]

@@ -1,13 +1,15 @@
 """Entry point: finds the command, runs it, and turns a user's mistake into one sentence."""
 
 import argparse
-import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from empcause.cli.failures import sentence
 from empcause.errors import UserError
+from empcause.text import visible
 
 # Each module has `register(subparsers)`, which adds its parser with `run`, a function of the parsed arguments.
 COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo", "bench")
@@ -25,12 +27,21 @@ A first run, from nothing:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser whose mistakes become a `UserError`; options are written out."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is."""
+        raise UserError(f"{message}; see {self.prog} --help.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="empcause", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = Parser(prog="empcause", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name in COMMANDS:
         importlib.import_module(f"empcause.cli.{name}").register(subparsers)
     return parser
@@ -41,29 +52,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 is success, 1 a check that found something, 2 a user's mistake (one sentence on standard error), 130 Ctrl-C.
     """
-    namespace = build_parser().parse_args(arguments)
+    command = ""
     try:
-        return namespace.run(namespace)
-    except UserError as error:
-        return _fail(str(error))
+        _prepare_streams()
+        _refuse_repetition(sys.argv[1:] if arguments is None else arguments)
+        namespace = build_parser().parse_args(arguments)
+        command = namespace.command
+        if command != "info":
+            _check_instruction_set()
+        code = namespace.run(namespace)
+        _flush()
+        return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 0
-    except Exception as error:
-        if not _is_disk_full(error):
-            raise
-        return _fail("the disk is full; what was saved before is kept. Make room, then run the same command again.")
     except KeyboardInterrupt:
         _fail("interrupted; a training goes on from its last checkpoint with --resume_from_checkpoint true.")
         return 130
+    except Exception as error:
+        said = sentence(error, command)
+        if said is None:
+            raise
+        return _fail(said)
 
 
-def _is_disk_full(error: Exception) -> bool:
-    """Libraries that write weights wrap the system's error in their own, so its text counts too."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full)
+def _prepare_streams() -> None:
+    """Nothing that is printed or typed can fail for its encoding; a closed stream's number goes to no other file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def _refuse_repetition(arguments: Sequence[str]) -> None:
+    """Refuse an option that is given twice: of two values one would be dropped without a word.
+
+    Raises:
+        UserError: one is.
+    """
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    seen = set()
+    for word in words:
+        name = word.split("=")[0].replace("-", "_")
+        if word.startswith("--") and name in seen:
+            raise UserError(f"{word.split('=')[0]} is given twice; give it once.")
+        seen.add(name)
+
+
+def _check_instruction_set() -> None:
+    """Refuse a wrong EMPCAUSE_CPU_ISA before any work; `empcause info` shows it beside what else there is."""
+    if not os.environ.get("EMPCAUSE_CPU_ISA"):
+        return
+    from empcause.ops import info
+
+    backend = info()["cpu"]
+    if backend.built and not backend.runs:
+        raise UserError(f"{backend.reason}.")
+
+
+def _give_up_output() -> None:
+    """Nobody reads the output any more, so that the interpreter has nothing to complain about when it closes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
-    print(f"empcause: error: {message}", file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"empcause: error: {visible(message)}", file=sys.stderr)
+    try:
+        _flush()
+    except OSError:
+        _give_up_output()
     return 2
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where the caller closed it
+        sys.stdout.flush()

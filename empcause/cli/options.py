@@ -3,15 +3,18 @@
 import dataclasses
 import difflib
 import json
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from empcause.errors import UserError
+from empcause.ranges import Range
+from empcause.text import one_line
 
 Options = TypeVar("Options")
 
@@ -22,6 +25,23 @@ COMMON_TRAINING_ARGUMENTS = frozenset(
     "max_grad_norm bf16 seed data_seed logging_steps eval_strategy eval_steps save_strategy save_steps "
     "save_total_limit metric_for_best_model report_to torch_compile use_cpu".split()
 )
+
+
+def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], int | float]:
+    """An argparse type: numbers within a range."""
+
+    def read(word: str) -> int | float:
+        value = kind(word)
+        if value not in allowed:
+            raise ArgumentTypeError(f"{word} is not {'a whole number' if kind is int else 'a number'} {allowed}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where a word is no number at all
+    return read
+
+
+# A recipe of this package has some hundred bytes.
+_LONGEST_RECIPE = 2**20
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -97,7 +117,9 @@ def parse_options(options_type: type[Options], arguments: Sequence[str], *, prog
     parser = OptionParser(options_type, prog, description, show_all="--help_all" in arguments)
     recipe = _config_path(arguments)
     if recipe is not None:
-        arguments = _recipe_arguments(Path(recipe), parser.option_names()) + arguments
+        hints = get_type_hints(options_type)
+        optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
+        arguments = _recipe_arguments(Path(recipe), parser, optional) + arguments
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0]
@@ -122,27 +144,56 @@ def _config_path(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _recipe_arguments(path: Path, known: Sequence[str]) -> list[str]:
-    """The recipe's keys and values as command-line words, so that both are parsed by the same rules."""
+def _recipe_arguments(path: Path, parser: OptionParser, optional: Collection[str]) -> list[str]:
+    """The recipe's keys and values as command-line words, so that both are parsed by the same rules.
+
+    A value is what is written: `no` is the word, not False. An empty one (null) becomes the default if it can be None.
+    """
+    nodes, construct = _read_recipe(path)
+    known = parser.option_names()
+    words: list[str] = []
+    seen = set()
+    for key_node, node in nodes:
+        key = key_node.value
+        if not isinstance(key_node, yaml.ScalarNode) or key not in known or key == "config":
+            raise UserError(f"The recipe {path} has an unknown key {key!r}{_nearest(str(key), known)}")
+        if key in seen:
+            raise UserError(f"The recipe {path} has the key {key!r} twice; give it once.")
+        seen.add(key)
+        if isinstance(node, yaml.MappingNode):
+            words.append(f"--{key}={json.dumps(construct(node, deep=True), default=str)}")
+        elif isinstance(node, yaml.SequenceNode):
+            if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+                raise UserError(f"The recipe {path}: {key} is a list of lists; a list of plain values is expected.")
+            words += [f"--{key}", *(item.value for item in node.value)]
+        elif not node.tag.endswith(":null"):
+            words.append(f"--{key}={node.value}")
+        elif key in optional:
+            parser.set_defaults(**{key: None})
+        else:
+            raise UserError(f"The recipe {path}: {key} has no value; give one, or leave the line out.")
+    return words
+
+
+def _read_recipe(path: Path) -> tuple[list[tuple[yaml.Node, yaml.Node]], Callable[..., Any]]:
+    """The recipe's keys and values as they are written, and what makes Python objects of them."""
     try:
-        recipe: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_RECIPE + 1)
+        if len(content) > _LONGEST_RECIPE:
+            raise UserError(f"The recipe {path} has more than {_LONGEST_RECIPE:,} bytes; it is something else.")
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        root = loader.get_single_node()
     except OSError as error:
         raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"The recipe {path} must be a list of `key: value` lines, not a {type(recipe).__name__}.")
-    words: list[str] = []
-    for key, value in recipe.items():
-        if key not in known or key == "config":
-            raise UserError(f"The recipe {path} has an unknown key {key!r}{_nearest(str(key), known)}")
-        if value is None:
-            continue
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        else:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {one_line(error)}.") from error
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.tag.endswith(":null")):
+        return [], loader.construct_object
+    if not isinstance(root, yaml.MappingNode):
+        found = "a list" if isinstance(root, yaml.SequenceNode) else "one value"
+        raise UserError(f"The recipe {path} must be a list of `key: value` lines, not {found}.")
+    return root.value, loader.construct_object
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

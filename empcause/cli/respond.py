@@ -3,6 +3,10 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from empcause.cli.options import number
+from empcause.errors import UserError
+from empcause.ranges import COUNT, POSITIVE, SEED, Range
+
 if TYPE_CHECKING:
     from empcause.generator import Responder
 
@@ -25,11 +29,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options shared by `respond` and `chat`: the two models and how to decode."""
     parser.add_argument("--extractor", default="runs/extractor", help="folder of the extractor (default: %(default)s)")
     parser.add_argument("--generator", default="runs/generator", help="folder of the generator (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=40, help="longest response (default: %(default)s)")
+    parser.add_argument(
+        "--max_new_tokens", type=number(int, COUNT), default=40, help="longest response (default: %(default)s)"
+    )
     parser.add_argument("--do_sample", action="store_true", help="nucleus sampling instead of greedy decoding")
-    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus size when sampling (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="when sampling (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--top_p", type=number(float, Range(0, 1, without_low=True)), help="nucleus size when sampling (default: 0.9)"
+    )
+    parser.add_argument("--temperature", type=number(float, POSITIVE), help="when sampling (default: 0.7)")
+    parser.add_argument("--seed", type=number(int, SEED), default=0, help="seed of the sampling (default: %(default)s)")
 
 
 def load_responder(namespace: argparse.Namespace) -> "Responder":
@@ -50,20 +58,27 @@ def load_responder(namespace: argparse.Namespace) -> "Responder":
 
 
 def generation_options(namespace: argparse.Namespace) -> dict[str, int | float | bool]:
-    """Keyword arguments for `generate`."""
+    """Keyword arguments for `generate`.
+
+    Raises:
+        UserError: an option of sampling without sampling.
+    """
     options: dict[str, int | float | bool] = {"max_new_tokens": namespace.max_new_tokens}
+    sampling = {"top_p": namespace.top_p, "temperature": namespace.temperature}
+    given = {name: value for name, value in sampling.items() if value is not None}
     if namespace.do_sample:
-        options |= {"do_sample": True, "top_p": namespace.top_p, "temperature": namespace.temperature}
+        return options | {"do_sample": True, "top_p": 0.9, "temperature": 0.7} | given
+    if given:
+        raise UserError(f"--{next(iter(given))} has no effect on greedy decoding; add --do_sample.")
     return options
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Answer once."""
     from empcause.cli.terminal import print_reply
-    from empcause.errors import UserError
+    from empcause.generator.inference import check_turns
 
-    if any(not turn.strip() for turn in namespace.turns):
-        raise UserError('A turn is empty; write what the speaker said, for example "I miss my dog.".')
-    responder = load_responder(namespace)
-    print_reply(responder(namespace.turns, **generation_options(namespace)))
+    check_turns(namespace.turns)
+    options = generation_options(namespace)
+    print_reply(load_responder(namespace)(namespace.turns, **options))
     return 0

@@ -7,10 +7,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from empcause.text import visible
+
 if TYPE_CHECKING:
     from empcause.generator import Reply
 
-console = Console()
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on, which is for the command to know (rich ends the process)."""
+        raise BrokenPipeError
+
+
+console = _Console()
 
 # A word is highlighted from this probability on, strongly from the second.
 CAUSE_THRESHOLDS = (0.25, 0.5)
@@ -25,7 +34,7 @@ def hide_file_progress() -> None:
 
 def print_metrics(metrics: Mapping[str, Any], caption: str) -> None:
     """Print the numbers among `metrics` as a two-column table with `caption` below."""
-    table = Table("metric", "value", caption=caption)
+    table = Table("metric", "value", caption=Text(visible(caption)))
     table.columns[1].justify = "right"
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -35,13 +44,15 @@ def print_metrics(metrics: Mapping[str, Any], caption: str) -> None:
 
 def highlight(reply: "Reply") -> Text:
     """The dialogue that the extractor read, its cause words marked by their probability."""
-    text = Text(reply.text)
+    text, end = Text(), 0
     for word, probability in reply.causes:
+        style = "underline yellow" if probability >= CAUSE_THRESHOLDS[0] else ""
         if probability >= CAUSE_THRESHOLDS[1]:
-            text.stylize("bold black on yellow", word.start, word.end)
-        elif probability >= CAUSE_THRESHOLDS[0]:
-            text.stylize("underline yellow", word.start, word.end)
-    return text
+            style = "bold black on yellow"
+        text.append(visible(reply.text[end : word.start]))
+        text.append(visible(reply.text[word.start : word.end]), style)
+        end = word.end
+    return text.append(visible(reply.text[end:]))
 
 
 def print_reply(reply: "Reply") -> None:
@@ -51,6 +62,10 @@ def print_reply(reply: "Reply") -> None:
     )
     console.print(Text("dialogue  ", style="dim"), highlight(reply), sep="")
     ranked = sorted(reply.causes, key=lambda cause: -cause[1])
-    causes = ", ".join(f"{word.text} ({probability:.0%})" for word, probability in ranked[:5])
-    console.print(Text("causes    ", style="dim"), causes, sep="", highlight=False)
-    console.print(Text("response  ", style="dim"), Text(reply.response, style="bold green"), sep="")
+    causes = ", ".join(f"{visible(word.text)} ({probability:.0%})" for word, probability in ranked[:5])
+    console.print(Text("causes    ", style="dim"), causes, sep="", highlight=False, markup=False)
+    console.print(Text("response  ", style="dim"), Text(visible(reply.response), style="bold green"), sep="")
+    if reply.unread_turns:
+        console.print(
+            f"The {reply.unread_turns} oldest turns did not fit into the models and were not read.", style="dim"
+        )

@@ -18,11 +18,10 @@ from empcause.data.collation import pad_dialogues
 from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractor, extract
+from empcause.extractor.inference import longest_input
 from empcause.generator.causes import TextCauses, token_causes
 from empcause.generator.modeling import GENERATORS
-
-# Room left for the answer when a context is cut to the model's length.
-_RESPONSE_ROOM = 64
+from empcause.text import visible
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Reply:
         causes: words of the dialogue and their cause probabilities, in order.
         text: the dialogue as one text; the words' spans refer to it.
         response: the answer.
+        unread_turns: oldest turns that the models had no room for; they are not in `text`.
     """
 
     emotion: str
@@ -42,6 +42,7 @@ class Reply:
     causes: list[tuple[Word, float]]
     text: str
     response: str
+    unread_turns: int = 0
 
 
 def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -62,6 +63,20 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
 def longest_sequence(model: PreTrainedModel) -> int:
     """Number of tokens that the generator can read and write in all."""
     return int(model.config.max_position_embeddings)
+
+
+def longest_context(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Number of tokens of a dialogue that leave room for so long an answer.
+
+    Raises:
+        UserError: the answer is longer than half of what the generator can read and write.
+    """
+    longest = longest_sequence(model)
+    if not 1 <= max_new_tokens <= longest // 2:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}; expected 1 to {longest // 2}, half of what this generator reads and writes."
+        )
+    return longest - max_new_tokens
 
 
 def generator_item(
@@ -104,8 +119,11 @@ def generate_responses(
         max_new_tokens: longest answer in tokens.
         progress: show a progress bar.
         **generation: options of `generate`.
+
+    Raises:
+        UserError: `max_new_tokens` leaves the context no room.
     """
-    limit = longest_sequence(model) - min(max_new_tokens, _RESPONSE_ROOM)
+    limit = longest_context(model, max_new_tokens)
     items = []
     for pair, found in zip(pairs, causes, strict=True):
         encoded = encode_dialogue(tokenizer, pair.context, pair.roles, None, limit)
@@ -174,6 +192,19 @@ def _batches(
         yield indices, {name: value.to(model.device) for name, value in batch.items()}
 
 
+def check_turns(turns: Sequence[str]) -> None:
+    """Refuse a dialogue that cannot be read.
+
+    Raises:
+        UserError: it has no turn, or one that is empty or holds what is no character (bytes that are not UTF-8).
+    """
+    if not turns or not all(turn.strip() for turn in turns):
+        raise UserError('A turn is empty; write what was said, for example "I miss my dog.".')
+    for turn in turns:
+        if any("\ud800" <= character <= "\udfff" for character in turn):
+            raise UserError(f"A turn is not valid UTF-8 text: {visible(turn[:80])}; write it in UTF-8.")
+
+
 class Responder:
     """Answers dialogues: emotion, causes, response.
 
@@ -194,27 +225,51 @@ class Responder:
         self.extractor, self.extractor_tokenizer = extractor, extractor_tokenizer
         self.generator, self.tokenizer = generator, tokenizer
 
-    def __call__(self, turns: Sequence[str], **generation: Any) -> Reply:
-        """Answer a dialogue.
+    def __call__(self, turns: Sequence[str], *, max_new_tokens: int = 40, **generation: Any) -> Reply:
+        """Answer a dialogue. The oldest turns of one that is too long for the models are left out, and counted.
 
         Args:
             turns: what was said, oldest first, speaker and listener alternating; the last turn is the speaker's.
-            **generation: options of `generate`, such as `max_new_tokens`, `do_sample`, `top_p`.
+            max_new_tokens: longest answer in tokens.
+            **generation: options of `generate`, such as `do_sample`, `top_p`.
 
         Raises:
-            UserError: the dialogue is empty.
+            UserError: a turn is empty or no text, the last one alone is too long, or `max_new_tokens` leaves it no room.
         """
-        turns = [turn.strip() for turn in turns]
-        if not turns or not all(turns):
-            raise UserError("A turn of the dialogue is empty; every turn needs some text.")
+        check_turns(turns)
+        said = [turn.strip() for turn in turns]
+        turns = self._readable(said, longest_context(self.generator, max_new_tokens))
         text, _ = join_turns(turns)
         found = extract(self.extractor, self.extractor_tokenizer, [text])[0]
         roles = tuple(SPEAKER if (len(turns) - index) % 2 else LISTENER for index in range(len(turns)))
         pair = ResponsePair("", EMOTIONS[0], tuple(turns), roles, "")
         causes = TextCauses(found.token_spans, found.token_probs)
+        generation["max_new_tokens"] = max_new_tokens
         response = generate_responses(self.generator, self.tokenizer, [pair], [causes], **generation)[0]
         best = int(found.emotion_probs.argmax())
         probs = found.word_probs.tolist()
         return Reply(
-            EMOTIONS[best], float(found.emotion_probs[best]), list(zip(found.words, probs, strict=True)), text, response
+            EMOTIONS[best],
+            float(found.emotion_probs[best]),
+            list(zip(found.words, probs, strict=True)),
+            text,
+            response,
+            len(said) - len(turns),
         )
+
+    def _readable(self, turns: list[str], room: int) -> list[str]:
+        """The newest turns that both models can read whole."""
+        counts = [_tokens(self.tokenizer, turn, room, add_special_tokens=False) + 1 for turn in turns]
+        limit = longest_input(self.extractor, self.extractor_tokenizer)
+        for first in range(len(turns)):
+            text, _ = join_turns(turns[first:])
+            if sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, text, limit) <= limit:
+                return turns[first:]
+        raise UserError(
+            f"The last turn is too long for these models, which read at most {min(room, limit)} tokens; shorten it."
+        )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, **options: Any) -> int:
+    """Number of tokens of a text, counted up to one more than `limit`."""
+    return len(tokenizer(text, truncation=True, max_length=limit + 1, **options)["input_ids"])

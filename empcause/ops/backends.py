@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from empcause.ops.registration import define, register, registered
+from empcause.text import visible
 
 # Best first, for tensors of each type of device; where none of these can run, the reference does.
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -63,8 +64,10 @@ def _cpu_info() -> BackendInfo:
         return BackendInfo("cpu", False, False, why_not)
     try:
         facts = importlib.import_module("empcause._C").build_info()
+    except UnicodeDecodeError:
+        return BackendInfo("cpu", True, False, "EMPCAUSE_CPU_ISA is not UTF-8 text")
     except RuntimeError as error:
-        return BackendInfo("cpu", True, False, str(error))
+        return BackendInfo("cpu", True, False, visible(str(error)))
     reason = (
         f"CPU tensors in fp32, bf16, fp16; instruction set {facts['isa_selected']} "
         f"(built: {', '.join(facts['isa_built'])}), {torch.get_num_threads()} threads, {facts['compiler']}, "

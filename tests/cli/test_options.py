@@ -43,6 +43,21 @@ def test_defaults_then_recipe_then_command_line(tmp_path):
     assert parse(f"--config={path}").gamma == 0.5
 
 
+def test_a_value_is_what_is_written_and_null_is_none(tmp_path):
+    options = parse("--config", recipe(tmp_path, "extractor: no\nsave_strategy: no\noutput_dir: null\nseed: 010\n"))
+    assert (options.extractor, options.save_strategy, options.seed) == ("no", "no", 10)
+    assert options.output_dir != "runs/test"
+    assert parse("--config", recipe(tmp_path, "extractor: off\n"), "--extractor", "a").extractor == "a"
+
+
+def test_what_is_no_recipe(tmp_path):
+    (tmp_path / "large").write_bytes(b"# " + b"x" * 2**21)
+    (tmp_path / "bytes").write_bytes(b"gamma: \xff")
+    for name, message in (("", "Is a directory"), ("large", "more than 1,048,576 bytes"), ("bytes", "not valid YAML")):
+        with pytest.raises(UserError, match=message):
+            parse("--config", str(tmp_path / name))
+
+
 def test_nested_and_empty_recipes(tmp_path):
     options = parse(
         "--config", recipe(tmp_path, "eval_strategy: epoch\nlr_scheduler_kwargs: {factor: 0.5, mode: max}\n")
@@ -59,6 +74,12 @@ def test_nested_and_empty_recipes(tmp_path):
         ("gamma: [", "is not valid YAML"),
         ("gamma: much", "invalid float value: 'much'"),
         ("config: other.yaml", "unknown key 'config'"),
+        ("gamma: 1\nseed: 2\ngamma: 3", "has the key 'gamma' twice"),
+        ("gamma: null", "gamma has no value"),
+        ("{[1]: 2}", "unknown key"),
+        ("gamma: [[1]]", "a list of plain values is expected"),
+        ("[" * 3000, "is not valid YAML"),
+        ("gamma: *missing", "is not valid YAML"),
         ("gamma: -1", "gamma must not be negative"),
     ],
 )
