@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from empcause.errors import UserError
+from empcause.outputs import RECORD, verify
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -44,20 +45,41 @@ def read_config(path: str | os.PathLike[str], what: str, how: str) -> dict[str, 
 
 
 def check_weights(path: str | os.PathLike[str]) -> None:
-    """Open every safetensors file of a folder, which verifies that it is complete.
+    """Check that the weights of a folder are there and whole: in safetensors files alone, as others may run code.
+
+    Where the folder has a record of its files (`empcause.outputs`), they must be as they were saved, except the README.md,
+    which people edit. Without one, opening the files of weights verifies at least that they are complete.
 
     Raises:
-        UserError: there is none, or one is cut short.
+        UserError: there are none, or a file is missing, cut short or changed.
     """
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path} has no weights: no *.safetensors file in it.")
-    for file in files:
+    folder = Path(path)
+    try:
+        verify(folder, unless=["README.md"])
+    except UserError as error:
+        raise UserError(
+            f"{str(error)[:-1]}; use another copy, or delete {folder / RECORD} if you changed it."
+        ) from error
+    for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt"):
                 pass
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged or cut short ({error}); use another checkpoint.") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or cut short ({error}); use another copy.") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The file of weights, or those that an index lists."""
+    if (folder / SAFE_WEIGHTS_NAME).exists():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no weights: no {SAFE_WEIGHTS_NAME} in it.") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {error}.") from error
+    return [folder / name for name in sorted(names)]
 
 
 def load_pretrained(
@@ -96,7 +118,7 @@ def load_whole(
     logging.set_verbosity_error()  # all that transformers would warn of is judged here
     try:
         model, found = model_class.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError, SafetensorError) as error:
         raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

@@ -1,4 +1,6 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions whose message is a sentence for the user."""
+
+from signal import SIGINT
 
 
 class UserError(ValueError):
@@ -6,3 +8,15 @@ class UserError(ValueError):
 
     The command line prints the message alone; from Python it is an ordinary `ValueError`.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a request to end; the message says what was saved and how to go on.
+
+    Attributes:
+        signal: its number, `SIGINT` or `SIGTERM`.
+    """
+
+    def __init__(self, message: str = "interrupted.", signal: int = SIGINT) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -1,0 +1,199 @@
+"""Output folders: what empcause wrote there, whether it still is as it was written, and who works there."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from empcause.errors import UserError
+from empcause.files import sync, write_text
+
+RECORD = "empcause.json"
+LOCK = ".empcause.lock"
+
+# What a checkpoint consists of; known by these names where its saving was cut short, so that no record lists its files.
+_CHECKPOINT_FILES = re.compile(
+    r".*\.(safetensors|json|pt|pth|bin|jinja|model|distcp|metadata|tmp)|merges\.txt|vocab\.txt"
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder's `empcause.json` says: who wrote there, and what.
+
+    Attributes:
+        made_by: the command that writes there.
+        files: names from the folder on. A file that was saved whole has its SHA-256; None stands for a folder, or for a
+            file that is not verified.
+        about: what else was to be remembered.
+    """
+
+    made_by: str
+    files: dict[str, str | None] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def read_record(folder: str | os.PathLike[str]) -> Record | None:
+    """The record of a folder; None where it has none.
+
+    Raises:
+        UserError: there is one, and it is damaged or cannot be read.
+    """
+    path = Path(folder) / RECORD
+    try:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        names = [PurePosixPath(name) for name, _ in record.files.items()]
+        if not all(name.parts and not name.is_absolute() and ".." not in name.parts for name in names):
+            raise ValueError("it names files outside of its folder")
+        return record
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+
+
+def write_record(folder: str | os.PathLike[str], record: Record) -> None:
+    """Write a folder's record, whole or not at all."""
+    write_text(Path(folder) / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def claim(folder: str | os.PathLike[str], *names: str) -> None:
+    """Record names before anything is written under them, so that they are known as ours however the process ends.
+
+    Names of what is gone are forgotten.
+    """
+    record = read_record(folder) or Record("empcause")
+    files = {name: digest for name, digest in record.files.items() if os.path.lexists(Path(folder) / name)}
+    write_record(folder, Record(record.made_by, files | dict.fromkeys(names), record.about))
+
+
+def seal(folder: str | os.PathLike[str], made_by: str, about: Mapping[str, Any] | None = None) -> None:
+    """Bring all files of a folder to the disk, and then record their checksums: from then on it counts as whole."""
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.name != RECORD)
+    for path in paths:
+        sync(path)
+    files = {path.relative_to(folder).as_posix(): checksum(path) for path in paths if path.is_file()}
+    write_record(folder, Record(made_by, files, dict(about or {})))
+    sync(folder.parent)
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: str | os.PathLike[str], unless: Collection[str] = ()) -> Record | None:
+    """Compare files with the checksums that were recorded when they were saved.
+
+    Args:
+        folder: where they are.
+        unless: names that may have changed.
+
+    Returns:
+        The record; None where the folder has none, and nothing is known.
+
+    Raises:
+        UserError: a file is missing, unreadable or another one.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    for name, expected in record.files.items() if record else ():
+        if expected is None or name in unless:
+            continue
+        try:
+            found = checksum(folder / name)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder / name} is missing.") from error
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error.strerror}.") from error
+        if found != expected:
+            raise UserError(f"{folder / name} is not as it was saved.")
+    return record
+
+
+def remove_made(folder: str | os.PathLike[str]) -> None:
+    """Remove what the folder's record lists, and the record; no link is followed, and everything else stays.
+
+    Where there is no record, the folder is taken for a checkpoint whose saving was cut short.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if record is None:
+        names = [path.name for path in folder.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name)]
+    else:
+        names = list(record.files)
+    for name in names:
+        _remove(folder, name)
+    (folder / RECORD).unlink(missing_ok=True)
+
+
+def _remove(folder: Path, name: str) -> None:
+    path = folder / name
+    if path.is_symlink() or path.parent.resolve() != (folder.resolve() / name).parent:
+        return  # a link stands where we wrote a file or folder: it is not ours
+    if path.is_dir():
+        remove_made(path)
+    else:
+        path.unlink(missing_ok=True)
+    for parent in (path, *path.parents):
+        if parent == folder:
+            break
+        with suppress(OSError):  # as long as something is in it
+            parent.rmdir()
+
+
+@contextmanager
+def working_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder if need be, and keep all other processes from working in it until the block or the process ends.
+
+    Raises:
+        UserError: another process works there, or the folder cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+        for leftover in folder.glob(f".{RECORD}.*.tmp"):  # of a process that was killed
+            leftover.unlink()
+    except Timeout as error:
+        raise UserError(
+            f"Another process works in {folder}; wait until it has ended, or choose another output_dir."
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"output_dir {folder} is not a folder: {error.filename} is a file.") from error
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """The system's reason for which a file could not be written, where an error says that; otherwise None.
+
+    Libraries that write weights wrap the system's error in their own, so its text counts too. torch.save loses even that.
+    """
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+            return os.strerror(code)
+    if any(text in str(error) for text in ("PytorchStreamWriter failed", "unexpected pos")):
+        return "the disk is full or fails"
+    return None
