@@ -14,14 +14,13 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 
 from empcause.checkpoints import check_weights
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
-from empcause.training.folder import save_finished
+from empcause.training.folder import CheckpointedTrainer, save_finished
 
 # Files of a tokenizer's folder that say of which class it is.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -57,6 +56,9 @@ class StageTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept, the best among them"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint"})
     logging_steps: float = field(default=20, metadata={"help": "steps between two logged losses"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what an earlier training left in output_dir"}
+    )
     report_to: str | None = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
@@ -129,8 +131,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-class StageTrainer(Trainer):
-    """transformers' Trainer with length-bucketed batches, and early stopping as the options say.
+class StageTrainer(CheckpointedTrainer):
+    """The Trainer with length-bucketed batches, and early stopping as the options say.
 
     Args:
         lengths: tokens per training item.

@@ -30,7 +30,7 @@ from empcause.training.common import (
     load_tokenizer,
     set_environment,
 )
-from empcause.training.folder import find_checkpoint
+from empcause.training.folder import find_checkpoint, in_output_folder
 
 SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
 
@@ -92,6 +92,7 @@ class ExtractorTrainingArguments(StageTrainingArguments):
         super().__post_init__()
 
 
+@in_output_folder("empcause train extractor")
 def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     """Train an extractor; the best checkpoint ends in `args.output_dir`.
 

@@ -36,7 +36,7 @@ from empcause.training.common import (
     load_tokenizer,
     set_environment,
 )
-from empcause.training.folder import find_checkpoint
+from empcause.training.folder import find_checkpoint, in_output_folder
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +84,7 @@ class GeneratorTrainingArguments(StageTrainingArguments):
         super().__post_init__()
 
 
+@in_output_folder("empcause train generator")
 def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     """Train a generator; the best checkpoint ends in `args.output_dir`.
 

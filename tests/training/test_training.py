@@ -15,6 +15,7 @@ import torch
 from empcause.cli import main
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
+from empcause.outputs import claim
 from empcause.training.extractor import ExtractorTrainingArguments, cause_labels, split_annotations, train_extractor
 from empcause.training.folder import find_checkpoint
 from empcause.training.generator import GeneratorTrainingArguments, train_generator
@@ -218,6 +219,7 @@ def test_killed_run_resumes_to_the_same_losses(tiny_gpt2_dir, trained_extractor,
     process.wait()
     assert not (broken / "metrics.json").exists()
     cut = broken / "checkpoint-900"  # a checkpoint whose writing was interrupted
+    claim(broken, cut.name)
     cut.mkdir()
     (cut / "trainer_state.json").write_text("{")
 
@@ -311,5 +313,5 @@ class TestMistakes:
         with pytest.raises(UserError, match="does not exist"):
             find_checkpoint(arguments)
         (tmp_path / "none").mkdir()
-        with pytest.raises(UserError, match="no weights"):
+        with pytest.raises(UserError, match="cut short"):
             find_checkpoint(arguments)

@@ -1,0 +1,112 @@
+"""A training of a fraction of a second that has what a real one has: dropout, evaluation, checkpoints, an output folder."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from empcause.training.common import StageTrainer, StageTrainingArguments
+from empcause.training.folder import find_checkpoint, in_output_folder, save_finished
+
+ITEMS = [{"input_ids": [start % 16, start // 2, 3, 1], "labels": [start % 16, start // 2, 3, 1]} for start in range(12)]
+
+
+def arguments(folder: Path, **options: object) -> StageTrainingArguments:
+    """Six steps of three per epoch, a checkpoint after each second one; the best one ends in `folder`."""
+    defaults = dict(
+        model_name_or_path="gpt2", per_device_train_batch_size=4, num_train_epochs=2, learning_rate=0.05, logging_steps=1,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, save_total_limit=None,
+        metric_for_best_model="loss", greater_is_better=False, disable_tqdm=True, use_cpu=True, seed=3,
+    )  # fmt: skip
+    return StageTrainingArguments(output_dir=str(folder), **(defaults | options))
+
+
+def collate(items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Items as one batch."""
+    return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
+
+
+class Tokenizer:
+    """Of a finished model's files, the one that a tokenizer leaves."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+@in_output_folder("empcause train generator")
+def train(args: StageTrainingArguments, *callbacks: TrainerCallback, width: int = 8) -> None:
+    """What `train_generator` does, with another model and other data."""
+    checkpoint = find_checkpoint(args)
+    torch.manual_seed(args.seed)
+    config = GPT2Config(vocab_size=16, n_positions=8, n_embd=width, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=1)
+    config.loss_type = "ForCausalLM"
+    trainer = StageTrainer(
+        model=GPT2LMHeadModel(config), args=args, train_dataset=ITEMS, eval_dataset=ITEMS[:4], lengths=[4] * len(ITEMS),
+        data_collator=collate, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.processing_class = Tokenizer()
+    save_finished(trainer, {"loss": trainer.state.best_metric}, "A model.\n")
+
+
+def weights(folder: Path) -> bytes:
+    """The weights of a finished model or a checkpoint, bit for bit."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+class At(TrainerCallback):
+    """Calls a function at the end of a step, before anything of this step is saved."""
+
+    def __init__(self, step: int, function: Callable[[], object]) -> None:
+        self.step, self.function = step, function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.function()
+
+
+def in_a_process(function: Callable[[], object]) -> int:
+    """Run a function in a fork of this process, which costs no import; its exit status: minus a signal's number, 0, or 1.
+
+    An exception is printed and ends the process with 1.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # the threads of the pool are not in the fork
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(folder: Path, moment: int, function: Callable[[], object]) -> int:
+    """As `in_a_process`, but SIGKILL ends the process when it opens, makes, renames or removes something in a folder for the
+    `moment`-th time."""
+
+    def run() -> None:
+        left = moment
+
+        def count(event: str, values: tuple) -> None:
+            nonlocal left
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate") and str(
+                values[0]
+            ).startswith(str(folder)):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        function()
+
+    return in_a_process(run)
