@@ -1,15 +1,17 @@
 """`empcause evaluate extractor`: Tables 5 and 6."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from empcause.data import EMOTIONS, emotion_id, load_annotations
+from empcause.data import EMOTIONS, CauseAnnotation, emotion_id, load_annotations
+from empcause.evaluation.items import digest, evaluating_in, extractions, model_digest
 from empcause.evaluation.metrics import RECALL_CUTS, emotion_correct, score_causes
-from empcause.evaluation.plots import plot_causes, plot_training
+from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
 from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, difference_interval, mean_interval
 from empcause.evaluation.tables import (
@@ -19,7 +21,8 @@ from empcause.evaluation.tables import (
     format_figure,
     markdown_table,
 )
-from empcause.extractor import extract, load_extractor
+from empcause.extractor import Extraction, load_extractor
+from empcause.files import write_text
 
 
 @dataclass
@@ -36,28 +39,47 @@ class EvaluateExtractorOptions:
     split: str = field(default="test", metadata={"help": "split of EmoCause", "choices": ["valid", "test"]})
     output_dir: str = field(default="runs/evaluation/extractor", metadata={"help": "where report and figures go"})
     batch_size: int = field(default=64, metadata={"help": "texts per batch"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what another evaluation left in output_dir"}
+    )
 
 
 def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
     """Measure an extractor on EmoCause and write `metrics.json`, `items.json`, `report.md` and figures.
 
+    What is found in a text is saved as it comes; an evaluation that was cut short goes on from there when it is repeated.
+
     Returns:
         Every figure by name, and `intervals`: name to (low, high).
 
     Raises:
-        UserError: missing data or model.
+        UserError: missing data or model; or `output_dir` holds another evaluation.
+        Interrupted: Ctrl-C or SIGTERM.
     """
+    load_pyplot()
     annotations = load_annotations(options.split, options.data)
     earlier = read_items(options.compare, "accuracy", len(annotations))
     model, tokenizer = load_extractor(options.model)
-    found = extract(
-        model,
-        tokenizer,
-        [annotation.situation for annotation in annotations],
-        words=[annotation.words for annotation in annotations],
-        batch_size=options.batch_size,
-        progress=True,
-    )
+    texts = [annotation.situation for annotation in annotations]
+    subject = {
+        "model": model_digest(options.model),
+        "data": digest([asdict(annotation) for annotation in annotations]),
+        "batch_size": options.batch_size,
+    }
+    folder = Path(options.output_dir)
+    with evaluating_in(folder, "empcause evaluate extractor", subject, options.overwrite_output_dir) as saved:
+        words = [annotation.words for annotation in annotations]
+        found = extractions(saved, model, tokenizer, texts, words, options.batch_size)
+        return _judge(options, annotations, found, earlier)
+
+
+def _judge(
+    options: EvaluateExtractorOptions,
+    annotations: Sequence[CauseAnnotation],
+    found: Sequence[Extraction],
+    earlier: dict[str, list] | None,
+) -> dict[str, Any]:
+    """The figures of what was found, and all files."""
     items = {
         "accuracy": emotion_correct(
             [extraction.emotion_probs for extraction in found], [emotion_id(each.emotion) for each in annotations]
@@ -73,17 +95,14 @@ def evaluate_extractor(options: EvaluateExtractorOptions) -> dict[str, Any]:
         metrics["difference"] = {name: list(each) for name, each in differences.items()}
 
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (folder / "items.json").write_text(json.dumps({name: values.tolist() for name, values in items.items()}))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "items.json", json.dumps({name: values.tolist() for name, values in items.items()}))
     curves = plot_training(Path(options.model), "top5_recall", folder / "training.png")
     example = found[0]
     emotion = EMOTIONS[int(np.argmax(example.emotion_probs))]
     title = f"{emotion} ({example.emotion_probs.max():.0%}); annotated: {annotations[0].emotion}"
     plot_causes(example.text, example.words, example.word_probs.tolist(), title, folder / "causes.png")
-    (folder / "report.md").write_text(
-        _report(options, len(annotations), intervals, differences, curves is not None), encoding="utf-8"
-    )
+    write_text(folder / "report.md", _report(options, len(annotations), intervals, differences, curves is not None))
     return metrics
 
 

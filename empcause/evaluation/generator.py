@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from empcause.checkpoints import read_config
 from empcause.data import ResponsePair, emotion_id, join_turns, load_dialogues, response_pairs, split_words
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
+from empcause.evaluation.items import digest, evaluating_in, extractions, model_digest
 from empcause.evaluation.metrics import bits_per_byte, distinct_n, emotion_correct, nll_per_word, perplexity
-from empcause.evaluation.plots import plot_causes, plot_training
+from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
 from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, mean_interval, perplexity_difference, perplexity_interval
 from empcause.evaluation.tables import (
@@ -23,7 +25,8 @@ from empcause.evaluation.tables import (
     format_figure,
     markdown_table,
 )
-from empcause.extractor import extract, load_extractor
+from empcause.extractor import Extraction, load_extractor
+from empcause.files import write_text
 from empcause.generator import (
     TextCauses,
     generate_responses,
@@ -32,6 +35,7 @@ from empcause.generator import (
     longest_sequence,
     response_nll,
 )
+from empcause.text import one_line
 
 
 @dataclass
@@ -63,17 +67,25 @@ class EvaluateGeneratorOptions:
     )
     batch_size: int = field(default=16, metadata={"help": "dialogues per batch"})
     seed: int = field(default=0, metadata={"help": "seed of the drawing"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what another evaluation left in output_dir"}
+    )
 
 
 def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     """Measure a generator and write `metrics.json`, `items.json`, `responses.json`, `report.md` and figures.
 
+    Results per item are saved as they come; an evaluation that was cut short goes on from there when it is repeated.
+
     Returns:
         Every figure by name, and `intervals`: name to (low, high).
 
     Raises:
-        UserError: missing data or model.
+        UserError: missing data, model or library; or `output_dir` holds another evaluation.
+        Interrupted: Ctrl-C or SIGTERM.
     """
+    load_pyplot()
+    bertscore = BertScore(options.bertscore_model, options.bertscore_layer) if options.bertscore_model else None
     read_config(options.extractor, "extractor", "empcause train extractor")
     pairs = response_pairs(load_dialogues(options.split, options.data))
     if options.max_samples is not None:
@@ -83,29 +95,75 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     model, tokenizer = load_generator(options.model)
     texts = [join_turns(pair.context)[0] for pair in pairs]
     extractor, extractor_tokenizer = load_extractor(options.extractor)
-    found = extract(extractor, extractor_tokenizer, texts, progress=True)
-    causes: list[TextCauses | None] = [
-        TextCauses(each.token_spans, each.token_probs) if model.config.gamma else None for each in found
-    ]
-
-    items = []
-    for pair, cause in zip(pairs, causes, strict=True):
-        encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, longest_sequence(model))
-        items.append(generator_item(model, encoded, pair.context, pair.roles, cause))
-    nll, tokens = response_nll(model, tokenizer, items, batch_size=options.batch_size, progress=True)
-
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
-    responses = generate_responses(
-        model,
-        tokenizer,
-        pairs[:number],
-        causes[:number],
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        progress=True,
-    )
-    correct = emotion_correct([each.emotion_probs for each in found], [emotion_id(pair.emotion) for pair in pairs])
+    subject = {
+        "model": model_digest(options.model),
+        "extractor": model_digest(options.extractor),
+        "data": digest([asdict(pair) for pair in pairs]),
+        "batch_size": options.batch_size,
+        "max_generated": number,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    folder = Path(options.output_dir)
+    with evaluating_in(folder, "empcause evaluate generator", subject, options.overwrite_output_dir) as saved:
+        found = extractions(saved, extractor, extractor_tokenizer, texts, [split_words(text) for text in texts], 64)
+        causes: list[TextCauses | None] = [
+            TextCauses(each.token_spans, each.token_probs) if model.config.gamma else None for each in found
+        ]
+        items = []
+        for pair, cause in zip(pairs, causes, strict=True):
+            encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, longest_sequence(model))
+            items.append(generator_item(model, encoded, pair.context, pair.roles, cause))
+        lengths = [len(item["input_ids"]) for item in items]
 
+        def score(batch: list[int]) -> list[tuple[float, int]]:
+            nll, tokens = response_nll(
+                model, tokenizer, [items[index] for index in batch], batch_size=options.batch_size
+            )
+            return list(zip(nll.tolist(), tokens.tolist(), strict=True))
+
+        def answer(batch: list[int]) -> list[str]:
+            return generate_responses(
+                model,
+                tokenizer,
+                [pairs[index] for index in batch],
+                [causes[index] for index in batch],
+                batch_size=options.batch_size,
+                max_new_tokens=options.max_new_tokens,
+            )
+
+        scores = saved.each("scoring", lengths, options.batch_size, score)
+        responses = saved.each("answering", lengths[:number], options.batch_size, answer)
+        bertscores = {}
+        if bertscore is not None:
+            rows = saved.each(
+                bertscore.setting,
+                [len(response) for response in responses],
+                options.batch_size,
+                lambda batch: bertscore(
+                    [responses[index] for index in batch], [pairs[index].response for index in batch]
+                ).tolist(),
+            )
+            bertscores = dict(zip(("bertscore_p", "bertscore_r", "bertscore_f"), np.array(rows).T, strict=True))
+        nll, tokens = (np.array(column) for column in zip(*scores, strict=True))
+        return _judge(
+            options, pairs, found, nll, tokens, responses, earlier, bertscores, bertscore and bertscore.setting
+        )
+
+
+def _judge(
+    options: EvaluateGeneratorOptions,
+    pairs: Sequence[ResponsePair],
+    found: Sequence[Extraction],
+    nll: NDArray[np.float64],
+    tokens: NDArray[np.int64],
+    responses: Sequence[str],
+    earlier: dict[str, list] | None,
+    bertscores: dict[str, NDArray],
+    bertscore_setting: str | None,
+) -> dict[str, Any]:
+    """The figures of what was found, scored and answered, and all files."""
+    correct = emotion_correct([each.emotion_probs for each in found], [emotion_id(pair.emotion) for pair in pairs])
     references = [pair.response for pair in pairs]
     intervals = {
         "perplexity": perplexity_interval(nll, tokens),
@@ -120,16 +178,13 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         "distinct_2": distinct_n(responses, 2),
         "words_per_response": float(np.mean([len(split_words(response)) for response in responses])),
         "scored_responses": len(pairs),
-        "generated_responses": number,
+        "generated_responses": len(responses),
     }
-    if options.bertscore_model:
-        scores, description = bertscore(
-            responses, references[:number], options.bertscore_model, options.bertscore_layer
-        )
-        for name, values in scores.items():
-            intervals[name] = mean_interval(values)
-            metrics[name] = intervals[name].value
-        metrics["bertscore_model"] = description
+    for name, values in bertscores.items():
+        intervals[name] = mean_interval(values)
+        metrics[name] = intervals[name].value
+    if bertscore_setting is not None:
+        metrics["bertscore_model"] = bertscore_setting
     metrics["intervals"] = {name: each[1:] for name, each in intervals.items()}
     difference = None
     if earlier is not None:
@@ -141,56 +196,62 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         metrics["perplexity_difference"] = list(difference)
 
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (folder / "items.json").write_text(json.dumps({"nll": nll.tolist(), "tokens": tokens.tolist()}))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "items.json", json.dumps({"nll": nll.tolist(), "tokens": tokens.tolist()}))
     dialogues = [
         {"context": pair.context, "emotion": pair.emotion, "reference": pair.response, "response": response}
         for pair, response in zip(pairs, responses, strict=False)
     ]
-    (folder / "responses.json").write_text(json.dumps(dialogues, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / "responses.json", json.dumps(dialogues, indent=1, ensure_ascii=False) + "\n")
     curves = plot_training(Path(options.model), "perplexity", folder / "training.png")
-    plot_causes(
-        texts[0], found[0].words, found[0].word_probs.tolist(), f"annotated: {pairs[0].emotion}", folder / "causes.png"
-    )
+    example = found[0]
+    title = f"annotated: {pairs[0].emotion}"
+    plot_causes(example.text, example.words, example.word_probs.tolist(), title, folder / "causes.png")
     figures = metrics | {name: each for name, each in intervals.items()}
-    (folder / "report.md").write_text(
-        _report(options, figures, difference, pairs, responses, curves is not None), encoding="utf-8"
-    )
+    write_text(folder / "report.md", _report(options, figures, difference, pairs, responses, curves is not None))
     return metrics
 
 
-def bertscore(
-    responses: Sequence[str], references: Sequence[str], model: str, layer: int | None
-) -> tuple[dict[str, np.ndarray], str]:
-    """BERTScore precision, recall and F per response; an empty response scores 0.
+class BertScore:
+    """BERTScore of responses, rescaled with the library's baseline for `roberta-large` (as the published figures), raw for other
+    encoders, which have none.
 
-    Rescaled with the library's baseline for `roberta-large` (as the published figures), raw for other encoders, which have none.
+    Args:
+        model: the encoder, by name or folder.
+        layer: its layer; None is what the library has chosen for it.
 
-    Returns:
-        Arrays `bertscore_p`, `bertscore_r`, `bertscore_f`, and the library's hash of the setting (model, layer, versions).
+    Attributes:
+        setting: the library's hash of it (model, layer, versions).
 
     Raises:
-        UserError: bert-score is not installed.
+        UserError: bert-score is not installed, or there is no such encoder or layer.
     """
-    try:
-        from bert_score import BERTScorer
-    except ImportError as error:
-        raise UserError("BERTScore needs bert-score: pip install 'empcause[evaluation]'.") from error
-    rescale = model == "roberta-large"
-    if layer is None and not rescale:
-        raise UserError("--bertscore_layer is needed with an encoder other than roberta-large.")
-    scorer = BERTScorer(
-        model_type=model, num_layers=layer, lang="en" if rescale else None, rescale_with_baseline=rescale
-    )
-    values = {name: np.zeros(len(responses)) for name in ("bertscore_p", "bertscore_r", "bertscore_f")}
-    filled = [index for index, response in enumerate(responses) if response.strip()]
-    if filled:
-        scores = scorer.score([responses[index] for index in filled], [references[index] for index in filled])
-        for array, score in zip(values.values(), scores, strict=True):
-            array[filled] = score.numpy()
-    scale = "rescaled with the baseline" if rescale else "raw, no baseline for this encoder"
-    return values, f"{scorer.hash.replace(model, Path(model).name)}, {scale}"
+
+    def __init__(self, model: str, layer: int | None) -> None:
+        try:
+            from bert_score import BERTScorer
+        except ImportError as error:
+            raise UserError("BERTScore needs bert-score: pip install 'empcause[evaluation]'.") from error
+        rescale = model == "roberta-large"
+        if layer is None and not rescale:
+            raise UserError("--bertscore_layer is needed with an encoder other than roberta-large.")
+        try:
+            self._scorer = BERTScorer(
+                model_type=model, num_layers=layer, lang="en" if rescale else None, rescale_with_baseline=rescale
+            )
+        except (OSError, ValueError, AssertionError) as error:
+            raise UserError(f"--bertscore_model {model} cannot be used: {one_line(error)}") from error
+        scale = "rescaled with the baseline" if rescale else "raw, no baseline for this encoder"
+        self.setting = f"{self._scorer.hash.replace(model, Path(model).name)}, {scale}"
+
+    def __call__(self, responses: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+        """Precision, recall and F per response, `[n, 3]`; an empty response scores 0."""
+        values = np.zeros((len(responses), 3))
+        filled = [index for index, response in enumerate(responses) if response.strip()]
+        if filled:
+            scores = self._scorer.score([responses[index] for index in filled], [references[index] for index in filled])
+            values[filled] = np.stack([score.numpy() for score in scores], axis=1)
+        return values
 
 
 def _report(

@@ -10,14 +10,17 @@ import numpy as np
 from empcause.data import Word
 from empcause.errors import UserError
 
-MISSING = "Figures need matplotlib: pip install 'empcause[evaluation]'."
 
+def load_pyplot() -> Any:
+    """matplotlib's `pyplot`, drawing into files; whoever needs figures at the end of long work calls this before it.
 
-def _pyplot() -> Any:
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError(MISSING) from error
+        raise UserError("Figures need matplotlib: pip install 'empcause[evaluation]'.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -38,7 +41,7 @@ def plot_training(model_dir: Path, watched: str, path: Path) -> Path | None:
     state = model_dir / "trainer_state.json"
     if not state.exists():
         return None
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     figure, left = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
@@ -69,7 +72,7 @@ def plot_causes(text: str, words: Sequence[Word], probs: Sequence[float], title:
         title: above it.
         path: PNG that is written.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     columns, line_height = 72, 0.42
     lines: list[list[tuple[int, Word, float]]] = [[]]
     column = 0

@@ -159,13 +159,14 @@ class TestBertScore:
     def test_equals_the_formula_and_empty_responses_score_zero(self, encoder):
         from transformers import AutoModel, AutoTokenizer
 
-        from empcause.evaluation.generator import bertscore
+        from empcause.evaluation.generator import BertScore
 
         response, reference = "That sounds hard.", "I'm so sorry to hear that."
-        scores, description = bertscore([response, ""], [reference, reference], encoder, 1)
-        assert "_L1_no-idf" in description
-        assert encoder not in description, "a path of this machine"
-        assert all(values[1] == 0 for values in scores.values())
+        bertscore = BertScore(encoder, 1)
+        assert "_L1_no-idf" in bertscore.setting
+        assert encoder not in bertscore.setting, "a path of this machine"
+        scores = bertscore([response, ""], [reference, reference])
+        assert scores[1].tolist() == [0, 0, 0]
         import torch
 
         tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -179,7 +180,7 @@ class TestBertScore:
         # Words are matched with any token, and averaged without the special ones.
         precision = float(similarity.amax(1)[1:-1].mean().detach())
         recall = float(similarity.amax(0)[1:-1].mean().detach())
-        assert scores["bertscore_p"][0] == pytest.approx(precision, abs=2e-3)
-        assert scores["bertscore_r"][0] == pytest.approx(recall, abs=2e-3)
+        assert scores[0, 0] == pytest.approx(precision, abs=2e-3)
+        assert scores[0, 1] == pytest.approx(recall, abs=2e-3)
         f = 2 * precision * recall / (precision + recall)
-        assert scores["bertscore_f"][0] == pytest.approx(f, abs=2e-3)
+        assert scores[0, 2] == pytest.approx(f, abs=2e-3)

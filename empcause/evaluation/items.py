@@ -1,0 +1,187 @@
+"""Results per test item, saved as they come: an evaluation that was cut short goes on from them."""
+
+import json
+import os
+import signal
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from empcause.data import Word
+from empcause.errors import Interrupted, UserError
+from empcause.extractor import CauseExtractor, Extraction, extract
+from empcause.outputs import Record, checksum, read_record, remove_made, why_not_written, working_in, write_record
+
+SAVED = "saved-items.jsonl"
+# What an evaluation writes into its folder.
+_WRITTEN = (SAVED, "metrics.json", "items.json", "responses.json", "report.md", "training.png", "causes.png")
+
+
+class SavedItems:
+    """Results by part of the evaluation and index of the item, in a file to which every batch is added.
+
+    A line is the checksum and the JSON of a batch; from the first line on that is cut or damaged, all is computed again.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._parts: dict[str, dict[int, Any]] = {}
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            found, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or found != _checksum(text):
+                break
+            whole += len(line)
+            part, indices, values = json.loads(text)
+            self._parts.setdefault(part, {}).update(zip(indices, values, strict=True))
+        if path.exists():
+            os.truncate(path, whole)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts.values()))
+
+    def each(
+        self,
+        part: str,
+        lengths: Sequence[int],
+        batch_size: int,
+        compute: Callable[[list[int]], Sequence[Any]],
+    ) -> list[Any]:
+        """The results of one part, in the order of the items; only batches that are not saved yet are computed.
+
+        The batches are the same whether anything was saved or not, and so are the results.
+
+        Args:
+            part: its name, also of the progress bar.
+            lengths: `[n]`; a batch holds items of similar length.
+            batch_size: items per batch.
+            compute: from the indices of a batch to one result each, of what JSON can hold.
+
+        Raises:
+            OSError: a batch cannot be saved.
+        """
+        saved = self._parts.setdefault(part, {})
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for start in tqdm(range(0, len(order), batch_size), desc=part):
+            batch = order[start : start + batch_size]
+            if any(index not in saved for index in batch):
+                values = list(compute(batch))
+                text = json.dumps([part, batch, values]).encode()
+                with self._path.open("ab") as file:
+                    file.write(_checksum(text) + b" " + text + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                saved.update(zip(batch, values, strict=True))
+        return [saved[index] for index in range(len(lengths))]
+
+
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()
+
+
+@contextmanager
+def evaluating_in(folder: Path, made_by: str, subject: dict[str, Any], overwrite: bool) -> Iterator[SavedItems]:
+    """Have a folder for an evaluation alone, with what an earlier process has saved of the same one.
+
+    Args:
+        folder: where results go.
+        made_by: the command, for the folder's record.
+        subject: by name, all on which the results depend.
+        overwrite: remove what another evaluation left there.
+
+    Raises:
+        UserError: another process works there; it holds another evaluation or something else; the disk is full.
+        Interrupted: Ctrl-C or SIGTERM in the block.
+    """
+    subject = subject | {f"version of {name}": version(name) for name in ("empcause", "torch", "transformers")}
+    with working_in(folder):
+        record = read_record(folder)
+        if record is not None and record.made_by != made_by:
+            raise UserError(f"output_dir {folder} holds what `{record.made_by}` made; choose another folder.")
+        if record is None and (foreign := [name for name in _WRITTEN if (folder / name).exists()]):
+            raise UserError(f"output_dir {folder} has a {foreign[0]} of its own; choose another folder.")
+        if record is not None and record.about != subject:
+            other = next(name for name in record.about | subject if record.about.get(name) != subject.get(name))
+            if not overwrite:
+                raise UserError(
+                    f"output_dir {folder} has the evaluation of something else (another {other}); choose another "
+                    "folder, or remove it with --overwrite_output_dir true."
+                )
+        if overwrite:
+            remove_made(folder)
+        write_record(folder, Record(made_by, dict.fromkeys(_WRITTEN), subject))
+        items = SavedItems(folder / SAVED)
+        try:
+            yield items
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "signal", signal.SIGINT)
+            raise Interrupted(f"interrupted; {_what_is_saved(items, folder)}.", number) from stop
+        except (OSError, RuntimeError) as error:
+            if (reason := why_not_written(error)) is None:
+                raise
+            raise UserError(f"The evaluation stopped ({reason}); {_what_is_saved(items, folder)}.") from error
+
+
+def _what_is_saved(items: SavedItems, folder: Path) -> str:
+    if not len(items):
+        return "nothing was saved yet"
+    return f"{len(items)} results are saved in {folder}, and the same command goes on from there"
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of values that JSON can hold, in hexadecimal."""
+    return sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def model_digest(folder: str | os.PathLike[str]) -> str:
+    """Digest of a model's folder: of the checksums recorded with it, which loading verifies; without a record, of its files."""
+    record = read_record(folder)
+    names = record.files if record else sorted(os.listdir(folder))
+    read = [name for name in names if name.endswith((".safetensors", ".json", ".txt"))]
+    return digest([(name, record.files[name] if record else checksum(Path(folder) / name)) for name in read])
+
+
+def extractions(
+    saved: SavedItems,
+    model: CauseExtractor,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    words: Sequence[Sequence[Word]],
+    batch_size: int,
+) -> list[Extraction]:
+    """What `extract` finds in texts, saved batch by batch."""
+
+    def compute(batch: list[int]) -> list[Any]:
+        found = extract(
+            model,
+            tokenizer,
+            [texts[index] for index in batch],
+            words=[words[index] for index in batch],
+            batch_size=batch_size,
+        )
+        arrays = [(each.emotion_probs, each.word_probs, each.token_spans, each.token_probs) for each in found]
+        return [[array.tolist() for array in each] for each in arrays]
+
+    values = saved.each("extracting causes", [len(text) for text in texts], batch_size, compute)
+    return [
+        Extraction(
+            text=text,
+            emotion_probs=np.array(emotion_probs, np.float32),
+            words=tuple(split),
+            word_probs=np.array(word_probs, np.float32),
+            token_spans=np.array(token_spans, np.int64).reshape(-1, 2),
+            token_probs=np.array(token_probs, np.float32),
+        )
+        for text, split, (emotion_probs, word_probs, token_spans, token_probs) in zip(texts, words, values, strict=True)
+    ]
