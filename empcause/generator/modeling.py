@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from empcause.data.sequences import IGNORED
@@ -39,7 +39,6 @@ class EmpatheticMixin:
         cause_probs: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -56,8 +55,8 @@ class EmpatheticMixin:
             cause_probs: `[B, n]` in [0, 1], n <= S (with a cache: the keys so far); later tokens have 0.
             labels: `[B, S]`, -100 where a token does not count. With labels, logits are computed at the labelled positions
                 alone and returned as `[number of labels, vocabulary]`.
-            position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model
-                (`generate` gives those that it finds named here).
+            position_ids, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model (`generate` gives those that
+                it finds named here; the cache goes on under the name that this version of transformers has for it).
             num_items_in_batch: what the summed loss is divided by; default is the number of labels.
             label_smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1).
         """
@@ -71,7 +70,6 @@ class EmpatheticMixin:
         kwargs |= {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }

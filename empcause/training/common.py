@@ -20,6 +20,7 @@ from transformers import (
 from empcause.checkpoints import check_weights
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
+from empcause.hub import not_found, reach_hub
 from empcause.training.folder import CheckpointedTrainer, save_finished
 
 # Files of a tokenizer's folder that say of which class it is.
@@ -95,10 +96,11 @@ def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
     # A folder with nothing but a vocabulary does not say whose it is; then it is that of the architecture asked for.
     unnamed = Path(name).is_dir() and not any((Path(name) / file).exists() for file in _NAMING_FILES)
     options = {"tokenizer_type": args.model_type} if unnamed and args.model_type else {}
+    reach_hub(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"There is no tokenizer {name!r}: {_one_line(error)}") from error
+        raise not_found("tokenizer", name, error) from error
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer {name!r} has no fast version; character offsets are needed.")
     return tokenizer
@@ -111,10 +113,11 @@ def load_config(args: StageTrainingArguments, tokenizer: PreTrainedTokenizerBase
         UserError: unknown model, type or key.
     """
     if args.model_name_or_path:
+        reach_hub(args.model_name_or_path)
         try:
             config = AutoConfig.from_pretrained(args.model_name_or_path)
         except (OSError, ValueError) as error:
-            raise UserError(f"There is no model {args.model_name_or_path!r}: {_one_line(error)}") from error
+            raise not_found("model", args.model_name_or_path, error) from error
         if Path(args.model_name_or_path).is_dir():
             check_weights(args.model_name_or_path)
         return config
