@@ -121,8 +121,10 @@ def generate_responses(
         **generation: options of `generate`.
 
     Raises:
-        UserError: `max_new_tokens` leaves the context no room.
+        UserError: `max_new_tokens` leaves the context no room, or the options ask for several answers per context.
     """
+    if generation.get("num_return_sequences", 1) != 1:
+        raise UserError("num_return_sequences must be 1: every context gets one answer.")
     limit = longest_context(model, max_new_tokens)
     items = []
     for pair, found in zip(pairs, causes, strict=True):

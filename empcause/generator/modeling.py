@@ -66,7 +66,7 @@ class EmpatheticMixin:
             inputs_embeds = inputs_embeds + self.role_embedding(token_type_ids)
         if cause_probs is not None:
             self._check_attention()
-            kwargs |= {"cause_probs": cause_probs, "cause_gamma": self.config.gamma}  # type: ignore[attr-defined]
+            kwargs = {"cause_gamma": self.config.gamma} | kwargs | {"cause_probs": cause_probs}  # type: ignore[attr-defined]
         kwargs |= {
             "attention_mask": attention_mask,
             "position_ids": position_ids,

@@ -1,5 +1,6 @@
 """The attention function that transformers' models call under the name "empcause"."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ _REFUSED = {
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
 }
+
+
+@dataclass(eq=False)
+class Witness:
+    """What the attention layers tell `steer` of one call of a model.
+
+    Attributes:
+        keys: by layer, the number of keys that it weighed by their causes.
+    """
+
+    keys: dict[int, int] = field(default_factory=dict)
 
 
 def layer_strength(module: nn.Module, gamma: float) -> float:
@@ -43,7 +55,7 @@ def empcause_attention(
     is_causal: bool | None = None,
     cause_probs: Tensor | None = None,
     cause_gamma: float = 1.0,
-    cause_witness: set[int] | None = None,
+    cause_witness: Witness | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -62,7 +74,7 @@ def empcause_attention(
         is_causal: overrides the module's own.
         cause_probs: `[B or 1, n]` cause probability of the first n <= K keys; later keys have 0.
         cause_gamma: factor of the strength.
-        cause_witness: the layer's index is added to it, so that `steer` sees that the causes arrived.
+        cause_witness: the layer writes down in it that the causes arrived, for `steer`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences in a batch of one row, as transformers'
             flattening collator makes them: prefix sums `[sequences + 1]` int32, and the longest lengths. Pass an
             attention_mask of ones with them, or transformers itself looks for packing in position_ids.
@@ -91,7 +103,7 @@ def empcause_attention(
         cause = _fit(cause_probs, query.shape[0], key.shape[2])
         strength = layer_strength(module, cause_gamma)
         if cause_witness is not None:
-            cause_witness.add(int(module.layer_idx))  # type: ignore[arg-type]
+            cause_witness.keys[int(module.layer_idx)] = key.shape[2]  # type: ignore[arg-type]
     options: dict[str, Any] = {"strength": strength, "causal": causal, "scale": scaling, "dropout_p": dropout}
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1 or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
