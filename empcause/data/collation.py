@@ -14,7 +14,8 @@ def pad_dialogues(items: Sequence[dict[str, Any]], pad_token_id: int, side: str 
     """Pad to the longest.
 
     Args:
-        items: each with `input_ids`, `token_type_ids` (roles), and optionally `labels`, `cause_probs`, all `[S]`.
+        items: each with `input_ids`, `token_type_ids` (roles), and optionally `labels`, `cause_probs`, all `[S]`. Where some
+            have `labels` or `cause_probs`, the others have none to count: -100 and 0.
         pad_token_id: fills `input_ids`.
         side: "right" for training and scoring, "left" for generation.
 
@@ -25,12 +26,13 @@ def pad_dialogues(items: Sequence[dict[str, Any]], pad_token_id: int, side: str 
     longest = max(len(item["input_ids"]) for item in items)
     batch: dict[str, Tensor] = {}
     for name, fill in fills.items():
-        if name in items[0]:
+        if any(name in item for item in items):
             dtype = np.float32 if name == "cause_probs" else np.int64
             padded = np.full((len(items), longest), fill, dtype)
             for row, item in zip(padded, items, strict=True):
-                length = len(item[name])
-                row[longest - length if side == "left" else 0 :][:length] = item[name]
+                if name in item:
+                    length = len(item[name])
+                    row[longest - length if side == "left" else 0 :][:length] = item[name]
             batch[name] = torch.from_numpy(padded)
     lengths = torch.tensor([len(item["input_ids"]) for item in items])[:, None]
     position = torch.arange(longest)

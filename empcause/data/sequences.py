@@ -43,6 +43,8 @@ def encode_dialogue(
 ) -> EncodedDialogue:
     """Encode a context and, for training and scoring, its response.
 
+    Text is text: "[SEP]" or "</s>" in a turn is spelled out and is not the token of this name.
+
     Args:
         tokenizer: has a separator token and an end token.
         context: turns, oldest first.
@@ -52,21 +54,24 @@ def encode_dialogue(
             beginning is; a response that is too long by itself loses its end.
 
     Raises:
-        UserError: the context is empty.
+        UserError: the context is empty, or `max_length` too short for one token of it and one of the response.
     """
     if not context or not any(turn.strip() for turn in context):
         raise UserError("The dialogue is empty; at least one turn is needed.")
     separator, end = tokenizer.sep_token_id, tokenizer.eos_token_id
+    plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     answer: list[int] = []
     if response is not None:
-        ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(response, **plain)["input_ids"]
         answer = [*ids[: max(1, max_length // 2 - 1)], end]
     _, turn_spans = join_turns(context)
     room = max_length - len(answer)
+    if room < 2:
+        raise UserError(f"A dialogue does not fit into {max_length} tokens; at least 4 are needed.")
     pieces: list[tuple[list[int], list[tuple[int, int]], int]] = []
     used = 0
     for index in range(len(context) - 1, -1, -1):
-        encoded = tokenizer(context[index], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(context[index], return_offsets_mapping=True, **plain)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         if used + len(ids) + 1 > room:
             if pieces:

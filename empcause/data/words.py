@@ -16,9 +16,10 @@ class Word(NamedTuple):
     end: int
 
 
-# Letters with their combining marks, digits; a contraction's ending is a word of its own ("do|n't", "I|'m"), as in
-# EmoCause; anything else (punctuation, emoji) is one word per user-perceived character.
-_LETTERS = r"[\p{L}\p{M}\p{N}_]"
+# Letters with their combining marks, digits, and what stands unseen within a word: soft hyphen, (non-)joiners. A
+# contraction's ending is a word of its own ("do|n't", "I|'m"), as in EmoCause; anything else (punctuation, emoji) is one
+# word per user-perceived character.
+_LETTERS = r"[\p{L}\p{M}\p{N}_\u00ad\u200c\u200d\u2060]"
 _WORD = regex.compile(
     rf"n['’]t\b|['’](?:s|m|re|ve|d|ll)\b|{_LETTERS}+?(?=n['’]t\b)|{_LETTERS}+|(?!\s)\X", regex.IGNORECASE
 )

@@ -30,7 +30,12 @@ def encode_text(
         with -1 at stop words and punctuation too).
     """
     encoded = tokenizer(
-        text, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True
+        text,
+        truncation=True,
+        max_length=max_length,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        split_special_tokens=True,  # "</s>" in a text is spelled out and is not the token of this name
     )
     offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     word_index = first_overlap(offsets, words)

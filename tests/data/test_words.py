@@ -36,6 +36,12 @@ def test_contractions_and_punctuation():
 def test_other_scripts_and_emoji_stay_whole():
     assert texts_of("मेरी बहन") == ["मेरी", "बहन"]
     assert texts_of("ok 👩‍👩‍👧!") == ["ok", "👩‍👩‍👧", "!"]
+    assert texts_of("❤️ 1️⃣ 🏳️‍🌈") == ["❤️", "1️⃣", "🏳️‍🌈"]
+
+
+def test_what_is_not_seen_cuts_no_word():
+    for word in ("می\u200cخواهم", "क्\u200dष", "lone\u00adly", "cafe\u0301s"):
+        assert texts_of(f"({word} x") == ["(", word, "x"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
