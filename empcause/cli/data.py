@@ -1,6 +1,7 @@
 """`empcause data check|download`."""
 
 import argparse
+import sys
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,6 +34,7 @@ def run_check(namespace: argparse.Namespace) -> int:
 
     from empcause.cli.terminal import console
     from empcause.data import check_data
+    from empcause.text import visible
 
     result = check_data(namespace.data)
     table = Table("file", "counts")
@@ -40,8 +42,8 @@ def run_check(namespace: argparse.Namespace) -> int:
         table.add_row(name, ", ".join(f"{count:,} {unit}" for unit, count in counts.items()))
     console.print(table)
     for problem in result.problems:
-        console.print(problem, style="red", soft_wrap=True, markup=False)
-    console.print("No malformed row." if not result.problems else f"{len(result.problems)} malformed rows.")
+        console.print(visible(problem), style="red", soft_wrap=True, markup=False)
+    console.print("No malformed row." if not result.problems else f"{len(result.problems)} problems.")
     return 1 if result.problems else 0
 
 
@@ -50,6 +52,12 @@ def run_download(_: argparse.Namespace) -> int:
     from empcause.cli.terminal import console
     from empcause.data import EMOCAUSE, EMPATHETIC_DIALOGUES, download
 
-    for dataset in (EMPATHETIC_DIALOGUES, EMOCAUSE):
-        console.print(f"{dataset.name}: {download(dataset)}", soft_wrap=True)
+    try:
+        for dataset in (EMPATHETIC_DIALOGUES, EMOCAUSE):
+            console.print(f"{dataset.name}: {download(dataset)}", soft_wrap=True)
+    except KeyboardInterrupt:
+        print(
+            "empcause: error: interrupted; what arrived is kept, the same command goes on from there.", file=sys.stderr
+        )
+        return 130
     return 0

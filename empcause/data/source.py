@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import tarfile
@@ -11,15 +10,30 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, cast
+from pathlib import Path, PurePosixPath
 
 import requests
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from empcause.errors import UserError
+from empcause.files import sync
 
 SAMPLE = Path(__file__).parent / "sample"
+
+# Seconds without an answer, or without a byte of it, after which a download is given up.
+_TIMEOUT = 30
+
+# What the readers of packed files raise where such a file is not whole (an encrypted one in a .zip: RuntimeError).
+_DAMAGED = (
+    EOFError,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +80,11 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
     """
     if data == "sample":
         return SAMPLE
+    if data == "":
+        raise UserError("--data is empty; give a folder, or leave the option out.")
     named = data or os.environ.get("EMPCAUSE_DATA_DIR")
     if named:
-        path = Path(named).expanduser()
+        path = Path(os.path.expanduser(named))
         if not path.exists():
             origin = "--data" if data else "EMPCAUSE_DATA_DIR"
             raise UserError(f"The data folder {path} (from {origin}) does not exist.")
@@ -82,9 +98,8 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-@contextmanager
-def open_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None) -> Iterator[tuple[IO[str], str]]:
-    """Open one split's file as UTF-8 text, whatever it is packed in.
+def read_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None) -> tuple[str, str]:
+    """One split's file, whatever it is packed in.
 
     Looks for `NAME/SPLIT.EXT`, then `SPLIT.EXT`, each plain, `.gz` or `.xz`, then for the official archive.
 
@@ -93,25 +108,30 @@ def open_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None
         split: "train", "valid" or "test".
         data: see `resolve_data`.
 
-    Yields:
-        The stream, and the file's name for messages.
+    Returns:
+        The text without a byte order mark, and the file's name for messages. Bytes that are not UTF-8 stand in the text as
+        lone surrogates, so that whoever reads it can name their line.
 
     Raises:
-        UserError: no such file, or a packed one that is cut short.
+        UserError: no such file, or a packed one that is damaged or cut short.
+        OSError: it cannot be read.
     """
     root, member = resolve_data(data), f"{split}.{dataset.extension}"
-    for candidate in _candidates(root, dataset, member):
-        if not candidate.is_file():
-            continue
+    if root.is_file() and not _is_archive(root):
+        raise UserError(
+            f"{root} is one file, but there are three splits: give the folder of train.csv, valid.csv and test.csv "
+            "(plain, .gz or .xz; EmoCause's valid.json and test.json beside them) or an official archive."
+        )
+    for candidate in [root] if root.is_file() else _candidates(root, dataset, member):
         try:
-            binary, name = _open_binary(candidate, member)
-            with binary, io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as stream:
-                yield stream, name
-            return
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{candidate} is damaged or cut short: {error}; fetch it again.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{candidate} is not UTF-8 text: {error}.") from error
+            content, name = _read(candidate, member)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            if candidate.is_symlink():
+                raise UserError(f"{candidate} is a link to {os.readlink(candidate)}, which is no file.") from error
+        except _DAMAGED as error:
+            raise UserError(f"{candidate} is damaged, cut short or encrypted: {error}; fetch it again.") from error
+        else:
+            return content.decode("utf-8-sig", "surrogateescape"), name
     raise UserError(
         f"{root} has no {dataset.name}/{member} (plain, .gz or .xz) and no {dataset.archive}; "
         "see `empcause data download`."
@@ -119,36 +139,45 @@ def open_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None
 
 
 def _candidates(root: Path, dataset: Dataset, member: str) -> list[Path]:
-    if root.is_file():
-        return [root]
     plain = [folder / f"{member}{suffix}" for folder in (root / dataset.name, root) for suffix in ("", ".gz", ".xz")]
     return [*plain, root / dataset.archive, root / dataset.name / dataset.archive]
 
 
-def _open_binary(path: Path, member: str) -> tuple[IO[bytes], str]:
-    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+def _is_archive(path: Path) -> bool:
+    return path.name.endswith((".tar.gz", ".tgz", ".tar", ".zip"))
+
+
+def _read(path: Path, member: str) -> tuple[bytes, str]:
+    """A file's content, unpacked, and its name; of an archive, the file in it that is called `member`."""
+    if not _is_archive(path):
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        with opener(path, "rb") as file:
+            return file.read(), str(path)
+    found: dict[str, bytes] = {}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as packed:
+            for name in packed.namelist():
+                if PurePosixPath(name).name == member:
+                    found[name] = packed.read(name)
+    else:
         with tarfile.open(path) as archive:
             for info in archive:
-                if Path(info.name).name == member and info.isfile():
-                    content = archive.extractfile(info)
-                    assert content is not None
-                    return io.BytesIO(content.read()), f"{path}:{info.name}"
-        raise UserError(f"{path} holds no {member}.")
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive_zip:
-            for name in archive_zip.namelist():
-                if Path(name).name == member and not name.startswith("__MACOSX"):
-                    return io.BytesIO(archive_zip.read(name)), f"{path}:{name}"
-        raise UserError(f"{path} holds no {member}.")
-    if path.suffix == ".gz":
-        return cast("IO[bytes]", gzip.open(path)), str(path)
-    if path.suffix == ".xz":
-        return lzma.open(path), str(path)
-    return path.open("rb"), str(path)
+                if PurePosixPath(info.name).name == member and (content := archive.extractfile(info)) is not None:
+                    found[info.name] = content.read()
+            # The checksum of what was unpacked stands at the file's end.
+            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                pass
+    if len(found) != 1:
+        raise UserError(f"{path} must hold one {member}; it holds {len(found)}: {', '.join(found) or 'none'}.")
+    [(name, data)] = found.items()
+    return data, f"{path}:{name}"
 
 
 def download(dataset: Dataset, folder: Path | None = None) -> Path:
     """Fetch a dataset's official archive, going on where an interrupted download stopped.
+
+    What arrives is kept in a file beside it, ARCHIVE.part, until it is complete and verified. Of several processes that
+    download at once, one does and the others wait for it.
 
     Args:
         dataset: `EMPATHETIC_DIALOGUES` or `EMOCAUSE`.
@@ -158,51 +187,92 @@ def download(dataset: Dataset, folder: Path | None = None) -> Path:
         The archive's path; it appears under this name only complete and verified.
 
     Raises:
-        UserError: no connection, a refusal of the server, or a wrong checksum (the file is then removed).
+        UserError: no connection, another answer than the archive, or a wrong checksum; what had arrived before is kept.
+        OSError: the folder or the file cannot be written.
     """
     folder = folder or cache_dir() / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     target, partial = folder / dataset.archive, folder / f"{dataset.archive}.part"
-    if target.exists() and _sha256(target) == dataset.sha256:
-        return target
     try:
-        _fetch(dataset.url, partial)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(target):
+            if not target.exists() or _sha256(target) != dataset.sha256:
+                _fetch(dataset, partial)
+                sync(partial)
+                partial.replace(target)
+                sync(folder)
     except requests.RequestException as error:
         raise UserError(
             f"The download of {dataset.url} failed ({type(error).__name__}: {error}); "
             f"what arrived is kept, the same command goes on from there. A copy placed at {target} works as well."
         ) from error
-    digest = _sha256(partial)
-    if digest != dataset.sha256:
-        partial.unlink()
-        raise UserError(
-            f"{dataset.url} gave a file with SHA-256 {digest}, expected {dataset.sha256}: it is damaged or was changed, "
-            "and has been removed."
-        )
-    partial.replace(target)
     return target
 
 
-def _fetch(url: str, partial: Path) -> None:
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let one process at a time work on a file; the others wait, and say so."""
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        tqdm.write(f"Another process is fetching {target}; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(dataset: Dataset, partial: Path) -> None:
+    """Bring `partial` to its end and verify it; what it had before outlives a wrong answer."""
     start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        if response.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # it was complete already; the checksum decides
-        response.raise_for_status()
-        if response.status_code != requests.codes.partial_content:
-            start = 0  # the server sends the whole file
-        remaining = int(response.headers.get("Content-Length", 0))
-        expected = start + remaining
-        with (
-            partial.open("ab" if start else "wb") as file,
-            tqdm(total=expected or None, initial=start, unit="B", unit_scale=True, desc=partial.stem) as progress,
-        ):
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                progress.update(len(chunk))
-    if remaining and partial.stat().st_size < expected:
-        raise requests.ConnectionError(f"the connection ended after {partial.stat().st_size} of {expected} bytes")
+    # Without `identity` a server may pack what it sends once more, and ranges would count packed bytes.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(dataset.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        complete = start and response.status_code == requests.codes.requested_range_not_satisfiable
+        if not complete:
+            _receive(response, partial, start)
+    digest = _sha256(partial)
+    if digest == dataset.sha256:
+        return
+    if complete or not start:
+        partial.unlink()
+        kept = "it has been removed"
+    else:
+        os.truncate(partial, start)
+        kept = f"{partial} is as it was before; if this happens again, remove that file to start from the beginning"
+    raise UserError(
+        f"{dataset.url} gave a file with SHA-256 {digest}, expected {dataset.sha256}: it is damaged or was changed; {kept}."
+    )
+
+
+def _receive(response: requests.Response, partial: Path, start: int) -> None:
+    """Write an answer behind the `start` bytes that the file has; a server may send these again, but no others."""
+    response.raise_for_status()
+    kind = response.headers.get("Content-Type", "")
+    if "html" in kind:
+        raise requests.RequestException(f"{response.url} answered with {kind}, perhaps the login page of a network")
+    place = 0
+    if response.status_code == requests.codes.partial_content:
+        place = start
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise requests.RequestException(f"{response.url} answered with another part than the one asked for")
+    length = response.headers.get("Content-Length", "")
+    end = place + int(length) if length.isdecimal() else None
+    with (
+        partial.open("r+b" if start else "w+b") as file,
+        tqdm(total=end, initial=place, unit="B", unit_scale=True, desc=partial.stem) as progress,
+    ):
+        file.seek(place)
+        for chunk in response.iter_content(1 << 16):
+            known = file.read(min(len(chunk), max(start - place, 0)))
+            if not chunk.startswith(known):
+                raise requests.RequestException(f"{response.url} answered with something else than what {partial} has")
+            file.write(chunk[len(known) :])
+            place += len(chunk)
+            progress.update(len(chunk))
+    if end is not None and place < end:
+        raise requests.ConnectionError(f"the connection ended after {place} of {end} bytes")
 
 
 def _sha256(path: Path) -> str:

@@ -1,31 +1,23 @@
 """Files in, dialogues and annotations out; every mistake named by file and line."""
 
+import csv
 import gzip
-import hashlib
-import io
 import json
 import lzma
-import random
 import tarfile
-import threading
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from empcause.cli import main
 from empcause.data import (
     EMOTIONS,
-    EMPATHETIC_DIALOGUES,
     check_data,
-    download,
     emotion_id,
     load_annotations,
     load_dialogues,
     response_pairs,
     split_words,
 )
-from empcause.data.origin import origin
 from empcause.errors import UserError
 
 HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags\n"
@@ -51,7 +43,8 @@ def folder(tmp_path):
     for name in ("empatheticdialogues", "emocause"):
         (tmp_path / name).mkdir()
     for split in ("train", "valid", "test"):
-        (tmp_path / "empatheticdialogues" / f"{split}.csv").write_text(HEADER + ROWS)
+        rows = ROWS.replace("Thanks.", f"Thanks_comma_ {split}.").replace("Great!", f"Great_comma_ {split}!")
+        (tmp_path / "empatheticdialogues" / f"{split}.csv").write_text(HEADER + rows)
     for split in ("valid", "test"):
         (tmp_path / "emocause" / f"{split}.json").write_text(json.dumps([RECORD]))
     return tmp_path
@@ -60,7 +53,7 @@ def folder(tmp_path):
 def test_rows_become_dialogues(folder):
     first, second = load_dialogues("train", folder)
     assert first.situation == 'My dog, "Rex", died.', "quotes are letters, _comma_ is a comma"
-    assert first.turns == ("He was old.", "I'm sorry, truly.", "Thanks.")
+    assert first.turns == ("He was old.", "I'm sorry, truly.", "Thanks, train.")
     assert first.roles == (0, 1, 0), "parity of utterance_idx, not speaker_idx"
     assert (second.emotion, second.conv_id) == ("joyful", "c:2")
 
@@ -69,7 +62,7 @@ def test_response_pairs(folder):
     pairs = response_pairs(load_dialogues("train", folder))
     assert [(pair.context, pair.response) for pair in pairs] == [
         (("He was old.",), "I'm sorry, truly."),
-        (("We won the cup!",), "Great!"),
+        (("We won the cup!",), "Great, train!"),
     ]
 
 
@@ -123,8 +116,9 @@ def test_variable_and_missing_folder(folder, monkeypatch, tmp_path):
         ("c:3,1,sad, ,1,Hello.,,\n", "situation"),
         ("c:3,1,sad,Text.,1,,,\n", "utterance is empty"),
         (",1,sad,Text.,1,Hello.,,\n", "conv_id is empty"),
-        ("c:2,2,joyful,We won!,2,Again!,,\n", "must grow"),
+        ("c:2,2,joyful,We won!,2,Again!,,\n", "utterance_idx is 2, but 3 comes next"),
         ("c:2,3,sad,We won!,2,Again!,,\n", "earlier in the same conversation"),
+        ("c:2,3,joyful,We lost!,2,Again!,,\n", "differs from the one earlier in the same conversation"),
     ],
 )
 def test_malformed_rows_are_named(folder, row, message):
@@ -149,8 +143,8 @@ def test_missing_column_and_empty_file(folder):
     [
         ({"emotion": "__gloomy__"}, "unknown emotion"),
         ({"original_situation": " "}, "situation is empty"),
-        ({"annotation": [["cat", 1]]}, "does not point at that word"),
-        ({"annotation": [["dog", 9]]}, "does not point at that word"),
+        ({"annotation": [["cat", 1]]}, "is not a word and its index"),
+        ({"annotation": [["dog", 9]]}, "is not a word and its index"),
         ({"tokenized_situation": ["My", "bird"]}, "'bird' does not occur"),
         ({"conv_id": None, "drop": "conv_id"}, "lacks conv_id"),
     ],
@@ -209,6 +203,19 @@ def test_the_facts_of_the_real_data(real_data):
         assert all(annotation.conv_id in ids for annotation in load_annotations(split, real_data))
 
 
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_the_real_data_rewritten_as_ordinary_csv(real_data, tmp_path, quoting):
+    for split in ("valid", "test"):
+        dialogues = load_dialogues(split, real_data)
+        with (tmp_path / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, quoting=quoting)
+            writer.writerow(HEADER.strip().split(","))
+            for dialogue in dialogues:
+                for index, turn in enumerate(dialogue.turns, start=1):
+                    writer.writerow([dialogue.conv_id, index, dialogue.emotion, dialogue.situation, 0, turn, "", ""])
+        assert load_dialogues(split, tmp_path) == dialogues
+
+
 class TestSample:
     def test_size_and_balance(self):
         dialogues = [dialogue for split in ("train", "valid", "test") for dialogue in load_dialogues(split, "sample")]
@@ -234,89 +241,3 @@ class TestSample:
 
     def test_check(self):
         assert not check_data("sample").problems
-
-
-class Server:
-    """Serves one body at any path, with ranges; may break off after some bytes."""
-
-    def __init__(self, body, break_after=None):
-        outer = self
-        self.body, self.break_after, self.starts = body, break_after, []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                start = int(self.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
-                outer.starts.append(start)
-                if start >= len(outer.body):
-                    self.send_response(416)
-                    self.end_headers()
-                    return
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(outer.body) - start))
-                self.end_headers()
-                part = outer.body[start:]
-                self.wfile.write(part if outer.break_after is None else part[: outer.break_after])
-
-            def log_message(self, *_):
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_port}/data.tar.gz"
-
-
-def archive_bytes():
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for split in ("train", "valid", "test"):
-            content = (HEADER + ROWS).encode()
-            info = tarfile.TarInfo(f"empatheticdialogues/{split}.csv")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-        noise = tarfile.TarInfo("noise")  # does not compress: the archive is longer than one chunk
-        noise.size = 1 << 18
-        archive.addfile(noise, io.BytesIO(random.Random(0).randbytes(noise.size)))
-    return buffer.getvalue()
-
-
-class TestDownload:
-    def test_interrupted_download_goes_on(self, tmp_path):
-        body = archive_bytes()
-        server = Server(body, break_after=200_000)
-        dataset = replace(EMPATHETIC_DIALOGUES, url=server.url, sha256=hashlib.sha256(body).hexdigest())
-        with pytest.raises(UserError, match="goes on from there"):
-            download(dataset, tmp_path)
-        assert not (tmp_path / dataset.archive).exists()
-        server.break_after = None
-        path = download(dataset, tmp_path)
-        assert server.starts[0] == 0
-        assert 100_000 < server.starts[1] <= 200_000
-        assert load_dialogues("train", tmp_path)
-        assert download(dataset, tmp_path) == path
-        assert len(server.starts) == 2, "a verified file is not fetched again"
-
-    def test_wrong_checksum_is_removed(self, tmp_path):
-        server = Server(b"something else")
-        dataset = replace(EMPATHETIC_DIALOGUES, url=server.url)
-        with pytest.raises(UserError, match="SHA-256"):
-            download(dataset, tmp_path)
-        assert not list(tmp_path.iterdir())
-
-    def test_no_connection(self, tmp_path):
-        dataset = replace(EMPATHETIC_DIALOGUES, url="http://127.0.0.1:9/data.tar.gz")
-        with pytest.raises(UserError, match="failed"):
-            download(dataset, tmp_path)
-
-
-def test_the_papers_data_are_known_by_their_content(real_data):
-    dialogues, annotations = load_dialogues("test", real_data), load_annotations("valid", real_data)
-    found = origin(real_data, dialogues, annotations)
-    assert found.name == "EmpatheticDialogues and EmoCause"
-    assert (found.licence, found.published) == ("cc-by-nc-4.0", True)
-    assert origin(real_data, annotations).name == "EmoCause"
-    altered = [replace(dialogues[0], turns=("Cut", *dialogues[0].turns[1:])), *dialogues[1:]]
-    for own in (dialogues[1:], altered):
-        assert origin(real_data, own).licence == "unknown"
