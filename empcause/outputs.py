@@ -19,6 +19,9 @@ from empcause.files import sync, write_text
 RECORD = "empcause.json"
 LOCK = ".empcause.lock"
 
+# What torch.save says when a file cannot be written.
+TORCH_SAVE_FAILED = re.compile("PytorchStreamWriter failed|unexpected pos .* vs|iostream error")
+
 # What a checkpoint consists of; known by these names where its saving was cut short, so that no record lists its files.
 _CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|json|pt|pth|bin|jinja|model|distcp|metadata|tmp)|merges\.txt|vocab\.txt"
@@ -65,6 +68,33 @@ def read_record(folder: str | os.PathLike[str]) -> Record | None:
 def write_record(folder: str | os.PathLike[str], record: Record) -> None:
     """Write a folder's record, whole or not at all."""
     write_text(Path(folder) / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def check_ours(
+    folder: str | os.PathLike[str], made_by: str, written: re.Pattern[str], brought: Collection[str] = ()
+) -> Record:
+    """Check that a command overwrites nothing but what it wrote itself.
+
+    Args:
+        folder: where it writes.
+        made_by: the command.
+        written: names that it writes there.
+        brought: names that count as its own.
+
+    Returns:
+        The folder's record, with what was brought; a new one where there is none.
+
+    Raises:
+        UserError: the folder holds what another command made, or one of these names is somebody else's, or a link.
+    """
+    record = read_record(folder) or Record(made_by)
+    if record.made_by != made_by:
+        raise UserError(f"output_dir {folder} holds what `{record.made_by}` made; choose another folder.")
+    record = Record(made_by, record.files | dict.fromkeys(brought), record.about)
+    for name in sorted(filter(written.fullmatch, os.listdir(folder))):
+        if name not in record.files or ((Path(folder) / name).is_symlink() and name not in brought):
+            raise UserError(f"output_dir {folder} has its own {name}, not of `{made_by}`; choose another folder.")
+    return record
 
 
 def claim(folder: str | os.PathLike[str], *names: str) -> None:
@@ -130,10 +160,13 @@ def verify(folder: str | os.PathLike[str], unless: Collection[str] = ()) -> Reco
 def remove_made(folder: str | os.PathLike[str]) -> None:
     """Remove what the folder's record lists, and the record; no link is followed, and everything else stays.
 
-    Where there is no record, the folder is taken for a checkpoint whose saving was cut short.
+    Where there is no readable record, the folder is taken for a checkpoint whose saving was cut short.
     """
     folder = Path(folder)
-    record = read_record(folder)
+    try:
+        record = read_record(folder)
+    except UserError:
+        record = None
     if record is None:
         names = [path.name for path in folder.iterdir() if _CHECKPOINT_FILES.fullmatch(path.name)]
     else:
@@ -183,6 +216,9 @@ def working_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
+        if not (folder / RECORD).exists():  # the folder is not ours, and stays as it was
+            with suppress(OSError):
+                (folder / LOCK).unlink()
         lock.release()
 
 
@@ -194,6 +230,6 @@ def why_not_written(error: BaseException) -> str | None:
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
             return os.strerror(code)
-    if any(text in str(error) for text in ("PytorchStreamWriter failed", "unexpected pos")):
+    if TORCH_SAVE_FAILED.search(str(error)):
         return "the disk is full or fails"
     return None

@@ -5,6 +5,7 @@ import os
 import re
 
 from empcause.errors import UserError
+from empcause.outputs import TORCH_SAVE_FAILED
 from empcause.text import one_line
 
 _DISK_FULL = "the disk is full; what was saved before is kept. Make room, then run the same command again."
@@ -70,8 +71,6 @@ def _number(error: BaseException, text: str) -> int | None:
         return error.errno
     if found := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers
         return int(found[1])
-    if "PytorchStreamWriter failed" in text or re.search(
-        "unexpected pos .* vs", text
-    ):  # torch.save writes less than it should
+    if TORCH_SAVE_FAILED.search(text):
         return errno.ENOSPC
     return next((code for code in (errno.ENOSPC, errno.EDQUOT, *_ADVICE) if os.strerror(code) in text), None)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from empcause.files import sync
 from empcause.outputs import (
     RECORD,
     Record,
+    check_ours,
     claim,
     read_record,
     remove_made,
@@ -41,12 +42,11 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-Arguments = TypeVar("Arguments", bound="StageTrainingArguments")
-Result = TypeVar("Result")
+Training = TypeVar("Training", bound=Callable[..., Any])
 
 STATE = "trainer_state.json"
 STAGING = ".saving"
-RESUME = "the same command with --resume_from_checkpoint true"
+RESUME = "`empcause train` with --resume_from_checkpoint true"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What a training writes into its folder.
 _WRITTEN = re.compile(
@@ -56,7 +56,7 @@ _WRITTEN = re.compile(
 )
 
 
-def in_output_folder(made_by: str) -> Callable[[Callable[[Arguments], Result]], Callable[[Arguments], Result]]:
+def in_output_folder(made_by: str) -> Callable[[Training], Training]:
     """Decorate a training, which then has its output folder for itself, and says at an unforeseen end what is saved.
 
     Args:
@@ -68,16 +68,16 @@ def in_output_folder(made_by: str) -> Callable[[Callable[[Arguments], Result]], 
         Interrupted: Ctrl-C or SIGTERM.
     """
 
-    def decorate(train: Callable[[Arguments], Result]) -> Callable[[Arguments], Result]:
+    def decorate(train: Training) -> Training:
         @wraps(train)
-        def run(args: Arguments) -> Result:
+        def run(args: "StageTrainingArguments", *others: Any, **options: Any) -> Any:
             if not args.should_save:  # of several processes one writes
-                return train(args)
+                return train(args, *others, **options)
             folder = Path(str(args.output_dir))
             with working_in(folder):
                 _check_free(args, folder, made_by)
                 try:
-                    return train(args)
+                    return train(args, *others, **options)
                 except KeyboardInterrupt as stop:
                     number = getattr(stop, "signal", signal.SIGINT)
                     raise Interrupted(f"interrupted; {_what_is_saved(folder)}.", number) from stop
@@ -86,7 +86,7 @@ def in_output_folder(made_by: str) -> Callable[[Callable[[Arguments], Result]], 
                         raise
                     raise UserError(f"The training stopped ({reason}); {_what_is_saved(folder)}.") from error
 
-        return run
+        return cast(Training, run)
 
     return decorate
 
@@ -96,18 +96,10 @@ def _check_free(args: "StageTrainingArguments", folder: Path, made_by: str) -> N
     wanted = _wanted(args)
     if wanted and args.overwrite_output_dir:
         raise UserError("resume_from_checkpoint goes on from what overwrite_output_dir removes; give one of them.")
-    record = read_record(folder)
-    if record is None:
-        record = Record(made_by)
-    elif record.made_by != made_by:
-        raise UserError(f"output_dir {folder} holds what `{record.made_by}` made; choose another folder.")
-    found = sorted(name for name in os.listdir(folder) if _WRITTEN.fullmatch(name))
-    if wanted:  # a checkpoint may have been brought here, to go on with it
-        brought = [path.name for path in _checkpoints(folder) if (path / RECORD).exists()]
-        record = Record(record.made_by, record.files | dict.fromkeys(brought), record.about)
-    foreign = [name for name in found if name not in record.files]
-    if foreign:
-        raise UserError(f"output_dir {folder} has a {foreign[0]} of its own; choose another folder.")
+    # A checkpoint may have been brought here, to go on with it.
+    brought = [path.name for path in _checkpoints(folder) if wanted and (path / RECORD).exists()]
+    record = check_ours(folder, made_by, _WRITTEN, brought)
+    found = any(map(_WRITTEN.fullmatch, os.listdir(folder)))
     if args.overwrite_output_dir:
         for name in ("model_name_or_path", "tokenizer_name", "extractor"):
             if (value := getattr(args, name, None)) and Path(value).resolve().is_relative_to(folder.resolve()):
@@ -228,7 +220,10 @@ class _Stop(TrainerCallback):
                 2, b"\nInterrupted: the current step ends, then a checkpoint is saved. Once more to leave at once.\n"
             )
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, note)
         try:
             yield
         finally:

@@ -4,11 +4,12 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 from safetensors import SafetensorError
 
-from empcause.errors import UserError
+from empcause.errors import Interrupted, UserError
 
 cli = importlib.import_module("empcause.cli.main")  # the package exports the function of the same name
 
@@ -53,7 +54,8 @@ def test_empty_turn_is_refused(capsys):
             "the disk is full",
         ),
         (SafetensorError("Error while serializing: No space left on device (os error 28)"), 2, "the disk is full"),
-        (KeyboardInterrupt(), 130, "--resume_from_checkpoint true"),
+        (KeyboardInterrupt(), 130, "interrupted."),
+        (Interrupted("interrupted; 3 are saved.", SIGTERM), 143, "interrupted; 3 are saved."),
     ],
 )
 def test_failures_become_sentences(failure, code, message, monkeypatch, capsys):

@@ -19,7 +19,7 @@ ITEMS = [{"input_ids": [start % 16, start // 2, 3, 1], "labels": [start % 16, st
 def arguments(folder: Path, **options: object) -> StageTrainingArguments:
     """Six steps of three per epoch, a checkpoint after each second one; the best one ends in `folder`."""
     defaults = dict(
-        model_name_or_path="gpt2", per_device_train_batch_size=4, num_train_epochs=2, learning_rate=0.05, logging_steps=1,
+        model_name_or_path="gpt2", per_device_train_batch_size=4, num_train_epochs=2, learning_rate=0.5, logging_steps=1,
         eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, save_total_limit=None,
         metric_for_best_model="loss", greater_is_better=False, disable_tqdm=True, use_cpu=True, seed=3,
     )  # fmt: skip
