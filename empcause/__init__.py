@@ -5,7 +5,24 @@ Importing the package registers the attention implementation "empcause" with tra
 
 __version__ = "0.1.0"
 
-from empcause.integration import steer
-from empcause.ops import biased_attention, biased_attention_varlen, info
+import sys
+from types import TracebackType
+
+_excepthook = sys.excepthook
+
+
+def _without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("empcause: error: interrupted; nothing had begun.", file=sys.stderr)
+    else:
+        _excepthook(kind, error, traceback)
+
+
+sys.excepthook = _without_traceback  # torch and transformers take seconds to import, in which people press Ctrl-C
+
+from empcause.integration import steer  # noqa: E402
+from empcause.ops import biased_attention, biased_attention_varlen, info  # noqa: E402
+
+sys.excepthook = _excepthook
 
 __all__ = ["__version__", "biased_attention", "biased_attention_varlen", "info", "steer"]

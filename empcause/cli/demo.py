@@ -1,7 +1,17 @@
 """`empcause demo`: the whole pipeline once, on the embedded sample."""
 
 import argparse
+import os
+import re
+import signal
+from pathlib import Path
 
+from empcause.errors import Interrupted, UserError
+from empcause.outputs import LOCK, Record, check_ours, read_record, working_in, write_record
+
+PARTS = ("extractor", "generator", "evaluation/extractor", "evaluation/generator")
+FILES = ("encoder-tokenizer", "decoder-tokenizer", "extractor", "generator", "evaluation", "metrics.json", "report.md")
+MADE_BY = "empcause demo"
 NOTE = "Tiny models on the embedded sample: this shows that everything works and promises no quality."
 
 
@@ -20,9 +30,41 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(namespace: argparse.Namespace) -> int:
     """Run every part once and print the path of the report."""
-    from pathlib import Path
-    from shutil import rmtree
+    from empcause.evaluation.plots import load_pyplot
 
+    load_pyplot()
+    folder = Path(namespace.output_dir)
+    with working_in(folder):
+        write_record(folder, check_folder(folder))
+        try:
+            return run_in(folder)
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "signal", signal.SIGINT)
+            raise Interrupted("interrupted; the same command begins the demo anew.", number) from stop
+
+
+def check_folder(folder: Path) -> Record:
+    """Check that nothing is overwritten but what an earlier demo made.
+
+    Returns:
+        The folder's record.
+
+    Raises:
+        UserError: the folder is not empty and not of a demo, or something else stands where the demo writes.
+    """
+    anything = re.compile(f"(?!{re.escape(LOCK)}$).*", re.DOTALL)
+    check_ours(folder, MADE_BY, re.compile("|".join(FILES)) if read_record(folder) else anything)
+    for path in (path for name in FILES for path in (folder / name).rglob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, which no demo made; choose another --output_dir.")
+    for part in PARTS:
+        if (folder / part).is_dir() and os.listdir(folder / part) and read_record(folder / part) is None:
+            raise UserError(f"{folder / part} is not of an earlier demo; choose another --output_dir.")
+    return Record(MADE_BY, dict.fromkeys(FILES))
+
+
+def run_in(folder: Path) -> int:
+    """Run every part once, in a folder that belongs to the demo."""
     from transformers import set_seed
 
     from empcause.cli.terminal import console, hide_file_progress, print_reply
@@ -35,9 +77,6 @@ def run(namespace: argparse.Namespace) -> int:
     from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
     from empcause.training.generator import GeneratorTrainingArguments, train_generator
 
-    folder = Path(namespace.output_dir)
-    if folder.exists():
-        rmtree(folder)
     hide_file_progress()
     console.print(NOTE)
 
@@ -53,6 +92,7 @@ def run(namespace: argparse.Namespace) -> int:
     train_extractor(
         ExtractorTrainingArguments(
             output_dir=str(folder / "extractor"),
+            overwrite_output_dir=True,
             data="sample",
             model_name_or_path=None,
             model_type="roberta",
@@ -69,6 +109,7 @@ def run(namespace: argparse.Namespace) -> int:
     train_generator(
         GeneratorTrainingArguments(
             output_dir=str(folder / "generator"),
+            overwrite_output_dir=True,
             data="sample",
             extractor=str(folder / "extractor"),
             model_name_or_path=None,
@@ -83,7 +124,10 @@ def run(namespace: argparse.Namespace) -> int:
     console.rule("4/5 evaluation")
     extractor_metrics = evaluate_extractor(
         EvaluateExtractorOptions(
-            model=str(folder / "extractor"), data="sample", output_dir=str(folder / "evaluation" / "extractor")
+            model=str(folder / "extractor"),
+            data="sample",
+            output_dir=str(folder / "evaluation" / "extractor"),
+            overwrite_output_dir=True,
         )
     )
     generator_metrics = evaluate_generator(
@@ -92,6 +136,7 @@ def run(namespace: argparse.Namespace) -> int:
             extractor=str(folder / "extractor"),
             data="sample",
             output_dir=str(folder / "evaluation" / "generator"),
+            overwrite_output_dir=True,
         )
     )
 

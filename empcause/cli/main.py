@@ -3,12 +3,15 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 
 from empcause.cli.failures import sentence
-from empcause.errors import UserError
+from empcause.errors import Interrupted, UserError
 from empcause.text import visible
 
 # Each module has `register(subparsers)`, which adds its parser with `run`, a function of the parsed arguments.
@@ -50,10 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 is success, 1 a check that found something, 2 a user's mistake (one sentence on standard error), 130 Ctrl-C.
+    0 is success, 1 a check that found something, 2 a user's mistake (one sentence on standard error), 130 Ctrl-C, 143 SIGTERM.
     """
     command = ""
     try:
+        with suppress(ValueError):  # outside of the main thread
+            signal.signal(signal.SIGTERM, _end)
         _prepare_streams()
         _refuse_repetition(sys.argv[1:] if arguments is None else arguments)
         namespace = build_parser().parse_args(arguments)
@@ -66,14 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _give_up_output()
         return 0
-    except KeyboardInterrupt:
-        _fail("interrupted; a training goes on from its last checkpoint with --resume_from_checkpoint true.")
-        return 130
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted.")
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     except Exception as error:
         said = sentence(error, command)
         if said is None:
             raise
         return _fail(said)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """A request to end is answered as Ctrl-C is, with a sentence on what was saved."""
+    raise Interrupted(signal=number)
 
 
 def _prepare_streams() -> None:

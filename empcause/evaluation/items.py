@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,21 @@ from transformers import PreTrainedTokenizerBase
 from empcause.data import Word
 from empcause.errors import Interrupted, UserError
 from empcause.extractor import CauseExtractor, Extraction, extract
-from empcause.outputs import Record, checksum, read_record, remove_made, why_not_written, working_in, write_record
+from empcause.outputs import (
+    Record,
+    check_ours,
+    checksum,
+    read_record,
+    remove_made,
+    why_not_written,
+    working_in,
+    write_record,
+)
 
 SAVED = "saved-items.jsonl"
 # What an evaluation writes into its folder.
-_WRITTEN = (SAVED, "metrics.json", "items.json", "responses.json", "report.md", "training.png", "causes.png")
+_FILES = (SAVED, "metrics.json", "items.json", "responses.json", "report.md", "training.png", "causes.png")
+_WRITTEN = re.compile("|".join(map(re.escape, _FILES)))
 
 
 class SavedItems:
@@ -106,21 +117,16 @@ def evaluating_in(folder: Path, made_by: str, subject: dict[str, Any], overwrite
     """
     subject = subject | {f"version of {name}": version(name) for name in ("empcause", "torch", "transformers")}
     with working_in(folder):
-        record = read_record(folder)
-        if record is not None and record.made_by != made_by:
-            raise UserError(f"output_dir {folder} holds what `{record.made_by}` made; choose another folder.")
-        if record is None and (foreign := [name for name in _WRITTEN if (folder / name).exists()]):
-            raise UserError(f"output_dir {folder} has a {foreign[0]} of its own; choose another folder.")
-        if record is not None and record.about != subject:
-            other = next(name for name in record.about | subject if record.about.get(name) != subject.get(name))
-            if not overwrite:
-                raise UserError(
-                    f"output_dir {folder} has the evaluation of something else (another {other}); choose another "
-                    "folder, or remove it with --overwrite_output_dir true."
-                )
+        about = check_ours(folder, made_by, _WRITTEN).about
+        if about and about != subject and not overwrite:
+            other = next(name for name in about | subject if about.get(name) != subject.get(name))
+            raise UserError(
+                f"output_dir {folder} has the evaluation of something else (another {other}); choose another folder, "
+                "or remove it with --overwrite_output_dir true."
+            )
         if overwrite:
             remove_made(folder)
-        write_record(folder, Record(made_by, dict.fromkeys(_WRITTEN), subject))
+        write_record(folder, Record(made_by, dict.fromkeys(_FILES), subject))
         items = SavedItems(folder / SAVED)
         try:
             yield items
