@@ -58,7 +58,8 @@ def check_values(options: Any, ranges: Mapping[str, Range]) -> None:
     for field in fields(options):
         value = getattr(options, field.name)
         allowed = get_args(field.type) or (field.type,)
-        if value is None and NoneType in allowed:
+        # HfArgumentParser takes None out of the types of fields.
+        if value is None and (NoneType in allowed or field.default is None):
             continue
         if field.name in ranges:
             kind, number = ("a number", Real) if float in allowed else ("a whole number", Integral)

@@ -8,7 +8,7 @@ _HIDDEN = regex.compile(
     r"(?<=[\p{Extended_Pictographic}\p{Emoji_Modifier}\uFE0F])\u200D(?=\p{Extended_Pictographic})(*SKIP)(*FAIL)"
     r"|[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]"
 )
-_MARKDOWN = regex.compile(r"[\\`*_{}\[\]()<>#!|~&$]")
+_MARKDOWN = regex.compile(r"[\\`*_\[\]<>|~&$]")
 
 
 def visible(text: str) -> str:

@@ -25,6 +25,7 @@ class EncodedDialogue:
         labels: `[S]` int64, -100 outside the response and its end token.
         spans: `[S, 2]` int64, characters in the text of `join_turns(context)`; empty at separators and in the response.
         dropped_turns: oldest turns left out because the whole was too long.
+        cut_response: the response lost its end because it was too long by itself.
     """
 
     input_ids: NDArray[np.int64]
@@ -32,6 +33,7 @@ class EncodedDialogue:
     labels: NDArray[np.int64]
     spans: NDArray[np.int64]
     dropped_turns: int = 0
+    cut_response: bool = False
 
 
 def encode_dialogue(
@@ -61,9 +63,11 @@ def encode_dialogue(
     separator, end = tokenizer.sep_token_id, tokenizer.eos_token_id
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     answer: list[int] = []
+    cut_response = False
     if response is not None:
         ids = tokenizer(response, **plain)["input_ids"]
         answer = [*ids[: max(1, max_length // 2 - 1)], end]
+        cut_response = len(ids) >= len(answer)
     _, turn_spans = join_turns(context)
     room = max_length - len(answer)
     if room < 2:
@@ -95,4 +99,5 @@ def encode_dialogue(
         np.array([IGNORED] * prompt + answer, np.int64),
         np.array(spans + [(0, 0)] * len(answer), np.int64).reshape(-1, 2),
         len(context) - len(pieces),
+        cut_response,
     )

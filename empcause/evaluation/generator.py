@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from empcause.checkpoints import read_config
 from empcause.data import ResponsePair, emotion_id, join_turns, load_dialogues, response_pairs, split_words
-from empcause.data.sequences import encode_dialogue
+from empcause.data.origin import Origin, origin
+from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
 from empcause.errors import UserError
 from empcause.evaluation.items import digest, evaluating_in, extractions, model_digest
 from empcause.evaluation.metrics import bits_per_byte, distinct_n, emotion_correct, nll_per_word, perplexity
@@ -35,7 +36,10 @@ from empcause.generator import (
     longest_sequence,
     response_nll,
 )
-from empcause.text import one_line
+from empcause.generator.inference import longest_context
+from empcause.hub import not_found, reach_hub
+from empcause.ranges import COUNT, SEED, check_values
+from empcause.text import code, markdown, one_line
 
 
 @dataclass
@@ -71,6 +75,12 @@ class EvaluateGeneratorOptions:
         default=False, metadata={"help": "remove what another evaluation left in output_dir"}
     )
 
+    def __post_init__(self) -> None:
+        names = ("max_samples", "max_generated", "max_new_tokens", "bertscore_layer", "batch_size")
+        check_values(self, dict.fromkeys(names, COUNT) | {"seed": SEED})
+        if self.bertscore_layer is not None and not self.bertscore_model:
+            raise UserError("bertscore_layer is a layer of bertscore_model; give that too.")
+
 
 def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     """Measure a generator and write `metrics.json`, `items.json`, `responses.json`, `report.md` and figures.
@@ -87,12 +97,21 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     load_pyplot()
     bertscore = BertScore(options.bertscore_model, options.bertscore_layer) if options.bertscore_model else None
     read_config(options.extractor, "extractor", "empcause train extractor")
-    pairs = response_pairs(load_dialogues(options.split, options.data))
+    dialogues = load_dialogues(options.split, options.data)
+    data, everything = origin(options.data, dialogues), response_pairs(dialogues)
+    pairs = everything
     if options.max_samples is not None:
         chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.max_samples]
         pairs = [pairs[index] for index in chosen]
-    earlier = read_items(options.compare, "tokens", len(pairs))
     model, tokenizer = load_generator(options.model)
+    longest_context(model, options.max_new_tokens)
+    encoded = [
+        encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, longest_sequence(model)) for pair in pairs
+    ]
+    scored = digest(
+        [asdict(pair) for pair in pairs], [each.labels[each.labels != IGNORED].tolist() for each in encoded]
+    )
+    earlier = read_items(options.compare, scored, ["nll"])
     texts = [join_turns(pair.context)[0] for pair in pairs]
     extractor, extractor_tokenizer = load_extractor(options.extractor)
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
@@ -110,10 +129,10 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         causes: list[TextCauses | None] = [
             TextCauses(each.token_spans, each.token_probs) if model.config.gamma else None for each in found
         ]
-        items = []
-        for pair, cause in zip(pairs, causes, strict=True):
-            encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, longest_sequence(model))
-            items.append(generator_item(model, encoded, pair.context, pair.roles, cause))
+        items = [
+            generator_item(model, each, pair.context, pair.roles, cause)
+            for each, pair, cause in zip(encoded, pairs, causes, strict=True)
+        ]
         lengths = [len(item["input_ids"]) for item in items]
 
         def score(batch: list[int]) -> list[tuple[float, int]]:
@@ -146,33 +165,59 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
             )
             bertscores = dict(zip(("bertscore_p", "bertscore_r", "bertscore_f"), np.array(rows).T, strict=True))
         nll, tokens = (np.array(column) for column in zip(*scores, strict=True))
-        return _judge(
-            options, pairs, found, nll, tokens, responses, earlier, bertscores, bertscore and bertscore.setting
+        results = _Results(
+            data=data,
+            whole=len(everything),
+            scored=scored,
+            gamma=model.config.gamma,
+            pairs=pairs,
+            encoded=encoded,
+            found=found,
+            nll=nll,
+            tokens=tokens,
+            responses=responses,
+            bertscores=bertscores,
+            bertscore=bertscore,
         )
+        return _judge(options, results, earlier)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What an evaluation has found, in the order of its items, and what the items are."""
+
+    data: Origin
+    whole: int  # number of responses of the split
+    scored: str
+    gamma: float
+    pairs: Sequence[ResponsePair]
+    encoded: Sequence[EncodedDialogue]
+    found: Sequence[Extraction]
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    responses: Sequence[str]
+    bertscores: dict[str, NDArray]
+    bertscore: "BertScore | None"
 
 
 def _judge(
-    options: EvaluateGeneratorOptions,
-    pairs: Sequence[ResponsePair],
-    found: Sequence[Extraction],
-    nll: NDArray[np.float64],
-    tokens: NDArray[np.int64],
-    responses: Sequence[str],
-    earlier: dict[str, list] | None,
-    bertscores: dict[str, NDArray],
-    bertscore_setting: str | None,
+    options: EvaluateGeneratorOptions, results: _Results, earlier: dict[str, list[float]] | None
 ) -> dict[str, Any]:
     """The figures of what was found, scored and answered, and all files."""
+    pairs, found, responses = results.pairs, results.found, results.responses
+    nll, tokens = results.nll, results.tokens
     correct = emotion_correct([each.emotion_probs for each in found], [emotion_id(pair.emotion) for pair in pairs])
     references = [pair.response for pair in pairs]
+    # Of a response that is scored in part, neither words nor bytes are known.
+    in_part = any(each.cut_response for each in results.encoded)
     intervals = {
         "perplexity": perplexity_interval(nll, tokens),
         "emotion_accuracy": mean_interval(correct),
     }
     metrics: dict[str, Any] = {
         "perplexity": perplexity(nll, tokens),
-        "nll_per_word": nll_per_word(nll, references),
-        "bits_per_byte": bits_per_byte(nll, references),
+        "nll_per_word": None if in_part else nll_per_word(nll, references),
+        "bits_per_byte": None if in_part else bits_per_byte(nll, references),
         "emotion_accuracy": float(correct.mean()),
         "distinct_1": distinct_n(responses, 1),
         "distinct_2": distinct_n(responses, 2),
@@ -180,24 +225,21 @@ def _judge(
         "scored_responses": len(pairs),
         "generated_responses": len(responses),
     }
-    for name, values in bertscores.items():
+    for name, values in results.bertscores.items():
         intervals[name] = mean_interval(values)
         metrics[name] = intervals[name].value
-    if bertscore_setting is not None:
-        metrics["bertscore_model"] = bertscore_setting
+    if results.bertscore is not None:
+        metrics["bertscore_model"] = results.bertscore.setting
     metrics["intervals"] = {name: each[1:] for name, each in intervals.items()}
     difference = None
     if earlier is not None:
-        if earlier["tokens"] != tokens.tolist():
-            raise UserError(
-                f"--compare {options.compare}: that evaluation scored other responses, or with another tokenizer."
-            )
         difference = perplexity_difference(nll, earlier["nll"], tokens)
         metrics["perplexity_difference"] = list(difference)
 
     folder = Path(options.output_dir)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_text(folder / "items.json", json.dumps({"nll": nll.tolist(), "tokens": tokens.tolist()}))
+    saved = {"scored": results.scored, "nll": nll.tolist(), "tokens": tokens.tolist()}
+    write_text(folder / "items.json", json.dumps(saved))
     dialogues = [
         {"context": pair.context, "emotion": pair.emotion, "reference": pair.response, "response": response}
         for pair, response in zip(pairs, responses, strict=False)
@@ -208,7 +250,7 @@ def _judge(
     title = f"annotated: {pairs[0].emotion}"
     plot_causes(example.text, example.words, example.word_probs.tolist(), title, folder / "causes.png")
     figures = metrics | {name: each for name, each in intervals.items()}
-    write_text(folder / "report.md", _report(options, figures, difference, pairs, responses, curves is not None))
+    write_text(folder / "report.md", _report(options, results, figures, difference, curves is not None))
     return metrics
 
 
@@ -222,6 +264,7 @@ class BertScore:
 
     Attributes:
         setting: the library's hash of it (model, layer, versions).
+        rescaled: with the baseline, as the published figures are.
 
     Raises:
         UserError: bert-score is not installed, or there is no such encoder or layer.
@@ -232,14 +275,17 @@ class BertScore:
             from bert_score import BERTScorer
         except ImportError as error:
             raise UserError("BERTScore needs bert-score: pip install 'empcause[evaluation]'.") from error
-        rescale = model == "roberta-large"
+        self.rescaled = rescale = model == "roberta-large"
         if layer is None and not rescale:
             raise UserError("--bertscore_layer is needed with an encoder other than roberta-large.")
+        reach_hub(model)
         try:
             self._scorer = BERTScorer(
                 model_type=model, num_layers=layer, lang="en" if rescale else None, rescale_with_baseline=rescale
             )
-        except (OSError, ValueError, AssertionError) as error:
+        except OSError as error:
+            raise not_found("encoder", model, error) from error
+        except (ValueError, LookupError, AssertionError) as error:
             raise UserError(f"--bertscore_model {model} cannot be used: {one_line(error)}") from error
         scale = "rescaled with the baseline" if rescale else "raw, no baseline for this encoder"
         self.setting = f"{self._scorer.hash.replace(model, Path(model).name)}, {scale}"
@@ -256,35 +302,51 @@ class BertScore:
 
 def _report(
     options: EvaluateGeneratorOptions,
+    results: _Results,
     figures: dict[str, Any],
     difference: Interval | None,
-    pairs: Sequence[ResponsePair],
-    responses: Sequence[str],
     has_curves: bool,
 ) -> str:
     others = ("nll_per_word", "bits_per_byte", "emotion_accuracy", "words_per_response")
+    published: dict[str, Sequence[float | None]] = {}
+    if results.data.published and options.split == "test" and len(results.responses) == results.whole:
+        same_scale = results.bertscore is not None and results.bertscore.rescaled
+        published = {
+            name: (*values[:3], *(values[3:] if same_scale else (None, None, None)))
+            for name, values in PUBLISHED_GENERATORS.items()
+        }
+    bias = f"biased towards causes (gamma {results.gamma:g})" if results.gamma else "without bias (gamma 0)"
+    shortened = sum(each.dropped_turns > 0 for each in results.encoded)
+    cut = sum(each.cut_response for each in results.encoded)
     parts = [
         "# Empathetic conversation generator",
-        f"`{options.model}` on {figures['scored_responses']} responses (split {options.split}), "
-        f"{figures['generated_responses']} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
+        f"{code(options.model)}, {bias}, on {len(results.pairs):,} of {results.whole:,} responses of "
+        f"{results.data.name} (split {options.split}), "
+        f"{len(results.responses):,} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
         "different tokenizers do not compare; bits per byte do.",
-        comparison_table("this model", figures, PUBLISHED_GENERATORS, GENERATOR_COLUMNS),
+        comparison_table("this model", figures, published, GENERATOR_COLUMNS),
+        ""
+        if published
+        else "The paper's figures are not shown beside these: they are of EmpatheticDialogues' whole test split.",
         markdown_table(
             ["figure", "value"], [[name.replace("_", " "), format_figure(figures[name])] for name in others]
         ),
     ]
-    if "bertscore_model" in figures:
-        parts.append(f"BERTScore: {figures['bertscore_model']}.")
-    if difference is not None:
-        parts.append(f"Perplexity minus that of `{options.compare}`, paired: {difference}.")
+    if shortened:
+        parts.append(f"Of {shortened:,} contexts the oldest turns did not fit into the model.")
+    if cut:
+        parts.append(f"Of {cut:,} responses the end did not fit, so that figures per word and byte cannot be given.")
+    if results.bertscore is not None:
+        parts.append(f"BERTScore: {markdown(results.bertscore.setting)}.")
+    if difference is not None and options.compare:
+        parts.append(f"Perplexity minus that of {code(options.compare)}, paired: {difference}.")
     parts += ["![A dialogue with its cause words shaded](causes.png)"]
     if has_curves:
         parts.append("![Training curves](training.png)")
-    shown = [
-        [" / ".join(pair.context), pair.response, response or "(empty)"]
-        for pair, response in zip(pairs[:10], responses, strict=False)
+    rows = [
+        [markdown(" / ".join(pair.context)), markdown(pair.response), markdown(response) or "(empty)"]
+        for pair, response in zip(results.pairs[:10], results.responses, strict=False)
     ]
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in shown]
     header = "| context | reference | response |\n|---|---|---|\n"
-    parts.append(header + "\n".join("| " + " | ".join(row) + " |" for row in cells))
-    return "\n\n".join(parts) + "\n"
+    parts.append(header + "\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(filter(None, parts)) + "\n"

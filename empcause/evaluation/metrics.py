@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from empcause.data import CauseAnnotation, is_content_word, split_words
 
 RECALL_CUTS = (1, 3, 5)
+# Before the name of each recall: lenient, by position, without the stop-word filter, and the best that is possible.
+RECALL_KINDS = ("", "strict_", "unfiltered_", "oracle_")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def score_causes(
         the stop-word filter), and `oracle_topK_recall` (what a perfect ranking could reach).
 
     Raises:
-        ValueError: numbers of situations or words do not fit.
+        ValueError: numbers of situations or words do not fit, no word is annotated, or a probability is not finite.
     """
     if len(annotations) != len(word_probs):
         raise ValueError(f"word_probs has {len(word_probs)} entries for {len(annotations)} annotations.")
@@ -79,6 +81,9 @@ def score_causes(
         words = [word.text for word in annotation.words]
         if np.shape(probs) != (len(words),):
             raise ValueError(f"{annotation.conv_id}: {np.shape(probs)} probabilities for {len(words)} words.")
+        if not annotation.gold or not np.isfinite(probs).all():
+            what = "no annotated word" if not annotation.gold else "a probability that is not a finite number"
+            raise ValueError(f"{annotation.conv_id} has {what}.")
         gold = [words[index] for index in annotation.gold]
         ranking, everything = rank_words(words, probs), rank_words(words, probs, filtered=False)
         for cut in k:
@@ -94,7 +99,16 @@ def score_causes(
 
 
 def emotion_correct(emotion_probs: Sequence[ArrayLike], emotion_ids: Sequence[int]) -> NDArray[np.float64]:
-    """1 where the most probable emotion is the right one, else 0: `[n]`; its mean is the accuracy."""
+    """1 where the most probable emotion is the right one, else 0: `[n]`; its mean is the accuracy.
+
+    Raises:
+        ValueError: the numbers of texts differ, or a probability is not finite.
+    """
+    if len(emotion_probs) != len(emotion_ids):
+        raise ValueError(f"emotion_probs has {len(emotion_probs)} entries for {len(emotion_ids)} emotions.")
+    for index, probs in enumerate(emotion_probs):
+        if not np.isfinite(probs).all():
+            raise ValueError(f"the emotion of text {index} has a probability that is not a finite number.")
     predicted = np.array([np.argmax(probs) for probs in emotion_probs], np.int64)
     return (predicted == np.asarray(emotion_ids)).astype(np.float64)
 
@@ -109,14 +123,16 @@ def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
     return float(np.exp(np.sum(nll) / np.sum(tokens)))
 
 
-def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float:
-    """Nats per word (`split_words`), which compares over tokenizers."""
-    return float(np.sum(nll) / max(1, sum(len(split_words(text)) for text in responses)))
+def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float | None:
+    """Nats per word (`split_words`), which compares over tokenizers; None where there is no word."""
+    words = sum(len(split_words(text)) for text in responses)
+    return float(np.sum(nll) / words) if words else None
 
 
-def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float:
-    """Bits per UTF-8 byte, which compares over tokenizers."""
-    return float(np.sum(nll) / np.log(2) / max(1, sum(len(text.encode()) for text in responses)))
+def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float | None:
+    """Bits per UTF-8 byte, which compares over tokenizers; None where there is no byte."""
+    size = sum(len(text.encode()) for text in responses)
+    return float(np.sum(nll) / np.log(2) / size) if size else None
 
 
 def distinct_n(responses: Sequence[str], n: int, split: Callable[[str], Sequence[str]] | None = None) -> float:

@@ -1,6 +1,7 @@
 """Figures of a report: training curves, and the causes found in a text."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ import numpy as np
 
 from empcause.data import Word
 from empcause.errors import UserError
+from empcause.text import visible
+
+# More make a picture that is too high to be written.
+_MOST_LINES = 100
 
 
 def load_pyplot() -> Any:
@@ -36,20 +41,20 @@ def plot_training(model_dir: Path, watched: str, path: Path) -> Path | None:
         path: PNG that is written.
 
     Returns:
-        `path`, or None where the folder has no training history.
+        `path`, or None where the folder has no training history, or a damaged one.
     """
-    state = model_dir / "trainer_state.json"
-    if not state.exists():
+    try:
+        history = json.loads((model_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        values = [(entry["step"], entry[f"eval_{watched}"]) for entry in history if f"eval_{watched}" in entry]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     pyplot = load_pyplot()
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     figure, left = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    loss = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if loss:
         left.plot(*zip(*loss, strict=True), color="#4C72B0", label="training loss")
     left.set(xlabel="optimiser step", ylabel="training loss")
     right = left.twinx()
-    values = [(entry["step"], entry[f"eval_{watched}"]) for entry in history if f"eval_{watched}" in entry]
     if values:
         right.plot(*zip(*values, strict=True), color="#DD8452", marker="o", label=f"validation {watched}")
     right.set_ylabel(f"validation {watched.replace('_', ' ')}")
@@ -70,33 +75,37 @@ def plot_causes(text: str, words: Sequence[Word], probs: Sequence[float], title:
         words: its words.
         probs: `[W]` their probabilities.
         title: above it.
-        path: PNG that is written.
+        path: PNG that is written; of a very long text it shows the beginning.
     """
     pyplot = load_pyplot()
     columns, line_height = 72, 0.42
-    lines: list[list[tuple[int, Word, float]]] = [[]]
+    lines: list[list[tuple[int, str, float]]] = [[]]
     column = 0
-    for index, (word, probability) in enumerate(zip(words, probs, strict=True)):
-        space = 1 if index and words[index - 1].end < word.start else 0
-        if column + space + len(word.text) > columns:
+    for index, (place, probability) in enumerate(zip(words, probs, strict=True)):
+        shown = visible(place.text)
+        space = 1 if index and words[index - 1].end < place.start else 0
+        if column + space + len(shown) > columns:
             lines.append([])
             column, space = 0, 0
-        lines[-1].append((column + space, word, float(probability)))
-        column += space + len(word.text)
+        lines[-1].append((column + space, shown, float(probability)))
+        column += space + len(shown)
+    lines = lines[:_MOST_LINES]
     height = line_height * len(lines) + 1.0
     figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
-    axes.set(xlim=(0, columns), ylim=(len(lines), -0.3), title=title)
+    axes.set(xlim=(0, columns), ylim=(len(lines), -0.3))
+    axes.set_title(title, parse_math=False)
     axes.axis("off")
     shades = pyplot.get_cmap("YlOrRd")
     for row, line in enumerate(lines):
         for start, word, probability in line:
             shade = shades(0.85 * min(1.0, max(0.0, probability)))
-            axes.barh(row + 0.5, len(word.text), left=start, height=0.8, color=shade, zorder=0)
+            axes.barh(row + 0.5, len(word), left=start, height=0.8, color=shade, zorder=0)
             dark = np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.45
             axes.text(
-                start + len(word.text) / 2,
+                start + len(word) / 2,
                 row + 0.5,
-                word.text.replace("$", r"\$"),
+                word,
+                parse_math=False,
                 family="monospace",
                 fontsize=9,
                 ha="center",
@@ -107,6 +116,8 @@ def plot_causes(text: str, words: Sequence[Word], probs: Sequence[float], title:
     bar = figure.colorbar(mappable, ax=axes, orientation="horizontal", fraction=0.08, aspect=50, pad=0.02)
     bar.set_label("cause probability")
     bar.ax.set_xlim(0, 1)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the font draws a box for an emoji
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path

@@ -1,7 +1,7 @@
 """One report over both stages."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +9,31 @@ from empcause.errors import UserError
 from empcause.evaluation.tables import markdown_table
 
 
-def read_items(folder: str | None, name: str, number: int) -> dict[str, list] | None:
+def read_items(folder: str | None, scored: str, names: Iterable[str]) -> dict[str, list[float]] | None:
     """Figures per test item that an earlier evaluation left, for a paired difference.
 
     Args:
         folder: its output folder, or None: there is nothing to compare with.
-        name: a figure that must be there.
-        number: how many items it must have.
+        scored: digest of what this evaluation scores; the earlier one must have scored the same.
+        names: figures that must be there.
 
     Raises:
-        UserError: there are none, or other ones.
+        UserError: there are none, or they belong to other items.
     """
     if folder is None:
         return None
     try:
         items = json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        if items["scored"] != scored:
+            raise UserError(
+                f"--compare {folder}: that evaluation scored other items (another stage, split, subset, seed, tokenizer or other "
+                "data), so that no difference is paired; repeat it on the same ones."
+            )
+        return {name: items[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"--compare {folder}: no readable items.json of an earlier evaluation there.") from error
-    if len(items.get(name, [])) != number:
-        raise UserError(f"--compare {folder}: that evaluation has {len(items.get(name, []))} items, this one {number}.")
-    return items
 
 
 def write_report(
@@ -54,7 +59,7 @@ def write_report(
             if isinstance(value, int | float) and not isinstance(value, bool)
         ]
         source = f"evaluation/{stage}"
-        parts += [f"## {stage.capitalize()}", f"Beside the published figures: [{source}/report.md]({source}/report.md)"]
+        parts += [f"## {stage.capitalize()}", f"More, with intervals: [{source}/report.md]({source}/report.md)"]
         parts.append(markdown_table(["figure", "value"], rows))
         parts += [
             f"![{caption}]({source}/{name}.png)"

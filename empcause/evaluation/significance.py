@@ -11,13 +11,15 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A figure with its confidence interval."""
+    """A figure with its confidence interval; one item has none (None)."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f} (of one item: no interval)"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -39,12 +41,19 @@ def bootstrap(
         seed: of the drawing.
 
     Raises:
-        ValueError: no items, or arrays of different length.
+        ValueError: no items, arrays of different length, or a value that is not finite.
     """
     values = np.stack([np.asarray(array, np.float64) for array in items])
     number = values.shape[1]
     if number == 0:
         raise ValueError("a bootstrap needs at least one item.")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"item {int(np.argwhere(~np.isfinite(values))[0, 1])} has a figure that is not a finite number."
+        )
+    value = float(statistic(*values.sum(1, keepdims=True))[0])
+    if number == 1:
+        return Interval(value, None, None)
     random = np.random.default_rng(seed)
     sums = np.empty((len(values), resamples))
     for start in range(0, resamples, 250):  # few at a time: [resamples, n] would not fit in memory
@@ -52,7 +61,7 @@ def bootstrap(
         draws = random.integers(number, size=(rows, number))
         sums[:, start : start + rows] = values[:, draws].sum(-1)
     low, high = np.quantile(statistic(*sums), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(statistic(*values.sum(1, keepdims=True))[0]), float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def mean_interval(items: ArrayLike, **options: float) -> Interval:

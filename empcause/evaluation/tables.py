@@ -41,11 +41,11 @@ def format_figure(value: float | Interval | None) -> str:
 
 def comparison_table(
     name: str,
-    figures: Mapping[str, float | Interval],
-    published: Mapping[str, Sequence[float]],
+    figures: Mapping[str, float | Interval | None],
+    published: Mapping[str, Sequence[float | None]],
     columns: Sequence[str],
 ) -> str:
-    """The measured row first, the published ones below it."""
+    """The measured row first, the published ones below it if these are measured on the same data."""
     rows = [[f"**{name}**", *(format_figure(figures.get(column)) for column in columns)]]
     rows += [[system, *map(format_figure, values)] for system, values in published.items()]
     return markdown_table(["system", *(column.replace("_", " ") for column in columns)], rows)

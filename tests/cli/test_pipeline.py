@@ -27,8 +27,10 @@ def test_demo_writes_a_report(demo):
     metrics = json.loads((demo / "metrics.json").read_text())
     assert 0 < metrics["extractor"]["top5_recall"] <= 1
     assert metrics["generator"]["perplexity"] > 1
-    assert "ECE, RoBERTa-base (paper)" in (demo / "evaluation" / "extractor" / "report.md").read_text()
-    assert "ECG (paper)" in (demo / "evaluation" / "generator" / "report.md").read_text()
+    for stage in ("extractor", "generator"):
+        assert "(paper)" not in (demo / "evaluation" / stage / "report.md").read_text(), (
+            "the sample is not the paper's data"
+        )
 
 
 def models(demo):
@@ -66,6 +68,6 @@ def test_evaluation_with_a_paired_difference(demo, capsys, tmp_path):
     capsys.readouterr()
     other_kind = ["--compare", str(earlier)]
     assert main(["evaluate", "extractor", *extractor, *other_kind]) == 2
-    assert "has 0 items, this one 64" in capsys.readouterr().err
+    assert "scored other items" in capsys.readouterr().err
     assert main(["evaluate", "extractor", *extractor, "--compare", str(tmp_path / "none")]) == 2
     assert "--compare" in capsys.readouterr().err

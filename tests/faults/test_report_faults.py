@@ -1,12 +1,22 @@
 """What cards and reports say is what the run was, and text from outside is shown in them, never executed."""
 
+import re
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import yaml
 from kinds import Guard, fault
 
-from empcause.data import load_annotations, load_dialogues
-from empcause.data.origin import Origin, origin
+from empcause.data import load_annotations, load_dialogues, response_pairs
+from empcause.data.origin import Origin, _fingerprint, origin
+from empcause.errors import UserError
+from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
+from empcause.evaluation.metrics import bits_per_byte, emotion_correct, nll_per_word, score_causes
+from empcause.evaluation.significance import mean_interval, perplexity_interval
+from empcause.evaluation.tables import format_figure
 from empcause.training.card import model_card
 from empcause.training.generator import GeneratorTrainingArguments
 
@@ -76,3 +86,144 @@ def test_own_data_are_not_the_papers(tmp_path):
     text = card(GeneratorTrainingArguments(output_dir=str(tmp_path)), data=own)
     assert yaml.safe_load(text.split("---")[1]) == {"license": "unknown", "library_name": "empcause", "language": "en"}
     assert "EmpatheticDialogues" not in text
+
+
+def evaluate(extractor, generator, folder, **options):
+    """Evaluate a generator on the sample, or as the options say; its report and figures."""
+    defaults = {"data": "sample", "max_samples": 6, "max_new_tokens": 3}
+    made = evaluate_generator(
+        EvaluateGeneratorOptions(
+            model=str(generator), extractor=str(extractor), output_dir=str(folder), **(defaults | options)
+        )
+    )
+    return (folder / "report.md").read_text(encoding="utf-8"), made
+
+
+@fault(
+    Guard(
+        "empcause/evaluation/generator.py", "    if results.data.published and options.split", "    if options.split"
+    ),
+    Guard("empcause/evaluation/generator.py", ' and options.split == "test" and', " and"),
+    Guard("empcause/evaluation/generator.py", " and len(results.responses) == results.whole:", ":"),
+    Guard(
+        "empcause/evaluation/generator.py",
+        "(*values[:3], *(values[3:] if same_scale else (None, None, None)))",
+        "values",
+    ),
+    cause="figures of a part of the data, of another split, of other data, or on another scale",
+    place="empcause evaluate generator, its report",
+    promise="the paper's rows stand only beside the whole test split of its data; else a sentence says what was measured",
+)
+def test_papers_rows_only_beside_the_papers_data(small_extractor, small_generator, tmp_path, monkeypatch):
+    report, _ = evaluate(small_extractor, small_generator, tmp_path / "sample")
+    everything = len(response_pairs(load_dialogues("test", "sample")))
+    assert f"on 6 of {everything} responses of the sample embedded in empcause (split test), 6 generated" in report
+    assert "(paper)" not in report
+    assert "The paper's figures are not shown" in report
+    dialogues = load_dialogues("test", "sample")[:2]
+    whole = sum(len(dialogue.turns) // 2 for dialogue in dialogues)
+    monkeypatch.setattr("empcause.evaluation.generator.load_dialogues", lambda *_: dialogues)
+    monkeypatch.setattr("empcause.data.origin._PAPERS", {_fingerprint(dialogues)})
+    options = {"data": str(tmp_path), "max_samples": None}
+    shown, figures = evaluate(small_extractor, small_generator, tmp_path / "whole", **options)
+    assert figures["generated_responses"] == whole
+    assert "| ECG (paper) | 14.063 | 0.025 | 0.109 | – | – | – |" in shown, (
+        "BERTScore of another encoder is another scale"
+    )
+    for part in ({"split": "valid"}, {"max_generated": 1}, {"max_samples": 1}):
+        shown, _ = evaluate(small_extractor, small_generator, tmp_path / str(part), **(options | part))
+        assert "(paper)" not in shown
+
+
+@fault(
+    Guard("empcause/evaluation/report.py", 'if items["scored"] != scored:', "if False:"),
+    cause="--compare with an evaluation of other items: another seed, subset, split or tokenizer, as many of them",
+    place="empcause evaluate",
+    promise="refused before the work; on the same items the paired difference of a model to itself is 0",
+)
+def test_compared_items_are_the_same_items(small_extractor, small_generator, tmp_path):
+    evaluate(small_extractor, small_generator, tmp_path / "first", seed=0)
+    _, same = evaluate(small_extractor, small_generator, tmp_path / "same", compare=str(tmp_path / "first"))
+    assert same["perplexity_difference"] == [0, 0, 0]
+    for other in ({"seed": 1}, {"split": "valid"}, {"max_samples": 5}):
+        with pytest.raises(UserError, match="scored other items"):
+            evaluate(small_extractor, small_generator, tmp_path / "other", compare=str(tmp_path / "first"), **other)
+    assert not (tmp_path / "other").exists()
+
+
+@fault(
+    Guard("empcause/evaluation/significance.py", "    if number == 1:\n", "    if False:\n"),
+    Guard("empcause/evaluation/significance.py", "if not np.isfinite(values).all():", "if False:"),
+    Guard(
+        "empcause/evaluation/metrics.py",
+        "return float(np.sum(nll) / words) if words else None",
+        "return float(np.sum(nll) / max(1, words))",
+    ),
+    Guard(
+        "empcause/evaluation/metrics.py",
+        "return float(np.sum(nll) / np.log(2) / size) if size else None",
+        "return float(np.sum(nll) / np.log(2) / max(1, size))",
+    ),
+    Guard(
+        "empcause/evaluation/metrics.py",
+        "if not annotation.gold or not np.isfinite(probs).all():",
+        "if not annotation.gold:",
+    ),
+    Guard("empcause/evaluation/metrics.py", "        if not np.isfinite(probs).all():\n", "        if False:\n"),
+    Guard("empcause/evaluation/metrics.py", "if len(emotion_probs) != len(emotion_ids):", "if False:"),
+    cause="one item, no words, figures that are no numbers, lists that do not fit",
+    place="metrics and intervals",
+    promise="a figure that does not exist is a dash, one item has no interval and says so; all else is refused",
+)
+def test_figures_that_do_not_exist():
+    alone = perplexity_interval([2.0], [4])
+    assert alone == (pytest.approx(np.exp(0.5)), None, None)
+    assert str(alone) == "1.649 (of one item: no interval)"
+    assert format_figure(nll_per_word([3.0], ["…?!"[:0]])) == "–"
+    assert format_figure(bits_per_byte([3.0], [""])) == "–"
+    assert nll_per_word([3.0], ["one two"]) == 1.5
+    with pytest.raises(ValueError, match="item 1 has a figure that is not a finite number"):
+        mean_interval([1.0, np.nan, 2.0])
+    with pytest.raises(ValueError, match="1 entries for 2 emotions"):
+        emotion_correct([[0.2, 0.8]], [1, 1])
+    with pytest.raises(ValueError, match="text 1 has a probability that is not a finite number"):
+        emotion_correct([[0.2, 0.8], [np.nan, 0.1]], [1, 1])
+    annotation = load_annotations("test", "sample")[0]
+    with pytest.raises(ValueError, match="a probability that is not a finite number"):
+        score_causes([annotation], [[np.nan] * len(annotation.words)])
+    with pytest.raises(ValueError, match="no annotated word"):
+        score_causes([replace(annotation, gold=())], [[0.5] * len(annotation.words)])
+
+
+@fault(
+    Guard("empcause/text.py", 'return _MARKDOWN.sub(r"\\\\\\g<0>", visible(text)).strip()', "return text.strip()"),
+    Guard("empcause/text.py", '    text = visible(text)\n    ticks = "`" * (1 +', '    ticks = "`" * (0 *'),
+    Guard("empcause/evaluation/generator.py", "markdown(response) or", "response or"),
+    Guard("empcause/evaluation/generator.py", 'markdown(" / ".join(pair.context))', '" / ".join(pair.context)'),
+    Guard("empcause/evaluation/generator.py", "{code(options.model)}, {bias}", "`{options.model}`, {bias}"),
+    cause="escape sequences, HTML, links, pipes, backticks and new lines in dialogues, answers and folders' names",
+    place="report and model card in Markdown",
+    promise="each is shown as it is written: one row per dialogue, no element but our own",
+)
+def test_markdown_shows_what_texts_hold(small_extractor, small_generator, tmp_path, monkeypatch):
+    from markdown_it import MarkdownIt
+
+    dialogue = replace(load_dialogues("test", "sample")[0], turns=(HOSTILE, "Fine."), roles=(0, 1))
+    monkeypatch.setattr("empcause.evaluation.generator.load_dialogues", lambda *_: [dialogue])
+    monkeypatch.setattr("empcause.evaluation.generator.generate_responses", lambda *_, **__: [HOSTILE])
+    model = tmp_path / "`<b>x</b>\x1b[1m"
+    shutil.copytree(small_generator, model)
+    report, _ = evaluate(small_extractor, model, tmp_path / "report")
+    (tmp_path / "``\x1b`").mkdir()
+    options = GeneratorTrainingArguments(output_dir=str(tmp_path), model_name_or_path=str(tmp_path / "``\x1b`"))
+    for text in (report, card(options)):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    assert yaml.safe_load(card(options).split("---")[1])["license"] == "apache-2.0"
+    html = MarkdownIt("commonmark").enable("table").render(report)
+    assert html.count("<a ") == 0
+    assert re.findall(r"<img src=.(\S+?).\s", html) == ["causes.png"]
+    assert "<b>" not in html
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") == 2, "in the context and in the answer"
+    assert html.count(r"\x1b[31mred\x1b[0m\n---\nlicense: mit") == 2
+    assert len(re.findall("<tr>", html.split("<table>")[-1])) == 2
