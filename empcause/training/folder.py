@@ -187,8 +187,9 @@ def check_checkpoint(folder: Path, with_best: bool) -> None:
         best = json.loads((folder / STATE).read_text(encoding="utf-8")).get("best_model_checkpoint")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / STATE} is damaged.") from error
-    if with_best and best is not None and verify(_beside(folder, best)) is None:
-        raise UserError(f"the best checkpoint until then, {_beside(folder, best)}, is missing or was cut short.")
+    best = _beside(folder, best or folder.name)
+    if with_best and best != folder and verify(best) is None:
+        raise UserError(f"the best checkpoint until then, {best}, is missing or was cut short.")
 
 
 def _beside(folder: Path, best: str) -> Path:

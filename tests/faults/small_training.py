@@ -70,10 +70,10 @@ class At(TrainerCallback):
             self.function()
 
 
-def in_a_process(function: Callable[[], object]) -> int:
-    """Run a function in a fork of this process, which costs no import; its exit status: minus a signal's number, 0, or 1.
+def start(function: Callable[[], object]) -> int:
+    """Run a function in a fork of this process, which costs no import; the fork's number.
 
-    An exception is printed and ends the process with 1.
+    It ends with 0, or with 1 after an exception, which is printed.
     """
     child = os.fork()
     if child == 0:
@@ -87,7 +87,12 @@ def in_a_process(function: Callable[[], object]) -> int:
         finally:
             sys.stderr.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def in_a_process(function: Callable[[], object]) -> int:
+    """The exit status of a function in a fork of this process: minus a signal's number, 0 or 1."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(function), 0)[1])
 
 
 def killed_at(folder: Path, moment: int, function: Callable[[], object]) -> int:
