@@ -104,6 +104,7 @@ class _Steering:
             self.check_values()
 
     def check_implementation(self) -> None:
+        """At the beginning and at every call: it can be set anew."""
         found = self.decoder.config._attn_implementation
         if found != "empcause":
             raise ValueError(
@@ -117,6 +118,7 @@ class _Steering:
             raise ValueError("cause_probs must be finite with 1 + gamma * cause_probs >= 0.")
 
     def check_input(self, rows: int, tokens: int) -> None:
+        """Refuse causes of another shape than the input that they belong to."""
         if self.causes.shape[0] not in (1, rows) or self.causes.shape[1] != tokens:
             raise ValueError(
                 f"cause_probs is {list(self.causes.shape)} [batch or 1, tokens], but the input is {[rows, tokens]}: every row "
@@ -150,10 +152,11 @@ class _Steering:
         return keywords
 
     def after_direct_call(self, witness: "_Witness", output: Any) -> None:
+        """Check that the causes arrived, and know a cache that the model has made itself."""
         witness.check()
-        cache = next((part for part in _values(output) if isinstance(part, Cache)), None)
-        if cache is not None:  # the model has made it itself, or it is known
-            self.starts.setdefault(cache, 0)
+        for part in output.values() if isinstance(output, Mapping) else output:
+            if isinstance(part, Cache):
+                self.starts.setdefault(part, 0)
 
 
 @dataclass(eq=False)
@@ -162,8 +165,10 @@ class _Generation:
 
     Attributes:
         steering: what it is steered by.
-        causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats them.
-        read: number of the prompt's tokens that have been read.
+        causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats them; later with the keys before the prompt.
+        rows: in every call of the model.
+        tokens: of the prompt.
+        read: how many of them have been read.
         witness: of the last call of the model.
     """
 
@@ -176,7 +181,7 @@ class _Generation:
 
     def expand(self, size: int, prompt: Tensor) -> None:
         """Take the prompt `[batch, tokens]` and how often its rows are repeated."""
-        if self.causes is not None:  # a model that drafts for itself generates inside
+        if self.causes is not None:  # a draft
             return
         rows, self.tokens = prompt.shape[:2]
         self.steering.check_input(rows, self.tokens)
@@ -218,7 +223,17 @@ class _Generation:
         self.witness = keywords["cause_witness"]
         return keywords
 
+    @contextmanager
+    def draft(self) -> Iterator[None]:
+        """What is generated inside reads the prompt anew, and does not count."""
+        read, self.read = self.read, self.tokens
+        try:
+            yield
+        finally:
+            self.read = read
+
     def check(self) -> None:
+        """Whether the causes arrived in the last call of the model."""
         if self.witness is not None:
             self.witness.check()
 
@@ -316,9 +331,9 @@ def _steering(module: nn.Module, name: str) -> _Steering | None:
             return steering
     if (module, name) in _REPLACED:
         raise RuntimeError(
-            f"{type(module).__name__} is being steered by another thread or task, and a call outside of its context would be "
-            "neither steered nor safely unsteered; start the thread with "
-            "Thread(target=contextvars.copy_context().run, args=(model.generate, ...)), or call after steering has ended."
+            f"{type(module).__name__} is being steered by another thread or task, whose context this call does not inherit; "
+            "start the thread with Thread(target=contextvars.copy_context().run, args=(model.generate, ...)), or call the "
+            "model when steering has ended."
         )
     return None
 
@@ -338,7 +353,11 @@ def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kw
 def _direct_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[_Steering | None, dict[str, Any]]:
     generation = _GENERATION.get()
     if generation is not None and generation.steering.decoder is decoder:
-        return None, {}
+        if generation.witness is None:
+            raise RuntimeError(
+                "generate calls the model with inputs that it did not prepare itself: it cannot be steered."
+            )
+        return None, {}  # for another prompt
     steering = _steering(decoder, "forward")
     return steering, {} if steering is None else steering.in_direct_call(args, kwargs)
 
@@ -351,7 +370,8 @@ def _after_direct_call(steering: _Steering, keywords: dict[str, Any], output: An
 def _generate(model: PreTrainedModel, unsteered: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     generation = _GENERATION.get()
     if generation is not None and generation.steering.model is model:  # the model drafts for itself
-        return unsteered(*args, **kwargs)
+        with generation.draft():
+            return unsteered(*args, **kwargs)
     try:
         steering = _steering(model, "generate")
     except RuntimeError:
@@ -468,7 +488,3 @@ def _check_free(inputs: Mapping[str, Any]) -> None:
         raise ValueError(
             "Attention to encoder_hidden_states cannot be steered: the causes belong to the model's own tokens."
         )
-
-
-def _values(output: Any) -> Any:
-    return output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()

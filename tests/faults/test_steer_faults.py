@@ -141,7 +141,7 @@ def test_compiled_models():
     ids, causes = prompts()
     for inside in (False, True):
         torch._dynamo.reset()
-        model = make()
+        model = make(LlamaConfig(**LLAMA.to_dict() | {"num_hidden_layers": 1}))
         plain, expected, answer = model(ids).logits, logits(model, ids, causes), greedy(model, ids, causes, 2)
         compiled = model if inside else torch.compile(model, backend="eager")
         if inside:
@@ -207,8 +207,8 @@ def test_a_thread_outside_the_context(monkeypatch):
 @fault(
     Guard(STEERING, "if not method.holders:", "if True:"),
     Guard(STEERING, "_STEERINGS.set((*_STEERINGS.get(), steering))", "_STEERINGS.set((steering,))"),
-    cause="two threads and two tasks steer one model at once, each with causes of its own",
-    place="steer in several threads",
+    cause="two threads, two tasks, or two models in one thread are steered at once, each with causes of its own",
+    place="steer",
     promise="each gets the answer of its own causes, also when another's context has ended in between",
 )
 def test_several_threads_and_tasks():
@@ -254,7 +254,11 @@ def test_several_threads_and_tasks():
     for thread in threads:
         thread.join()
     asyncio.run(tasks())
-    assert len(found) == 7
+    other = make(GPT2)
+    with empcause.steer(model, rows[0]), empcause.steer(other, rows[1]):
+        other(ids[:1])
+        found[0, "beside another model"] = model(ids[:1]).logits
+    assert len(found) == 8
     for (index, _), value in found.items():
         close(value, expected[index])
     close(model(ids[:1]).logits, logits(model, ids[:1], rows[0] * 0))
@@ -607,9 +611,10 @@ def test_causes_of_other_kinds():
     Guard(STEERING, "if len(self.keys) != self.layers:", "if False:"),
     Guard(STEERING, "        self.check()\n        steering = self.steering", "        steering = self.steering"),
     Guard(STEERING, "        generation.check()\n", ""),
-    cause="the model loses the causes on their way to some of its attention layers",
+    Guard(STEERING, "        if generation.witness is None:\n", "        if False:\n"),
+    cause="the causes are lost on their way to some of the attention layers, or calls do not go through generate's own method",
     place="calls of the model, and every step of generate",
-    promise="an error that counts the layers",
+    promise="an error that counts the layers or names generate",
 )
 def test_layers_that_lose_the_causes():
     model = make(GPT2)
@@ -634,6 +639,16 @@ def test_layers_that_lose_the_causes():
     with pytest.raises(RuntimeError, match="1 of its 2 layers"), empcause.steer(model, causes):
         model.generate(ids, max_new_tokens=3)
     assert len(steps) == 2
+    block.forward = hears
+    prepares = type(model).prepare_inputs_for_generation.__get__(model)
+
+    def as_prompt_tuning_does():
+        model.prepare_inputs_for_generation = prepares
+        model.generate(ids, **NEW)
+
+    with pytest.raises(RuntimeError, match="it did not prepare"), empcause.steer(model, causes):
+        as_prompt_tuning_does()
+    assert model.prepare_inputs_for_generation is prepares
 
 
 @fault(
