@@ -288,9 +288,11 @@ def compare(old: Path, new: Path, tolerance: float) -> list[str]:
     Both the peer and the machine may have changed, so that a case counts by its best ratio over the peers that both runs timed.
 
     Raises:
-        UserError: a file that is no table of `empcause bench`.
+        UserError: a file that is no table of `empcause bench`, or tables without a case in common.
     """
     first, second = _read_ratios(old), _read_ratios(new)
+    if not first.keys() & second.keys():
+        raise UserError(f"{old} and {new} have no case in common.")
     found = []
     for key in first.keys() & second.keys():
         common = first[key].keys() & second[key].keys()
@@ -311,7 +313,10 @@ def _read_ratios(path: Path) -> dict[tuple[str, str], dict[str, float]]:
     if column not in (reader.fieldnames or []):
         raise UserError(f"{path} is not a table of `empcause bench`: it has no column {column!r}.")
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for line in lines:
-        if line[column]:
-            found.setdefault((line["case"], line["direction"]), {})[line["peer"]] = float(line[column])
+    try:
+        for line in lines:
+            if line[column]:
+                found.setdefault((line["case"], line["direction"]), {})[line["peer"]] = float(line[column])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
     return found

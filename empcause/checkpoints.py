@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from empcause.errors import UserError
 from empcause.outputs import RECORD, verify
+from empcause.text import one_line
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -33,15 +34,19 @@ def read_config(path: str | os.PathLike[str], what: str, how: str) -> dict[str, 
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"There is no {what} at {folder}: the folder does not exist; `{how}` makes one.")
+    if not (folder / "config.json").exists():
+        raise UserError(f"There is no {what} at {folder}: the folder has no config.json; `{how}` makes one.")
+    return _read_object(folder / "config.json")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"There is no {what} at {folder}: the folder has no config.json; `{how}` makes one.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'} is damaged: {error}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is damaged: it holds no JSON object.")
-    return config
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {one_line(error)}; use another copy.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object; use another copy.")
+    return values
 
 
 def check_weights(path: str | os.PathLike[str]) -> None:
@@ -94,7 +99,34 @@ def load_pretrained(
     if found != model_type:
         raise UserError(f"{path} holds a model of type {found!r}, not an {what} (type {model_type!r}).")
     check_weights(path)
+    if (generation := Path(path) / "generation_config.json").exists():
+        _read_object(generation)  # transformers passes over a damaged one
     return load_whole(model_class, path)
+
+
+def load_own_tokenizer(model: PreTrainedModel, path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with a finished model.
+
+    Args:
+        model: the model.
+        path: its folder.
+
+    Raises:
+        UserError: there is none, it is damaged, or it belongs to another model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # tokenizers raises no class of its own
+        raise UserError(f"The tokenizer in {path} is missing or damaged: {one_line(error)}") from error
+    needed = ("pad_token", "eos_token", "sep_token")
+    lacks = next((name for name in needed if getattr(tokenizer, name) is None), None)
+    if lacks or not tokenizer.is_fast or largest >= model.get_input_embeddings().num_embeddings:
+        reason = f"it has no {lacks}" if lacks else "it has tokens that the model does not know"
+        raise UserError(
+            f"The tokenizer in {path} is not that of its model ({reason}); use the one that was saved with it."
+        )
+    return tokenizer
 
 
 def load_whole(
@@ -121,7 +153,7 @@ def load_whole(
             path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError, SafetensorError) as error:
-        raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"The model {path} cannot be loaded: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     parts = {name for name, _ in model.named_children()} - set(new or ())

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from empcause.cli.options import number
 from empcause.errors import UserError
+from empcause.ranges import POSITIVE, SHARE, Range
 
 EPILOG = """\
 Peers are checked against fp64 before they are timed. Compare ratios within a run: the machine's speed cancels there.
@@ -30,11 +32,13 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--peers", nargs="+", metavar="NAME", help="beside this package; all but FlexAttention by default"
     )
-    parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each direction of a case")
+    parser.add_argument("--threads", type=number(int, Range(1, 4096)), help="of torch")
+    parser.add_argument("--seconds", type=number(float, POSITIVE), default=1.5, help="for each direction of a case")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a CSV and plots there")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="CSV", help="two earlier results; nothing is timed")
-    parser.add_argument("--tolerance", type=float, default=0.15, help="of --compare, as a share of the ratio")
+    parser.add_argument(
+        "--tolerance", type=number(float, SHARE), default=0.15, help="of --compare, as a share of the ratio"
+    )
     parser.set_defaults(run=run)
 
 
@@ -47,8 +51,6 @@ def run(options: argparse.Namespace) -> int:
 
     if not info()["cpu"].runs:
         raise UserError(f"The CPU backend does not run here: {info()['cpu'].reason}.")
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads must be at least 1, not {options.threads}.")
     from empcause.benchmarks import cpu
 
     if options.compare:
@@ -58,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_freed_memory()  # or whose results meet fresh pages is a matter of luck
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
     suites = SUITES if "all" in options.suites else options.suites
     cpu.bench(suites, options.dtypes, options.peers, options.output, options.seconds)
     return 0

@@ -110,7 +110,8 @@ def _refuse_repetition(arguments: Sequence[str]) -> None:
         name = word.split("=")[0].replace("-", "_")
         if word.startswith("--") and name in seen:
             raise UserError(f"{word.split('=')[0]} is given twice; give it once.")
-        seen.add(name)
+        if word.startswith("--"):
+            seen.add(name)
 
 
 def _check_instruction_set() -> None:

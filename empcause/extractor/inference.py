@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from empcause.checkpoints import load_pretrained
+from empcause.checkpoints import load_own_tokenizer, load_pretrained
 from empcause.data import Word, align_max, split_words
 from empcause.errors import UserError
 from empcause.extractor.configuration import CauseExtractorConfig
@@ -51,7 +51,7 @@ def load_extractor(path: str | os.PathLike[str]) -> tuple[CauseExtractor, PreTra
     model = load_pretrained(
         CauseExtractor, path, "extractor", "empcause train extractor", CauseExtractorConfig.model_type
     )
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    return model.eval(), load_own_tokenizer(model, path)
 
 
 @torch.inference_mode()

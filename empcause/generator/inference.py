@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from empcause.checkpoints import load_pretrained, read_config
+from empcause.checkpoints import load_own_tokenizer, load_pretrained, read_config
 from empcause.data import EMOTIONS, LISTENER, SPEAKER, ResponsePair, Word, join_turns
 from empcause.data.collation import pad_dialogues
 from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
@@ -57,7 +57,7 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
         raise UserError(f"{path} holds a model of type {found!r}, not a generator ({', '.join(known)}).")
     model = load_pretrained(known[found], path, "generator", "empcause train generator", found)
     model.set_attn_implementation("empcause")
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    return model.eval(), load_own_tokenizer(model, path)
 
 
 def longest_sequence(model: PreTrainedModel) -> int:

@@ -204,6 +204,7 @@ def build_encoder(args: ExtractorTrainingArguments, tokenizer: Any) -> tuple[Cau
         cause_reduction=args.cause_reduction,
         aux_form=args.aux_form,
         max_length=args.max_length,
+        **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
     return config, encoder
 
