@@ -34,12 +34,13 @@ def hide_file_progress() -> None:
 
 def print_metrics(metrics: Mapping[str, Any], caption: str) -> None:
     """Print the numbers among `metrics` as a two-column table with `caption` below."""
-    table = Table("metric", "value", caption=Text(visible(caption)))
+    table = Table("metric", "value")
     table.columns[1].justify = "right"
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+    console.print(Text(visible(caption)), soft_wrap=True)
 
 
 def highlight(reply: "Reply") -> Text:
