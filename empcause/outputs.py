@@ -113,7 +113,9 @@ def seal(folder: str | os.PathLike[str], made_by: str, about: Mapping[str, Any] 
     paths = sorted(path for path in folder.rglob("*") if path.name != RECORD)
     for path in paths:
         sync(path)
-    files = {path.relative_to(folder).as_posix(): checksum(path) for path in paths if path.is_file()}
+    files: dict[str, str | None] = {
+        path.relative_to(folder).as_posix(): checksum(path) for path in paths if path.is_file()
+    }
     write_record(folder, Record(made_by, files, dict(about or {})))
     sync(folder.parent)
 
@@ -210,7 +212,8 @@ def working_in(folder: str | os.PathLike[str]) -> Iterator[None]:
             f"Another process works in {folder}; wait until it has ended, or choose another output_dir."
         ) from error
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"output_dir {folder} is not a folder: {error.filename} is a file.") from error
+        file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), folder)
+        raise UserError(f"output_dir {folder} is not a folder: {file} is a file.") from error
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}.") from error
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from empcause.errors import UserError
 from empcause.evaluation.tables import markdown_table
+from empcause.files import write_text
 
 
 def read_items(folder: str | None, scored: str, names: Iterable[str]) -> dict[str, list[float]] | None:
@@ -50,7 +51,7 @@ def write_report(
         Path of the Markdown report.
     """
     stages = {"extractor": extractor_metrics, "generator": generator_metrics}
-    (folder / "metrics.json").write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "metrics.json", json.dumps(stages, indent=2) + "\n")
     parts = ["# empcause: report", note] if note else ["# empcause: report"]
     for stage, metrics in stages.items():
         rows = [
@@ -67,5 +68,5 @@ def write_report(
             if (folder / source / f"{name}.png").exists()
         ]
     path = folder / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
     return path

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from kinds import ROOT, Guard, fault
@@ -213,6 +215,35 @@ def test_overwriting_what_is_needed(trained):
     with pytest.raises(UserError, match="model_name_or_path is in output_dir"):
         train(arguments(trained, overwrite_output_dir=True, model_name_or_path=str(trained / "checkpoint-2")))
     assert content(trained) == before
+
+
+@fault(
+    Guard(OUTPUTS, 'raise UserError(f"output_dir {folder} cannot be written: {error.strerror}.") from error', "raise"),
+    Guard(
+        OUTPUTS, "    except (FileExistsError, NotADirectoryError) as error:", "    except ZeroDivisionError as error:"
+    ),
+    cause="the output folder may not be written, or is a file, or lies below one",
+    place="empcause train, evaluate, demo",
+    promise="one sentence, before anything is read or computed",
+)
+def test_output_folder_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=rf"is not a folder: {tmp_path}/file is a file\."):
+            train(arguments(path))
+    shared = Path(tempfile.mkdtemp())
+    os.chmod(shared, 0o555)
+
+    def run():
+        if os.geteuid() == 0:
+            os.setuid(65534)  # root may write anywhere
+        for path in (shared, shared / "run"):
+            with pytest.raises(UserError, match=f"output_dir {path} cannot be written: Permission denied"):
+                train(arguments(path))
+
+    assert in_a_process(run) == 0
+    assert not os.listdir(shared)
+    shared.rmdir()
 
 
 @fault(
