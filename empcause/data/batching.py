@@ -17,19 +17,25 @@ class LengthBatchSampler(Sampler[list[int]]):
         batch_size: items per batch (the last of a phase may have fewer).
         seed: with the epoch, decides the order.
         phases: index sets trained one after another within each epoch; default is one phase with everything.
+        drop_last: leave out batches with fewer items; then processes get equal numbers of batches, too.
     """
 
     # accelerate shards batches of varying size over processes where this is None.
     batch_size = None
-    drop_last = False
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, phases: Sequence[Sequence[int]] | None = None
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        phases: Sequence[Sequence[int]] | None = None,
+        drop_last: bool = False,
     ) -> None:
         self.lengths = np.asarray(lengths)
         self.items_per_batch = batch_size
         self.seed = seed
         self.phases = [np.asarray(phase) for phase in (phases or [range(len(lengths))]) if len(phase)]
+        self.drop_last = drop_last
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -37,7 +43,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(-(-len(phase) // self.items_per_batch) for phase in self.phases)
+        size = self.items_per_batch
+        return sum(len(phase) // size if self.drop_last else -(-len(phase) // size) for phase in self.phases)
 
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self.seed, self.epoch))
@@ -51,6 +58,7 @@ class LengthBatchSampler(Sampler[list[int]]):
                 batches += [
                     part[place : place + self.items_per_batch].tolist()
                     for place in range(0, len(part), self.items_per_batch)
+                    if len(part) - place >= self.items_per_batch or not self.drop_last
                 ]
             for index in random.permutation(len(batches)):
                 yield batches[index]

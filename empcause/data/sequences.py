@@ -13,6 +13,9 @@ from empcause.errors import UserError
 
 IGNORED = -100
 
+# One token each of context and response, and what ends them.
+MIN_LENGTH = 4
+
 
 @dataclass(frozen=True)
 class EncodedDialogue:
@@ -26,6 +29,7 @@ class EncodedDialogue:
         spans: `[S, 2]` int64, characters in the text of `join_turns(context)`; empty at separators and in the response.
         dropped_turns: oldest turns left out because the whole was too long.
         cut_response: the response lost its end because it was too long by itself.
+        cut_turn: the last turn lost its beginning for the same reason.
     """
 
     input_ids: NDArray[np.int64]
@@ -34,6 +38,7 @@ class EncodedDialogue:
     spans: NDArray[np.int64]
     dropped_turns: int = 0
     cut_response: bool = False
+    cut_turn: bool = False
 
 
 def encode_dialogue(
@@ -63,7 +68,7 @@ def encode_dialogue(
     separator, end = tokenizer.sep_token_id, tokenizer.eos_token_id
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     answer: list[int] = []
-    cut_response = False
+    cut_turn = cut_response = False
     if response is not None:
         ids = tokenizer(response, **plain)["input_ids"]
         answer = [*ids[: max(1, max_length // 2 - 1)], end]
@@ -71,7 +76,7 @@ def encode_dialogue(
     _, turn_spans = join_turns(context)
     room = max_length - len(answer)
     if room < 2:
-        raise UserError(f"A dialogue does not fit into {max_length} tokens; at least 4 are needed.")
+        raise UserError(f"A dialogue does not fit into {max_length} tokens; at least {MIN_LENGTH} are needed.")
     pieces: list[tuple[list[int], list[tuple[int, int]], int]] = []
     used = 0
     for index in range(len(context) - 1, -1, -1):
@@ -80,6 +85,7 @@ def encode_dialogue(
         if used + len(ids) + 1 > room:
             if pieces:
                 break
+            cut_turn = True
             ids, offsets = ids[-(room - 1) :], offsets[-(room - 1) :]
         start = turn_spans[index][0]
         pieces.insert(0, (ids, [(start + first, start + last) for first, last in offsets], roles[index]))
@@ -100,4 +106,5 @@ def encode_dialogue(
         np.array(spans + [(0, 0)] * len(answer), np.int64).reshape(-1, 2),
         len(context) - len(pieces),
         cut_response,
+        cut_turn,
     )

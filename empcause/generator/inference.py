@@ -160,6 +160,9 @@ def response_nll(
 
     Returns:
         Per item, the summed NLL in nats `[n]` float64, and the number of response tokens `[n]`, the end token included.
+
+    Raises:
+        UserError: the probabilities are not finite.
     """
     totals, counts = np.zeros(len(items)), np.zeros(len(items), np.int64)
     was_training = model.training
@@ -174,6 +177,10 @@ def response_nll(
         totals[indices] = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, rows, losses).numpy()
         counts[indices] = counted.sum(1).cpu().numpy()
     model.train(was_training)
+    if not np.isfinite(totals).all():
+        raise UserError(
+            "The generator's probabilities are not numbers (NaN): its training diverged or its files are damaged."
+        )
     return totals, counts
 
 

@@ -1,10 +1,11 @@
 """What both stages share: models from a folder or from nothing, the Trainer's habits, the finished model's folder."""
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,14 +15,23 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.trainer_utils import SchedulerType, TrainOutput
+from transformers.training_args import OptimizerNames
 
 from empcause.checkpoints import check_weights
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
 from empcause.hub import not_found, reach_hub
+from empcause.outputs import read_record
+from empcause.ranges import NOT_NEGATIVE, Range, check_values
+from empcause.training.fingerprint import check_same, fingerprint
 from empcause.training.folder import CheckpointedTrainer, save_finished
+from empcause.training.settings import OPTIMIZERS, RANGES, REFUSED, WITHOUT_OPTIONS, WITHOUT_WARMUP, WORKING
 
 # Files of a tokenizer's folder that say of which class it is.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -32,7 +42,21 @@ class StageTrainingArguments(TrainingArguments):
     """Options that both stages have, with the settings of the paper's Table 4 that both share.
 
     `metric_for_best_model` is what early stopping, the plateau scheduler and the choice of the best checkpoint watch.
+
+    Attributes:
+        figures: what an evaluation of the stage measures.
+        higher_is_better: whether these should rise.
+        ranges: range by name of an option.
+        refused: reason by name of an option that may have no value but its default.
+
+    Raises:
+        UserError: a value out of range, or an option or a combination that would not do what it says.
     """
+
+    figures: ClassVar[tuple[str, ...]]
+    higher_is_better: ClassVar[bool]
+    ranges: ClassVar[Mapping[str, Range]] = RANGES | {"early_stopping_patience": NOT_NEGATIVE}
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     data: str | None = field(
         default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
@@ -60,6 +84,13 @@ class StageTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what an earlier training left in output_dir"}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "without effect: a loss that is not finite ends the training"}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "a resumed run remembers how long it has seen no better figure"}
+    )
+    greater_is_better: bool | None = field(default=None, metadata={"help": "known from the figure that is watched"})
     report_to: str | None = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
 
     def __post_init__(self) -> None:
@@ -71,12 +102,82 @@ class StageTrainingArguments(TrainingArguments):
             raise ValueError("a model made from nothing needs tokenizer_name.")
         for name in ("model_name_or_path", "tokenizer_name"):
             _check_local(name, getattr(self, name))
-        if self.lr_scheduler_type == "reduce_lr_on_plateau" and not self.lr_scheduler_kwargs:
-            mode = "max" if self.greater_is_better else "min"
-            self.lr_scheduler_kwargs: Any = {"mode": mode, "factor": 0.5, "patience": 1}
+        self._check_settings()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 is refused where there is no GPU
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(_one_line(error)) from error
+        self._check_schedule()
+        self._check_strategies()
+
+    def _check_settings(self) -> None:
+        """Refuse values out of range, options that would be ignored or do something else, and unknown figures."""
+        check_values(self, self.ranges)
+        inherited = {each.name for each in fields(TrainingArguments)}
+        for each in fields(self):
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            value = getattr(self, each.name)
+            if value == default or not (value or default) or each.name not in inherited:
+                continue
+            if each.name in self.refused:
+                raise UserError(f"{each.name} cannot be used here: {self.refused[each.name]}.")
+            if each.name not in self.ranges.keys() | WORKING:
+                raise UserError(f"{each.name} is newer than this version of empcause; leave it out.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UserError(f"max_steps is {self.max_steps}; expected at least 1, or -1 to count epochs instead.")
+        if (optimizer := OptimizerNames(self.optim).value) not in OPTIMIZERS:
+            raise UserError(f"optim is {optimizer}; those that work here are {', '.join(OPTIMIZERS)}.")
+        figure = str(self.metric_for_best_model).removeprefix("eval_")
+        if figure not in self.figures:
+            raise UserError(f"metric_for_best_model is {figure!r}; expected one of {', '.join(self.figures)}.")
+        better = "higher" if self.higher_is_better else "lower"
+        if self.greater_is_better not in (None, self.higher_is_better):
+            raise UserError(f"greater_is_better is {self.greater_is_better}, but a {better} {figure} is better.")
+        self.greater_is_better = self.higher_is_better
+
+    def _check_schedule(self) -> None:
+        """Let the schedule watch its figure in the right direction, and refuse options that it does not know."""
+        kind, given = SchedulerType(self.lr_scheduler_type).value, self.lr_scheduler_kwargs or {}
+        if kind in WITHOUT_WARMUP and self.warmup_steps:
+            raise UserError(
+                f"lr_scheduler_type {kind} has no warm-up; leave out warmup_steps, or choose linear or cosine."
+            )
+        if kind in WITHOUT_OPTIONS and given:
+            raise UserError(f"lr_scheduler_type {kind} takes no lr_scheduler_kwargs.")
+        if kind in ("reduce_lr_on_plateau", "greedy"):
+            mode = "max" if self.higher_is_better else "min"
+            if given.get("mode", mode) != mode:
+                raise UserError(
+                    f"lr_scheduler_kwargs: mode is {given['mode']!r}; {self.metric_for_best_model} needs {mode!r}."
+                )
+            defaults = {"factor": 0.5, "patience": 1} if kind == "reduce_lr_on_plateau" else {}
+            self.lr_scheduler_kwargs: Any = {"mode": mode} | defaults | given
+        try:
+            get_scheduler(kind, torch.optim.SGD([torch.zeros(1)]), 0, 10, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"lr_scheduler_kwargs do not fit lr_scheduler_type {kind}: {_one_line(error)}") from error
+
+    def _check_strategies(self) -> None:
+        """Refuse checkpoints from which a run could not be resumed to the same end, and several GPUs in one process."""
+        strategies = (self.eval_strategy, self.save_strategy)
+        if strategies == ("epoch", "steps"):
+            raise UserError(
+                "save_strategy steps may save at the end of an epoch before that is evaluated; with eval_strategy epoch "
+                "give save_strategy epoch."
+            )
+        if self.load_best_model_at_end and strategies == ("steps", "steps") and self.eval_steps != self.save_steps:
+            raise UserError(
+                f"save_steps is {self.save_steps} and eval_steps {self.eval_steps}: the best model may be one that is not "
+                "saved; give the same number, or load_best_model_at_end false."
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise UserError("fp16 needs a GPU and would be ignored; bf16 works on a CPU.")
+        if self.n_gpu > 1:
+            raise UserError(
+                f"There are {self.n_gpu} GPUs; start the command with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+            )
 
 
 def _check_local(name: str, value: str | None) -> None:
@@ -135,39 +236,152 @@ def _one_line(error: Exception) -> str:
 
 
 class StageTrainer(CheckpointedTrainer):
-    """The Trainer with length-bucketed batches, and early stopping as the options say.
+    """transformers' Trainer with length-bucketed batches, early stopping, and runs that resume to the same result.
 
     Args:
-        lengths: tokens per training item.
-        phases: index sets trained one after another within an epoch.
-        **kwargs: see `transformers.Trainer`.
+        made_from: digests of what decides the result besides the options, by name.
+        phases: index sets of training items trained one after another within an epoch.
+        **kwargs: see `transformers.Trainer`; training items have `input_ids`.
+
+    Raises:
+        UserError: transformers refuses the options, or drop_last leaves no batch.
     """
 
-    def __init__(self, *, lengths: Sequence[int], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, *, made_from: Mapping[str, str | None], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> None:
+        try:
+            super().__init__(**kwargs)
+        except (ValueError, ImportError) as error:
+            raise UserError(_one_line(error)) from error
+        args = self.args
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(f"FSDP and DeepSpeed cannot be used here: {REFUSED['fsdp']}.")
         self.batches = LengthBatchSampler(
-            lengths, self.args.per_device_train_batch_size, self.args.data_seed or self.args.seed, phases
+            [len(item["input_ids"]) for item in self.train_dataset],
+            args.per_device_train_batch_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            phases,
+            args.dataloader_drop_last,
         )
-        if self.args.early_stopping_patience and self.args.eval_strategy != "no":
-            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        if not len(self.batches):
+            raise UserError(
+                f"There is no batch to train on: {len(self.train_dataset)} texts, per_device_train_batch_size "
+                f"{args.per_device_train_batch_size}, dataloader_drop_last {args.dataloader_drop_last}."
+            )
+        if args.early_stopping_patience and args.eval_strategy != "no":
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.add_callback(_Progress(self.batches))
+        self.about = fingerprint(self, made_from)
+
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
+        """Train from the beginning, or go on from a checkpoint; one that a run had ended with is not trained further.
+
+        Raises:
+            UserError: the checkpoint is of another training, or lies beyond the end of this one.
+        """
+        if resume_from_checkpoint is None:
+            return super().train()
+        record = read_record(resume_from_checkpoint)
+        check_same(resume_from_checkpoint, record.about if record else {}, self.about)
+        self.args.eval_on_start = False  # the figure at the start is in the history already
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+        epochs, steps, *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if state.global_step > max_steps:
+            raise UserError(
+                f"{resume_from_checkpoint} is beyond the end of this run, step {max_steps}; let it train longer."
+            )
+        best = f"checkpoint-{state.best_global_step}"
+        if (
+            self.args.load_best_model_at_end
+            and state.best_global_step
+            and Path(str(state.best_model_checkpoint)).name != best
+        ):
+            raise UserError(f"The best model until then was not saved as {best}; give load_best_model_at_end false.")
+        stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        patience = self.args.early_stopping_patience or math.inf
+        if state.global_step < max_steps and stopping.get("early_stopping_patience_counter", 0) < patience:
+            return super().train(resume_from_checkpoint)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self._init_training_state(max_steps, steps, epochs, resume_from_checkpoint, None)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step forward and backward.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise self._diverged("the loss")
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Figures of the stage, logged under the prefix; the callbacks are told, as `Trainer.evaluate` does.
+
+        Raises:
+            UserError: a weight or a figure is not finite.
+        """
+        self._check_weights()
+        metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
+        if not all(map(math.isfinite, metrics.values())):
+            raise self._diverged("a figure of the evaluation")
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(named)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def measure(self, model: Any, dataset: Any) -> dict[str, float]:
+        """The figures that the stage's options name in `figures`."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_weights()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check_weights(self) -> None:
+        if not all(weights.isfinite().all() for weights in self.model.parameters()):
+            raise self._diverged("a weight")
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"The training diverged: {what} is not finite at step {self.state.global_step}. Give a lower learning_rate or "
+            f"max_grad_norm; checkpoints in {self.args.output_dir} are from before."
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of similar length in a repeatable order."""
+        args = self.args
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            generator=torch.Generator(),  # the workers' seeds are not drawn from the numbers that dropout uses
         )
         return self.accelerator.prepare(loader)
 
-    def report_evaluation(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
-        """Log figures of an evaluation under `prefix_` and tell the callbacks, as `Trainer.evaluate` does."""
-        named = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        self.log(named)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
-        return named
+
+class _Progress(TrainerCallback):
+    """Tells the batches their epoch, and lets a resumed run log, evaluate and save when its own options say."""
+
+    def __init__(self, batches: LengthBatchSampler) -> None:
+        self.batches = batches
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches.set_epoch(int(state.epoch or 0))
 
 
 def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[str, float]:

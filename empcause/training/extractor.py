@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, TrainerCallback, set_seed
+from transformers import AutoModel, set_seed
+from transformers.utils import logging
 
 from empcause.checkpoints import load_whole
 from empcause.data import (
@@ -18,9 +21,13 @@ from empcause.data import (
     split_words,
 )
 from empcause.data.origin import origin
+from empcause.data.sequences import MIN_LENGTH
+from empcause.errors import UserError
 from empcause.evaluation.metrics import emotion_correct, score_causes
-from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, pad_batch
+from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input, pad_batch
+from empcause.extractor.encoding import is_cut
 from empcause.extractor.labels import IGNORED
+from empcause.ranges import COUNT, NOT_NEGATIVE, Range
 from empcause.training.card import model_card
 from empcause.training.common import (
     StageTrainer,
@@ -30,7 +37,10 @@ from empcause.training.common import (
     load_tokenizer,
     set_environment,
 )
+from empcause.training.fingerprint import digest
 from empcause.training.folder import find_checkpoint, in_output_folder
+
+logger = logging.get_logger(__name__)
 
 SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
 
@@ -38,6 +48,24 @@ SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
 @dataclass
 class ExtractorTrainingArguments(StageTrainingArguments):
     """Options of stage 1; the defaults are the paper's (Table 4)."""
+
+    figures: ClassVar = (
+        "accuracy",
+        *(f"{kind}top{cut}_recall" for kind in ("", "strict_") for cut in (1, 3, 5)),
+    )
+    higher_is_better: ClassVar = True
+    ranges: ClassVar = StageTrainingArguments.ranges | {
+        "automatic_label_start": NOT_NEGATIVE,
+        "automatic_top_k": COUNT,
+        "emotion_weight": NOT_NEGATIVE,
+        "cause_weight": NOT_NEGATIVE,
+        "aux_weight": NOT_NEGATIVE,
+        "max_length": Range(MIN_LENGTH),
+    }
+    refused: ClassVar = StageTrainingArguments.refused | {
+        "label_smoothing_factor": "the extractor's losses are the paper's, without smoothed labels",
+        "debug": "it cannot read the extractor's automatic labels",
+    }
 
     output_dir: str | None = field(default="runs/extractor", metadata={"help": "where checkpoints and model go"})
     model_name_or_path: str | None = field(
@@ -82,14 +110,15 @@ class ExtractorTrainingArguments(StageTrainingArguments):
     metric_for_best_model: str | None = field(
         default="top5_recall", metadata={"help": "validation figure that early stopping and scheduler watch"}
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "whether that figure should rise"})
 
     def __post_init__(self) -> None:
-        if self.supervision not in SUPERVISIONS:
-            raise ValueError(f"supervision is {self.supervision!r}; expected one of {', '.join(SUPERVISIONS)}.")
-        if self.automatic_top_k < 1:
-            raise ValueError(f"automatic_top_k is {self.automatic_top_k}; expected at least 1.")
+        if not (self.emotion_weight or self.cause_weight or self.aux_weight):
+            raise UserError("emotion_weight, cause_weight and aux_weight are all 0: there is nothing to learn.")
         super().__post_init__()
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError(
+                "activation_checkpointing_kwargs: with use_reentrant the auxiliary loss would not reach the attention."
+            )
 
 
 @in_output_folder("empcause train extractor")
@@ -110,14 +139,15 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     tokenizer = load_tokenizer(args)
     set_seed(args.seed)
     model = CauseExtractor(*build_encoder(args, tokenizer))
+    limit = min(args.max_length, longest_input(model, tokenizer))
+    check_tokenizer(tokenizer, model)
 
-    items: list[dict[str, Any]] = []
-    if args.supervision in ("semi-supervised", "supervised"):
-        items += [encode_annotation(tokenizer, annotation, args.max_length) for annotation in labelled]
-    num_labelled = len(items)
+    if args.supervision in ("unsupervised", "emotion"):
+        labelled = []
+    items = [encode_annotation(tokenizer, annotation, limit) for annotation in labelled]
     for dialogue in dialogues:
         words = split_words(dialogue.situation)
-        encoded = encode_text(tokenizer, dialogue.situation, words, args.max_length)
+        encoded = encode_text(tokenizer, dialogue.situation, words, limit)
         items.append(
             encoded
             | {
@@ -126,22 +156,29 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
                 "automatic": args.supervision != "emotion",
             }
         )
-    phases = [range(num_labelled), range(num_labelled, len(items))]
-    automatic = AutomaticLabels(args.automatic_label_start)
+    texts = [each.situation for each in (*labelled, *dialogues)]
+    if cut := sum(is_cut(item, text, limit) for item, text in zip(items, texts, strict=True)):
+        logger.warning(
+            f"{cut} of {len(texts)} situations have more than {limit} tokens; the rest of them is not learned."
+        )
+    phases = [range(len(labelled)), range(len(labelled), len(items))]
     trainer = ExtractorTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         train_dataset=items,
         eval_dataset=validation,
-        data_collator=lambda batch: automatic.apply(pad_batch(batch, tokenizer.pad_token_id)),
-        lengths=[len(item["input_ids"]) for item in items],
+        data_collator=partial(pad_batch, pad_token_id=tokenizer.pad_token_id),
         phases=None if args.interleave else phases,
-        callbacks=[automatic],
+        made_from={
+            "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]),
+            "set of training data": digest([*labelled, *dialogues]),
+            "set of validation data": digest(validation),
+        },
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = evaluate_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
-    trained_on = f"{num_labelled:,} annotated and {len(items) - num_labelled:,} other situations, validated on "
+    trained_on = f"{len(labelled):,} annotated and {len(dialogues):,} other situations, validated on "
     trained_on += f"{len(validation):,} annotated ones"
     card = model_card(trainer, metrics, "Emotion cause extractor", _abilities(args), trained_on, data)
     return finish(trainer, metrics, card)
@@ -209,10 +246,27 @@ def build_encoder(args: ExtractorTrainingArguments, tokenizer: Any) -> tuple[Cau
     return config, encoder
 
 
+def check_tokenizer(tokenizer: Any, model: CauseExtractor) -> None:
+    """Refuse a tokenizer with which the encoder would read something else than the text.
+
+    Raises:
+        UserError: it has more tokens than the encoder, none to pad with, or writes no class token before a text.
+    """
+    name, rows = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer {name} has {len(tokenizer)} tokens, the encoder {rows}; give the encoder's own."
+        )
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer {name} has no padding token; give that of an encoder.")
+    if tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][0] != 1:
+        raise UserError(f"The tokenizer {name} writes no class token before a text; give that of an encoder.")
+
+
 def encode_annotation(tokenizer: Any, annotation: CauseAnnotation, max_length: int) -> dict[str, Any]:
     """An annotated situation as a training item: every piece that overlaps a gold word is labelled 1."""
     encoded = encode_text(tokenizer, annotation.situation, annotation.words, max_length)
-    gold_spans = np.array([annotation.words[index][1:] for index in annotation.gold])
+    gold_spans = np.array([annotation.words[index][1:] for index in annotation.gold], np.int64).reshape(-1, 2)
     return encoded | {
         "emotion_labels": emotion_id(annotation.emotion),
         "cause_labels": cause_labels(encoded["offsets"], gold_spans),
@@ -246,26 +300,8 @@ def evaluate_causes(
     return {"accuracy": float(correct.mean()), **kept}
 
 
-class AutomaticLabels(TrainerCallback):
-    """Switches automatic labels on once their warm-up is over."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.epoch = 0.0
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember the epoch; `state.epoch` survives a resume."""
-        self.epoch = state.epoch or 0.0
-
-    def apply(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Leave unlabelled texts without labels during the warm-up."""
-        if self.epoch < self.start:
-            batch["automatic"] = batch["automatic"] & False
-        return batch
-
-
 class ExtractorTrainer(StageTrainer):
-    """Logs the three losses, and evaluates by ranking words, as the paper does."""
+    """Makes automatic labels once their warm-up is over, logs the three losses, and evaluates by ranking words."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -273,6 +309,8 @@ class ExtractorTrainer(StageTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The model's loss; its parts are remembered for the log."""
+        if (self.state.epoch or 0.0) < self.args.automatic_label_start:
+            inputs["automatic"] = torch.zeros_like(inputs["automatic"])
         output = model(**inputs)
         for name in ("emotion_loss", "cause_loss", "aux_loss"):
             if (part := getattr(output, name)) is not None:
@@ -286,12 +324,6 @@ class ExtractorTrainer(StageTrainer):
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def measure(self, model: Any, dataset: Any) -> dict[str, float]:
         """Accuracy and recall on the validation situations."""
-        model = self.accelerator.unwrap_model(self.model)
-        metrics = evaluate_causes(
-            model, self.processing_class, eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
-        )
-        return self.report_evaluation(metrics, metric_key_prefix)
+        return evaluate_causes(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)

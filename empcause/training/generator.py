@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from empcause.checkpoints import load_whole, read_config
 from empcause.data import ResponsePair, join_turns, load_dialogues, response_pairs
 from empcause.data.collation import pad_dialogues
 from empcause.data.origin import origin
-from empcause.data.sequences import encode_dialogue
+from empcause.data.sequences import MIN_LENGTH, encode_dialogue
 from empcause.errors import UserError
 from empcause.evaluation.metrics import perplexity
 from empcause.generator import (
@@ -26,6 +27,7 @@ from empcause.generator import (
     longest_sequence,
     response_nll,
 )
+from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, Range
 from empcause.text import code
 from empcause.training.card import model_card
 from empcause.training.common import (
@@ -36,6 +38,7 @@ from empcause.training.common import (
     load_tokenizer,
     set_environment,
 )
+from empcause.training.fingerprint import digest
 from empcause.training.folder import find_checkpoint, in_output_folder
 
 logger = logging.get_logger(__name__)
@@ -44,6 +47,16 @@ logger = logging.get_logger(__name__)
 @dataclass
 class GeneratorTrainingArguments(StageTrainingArguments):
     """Options of stage 2; the defaults are the paper's (Table 4)."""
+
+    figures: ClassVar = ("perplexity", "nll_per_token")
+    higher_is_better: ClassVar = False
+    ranges: ClassVar = StageTrainingArguments.ranges | {
+        "gamma": NOT_NEGATIVE,
+        "cause_threshold": SHARE,
+        "max_length": Range(MIN_LENGTH),
+        "max_train_samples": COUNT,
+        "max_eval_samples": COUNT,
+    }
 
     output_dir: str | None = field(default="runs/generator", metadata={"help": "where checkpoints and model go"})
     model_name_or_path: str | None = field(
@@ -74,14 +87,11 @@ class GeneratorTrainingArguments(StageTrainingArguments):
     metric_for_best_model: str | None = field(
         default="perplexity", metadata={"help": "validation figure that early stopping and scheduler watch"}
     )
-    greater_is_better: bool | None = field(default=False, metadata={"help": "whether that figure should rise"})
 
     def __post_init__(self) -> None:
-        if self.gamma < 0:
-            raise ValueError(f"gamma is {self.gamma}; expected 0 (no bias) or more.")
-        if self.gamma > 0 and not self.extractor:
-            raise ValueError("a bias (gamma > 0) needs an extractor.")
         super().__post_init__()
+        if self.gamma > 0 and not self.extractor:
+            raise UserError("a bias (gamma > 0) needs an extractor.")
 
 
 @in_output_folder("empcause train generator")
@@ -109,11 +119,14 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     limit = min(args.max_length, longest_sequence(model))
 
     causes: dict[str, TextCauses] = {}
+    extractor_digest = None
     if args.gamma > 0:
         assert args.extractor is not None
         texts = [join_turns(pair.context)[0] for pair in (*train_pairs, *valid_pairs)]
         with args.main_process_first(desc="extracting causes"):
-            causes = dict(zip(texts, CauseCache(args.extractor).get(texts, progress=True), strict=True))
+            cache = CauseCache(args.extractor)
+            causes = dict(zip(texts, cache.get(texts, progress=True), strict=True))
+        extractor_digest = cache.digest
     train_items = encode_pairs(model, tokenizer, train_pairs, causes, limit)
     valid_items = encode_pairs(model, tokenizer, valid_pairs, causes, limit)
 
@@ -123,8 +136,13 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
         processing_class=tokenizer,
         train_dataset=train_items,
         eval_dataset=valid_items,
-        data_collator=lambda batch: pad_dialogues(batch, tokenizer.pad_token_id),
-        lengths=[len(item["input_ids"]) for item in train_items],
+        data_collator=partial(pad_dialogues, pad_token_id=tokenizer.pad_token_id),
+        made_from={
+            "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]),
+            "set of training data": digest(train_pairs),
+            "set of validation data": digest(valid_pairs),
+            "extractor": extractor_digest,
+        },
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = evaluate_perplexity(model, tokenizer, valid_items, args.per_device_eval_batch_size)
@@ -186,15 +204,20 @@ def encode_pairs(
     causes: dict[str, TextCauses],
     max_length: int,
 ) -> list[dict[str, NDArray]]:
-    """Training items; says how many turns did not fit."""
-    items, dropped = [], 0
+    """Training items; says how many turns and responses did not fit."""
+    items, dropped, cut = [], 0, 0
     for pair in pairs:
         encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, max_length)
         dropped += encoded.dropped_turns
+        cut += encoded.cut_turn or encoded.cut_response
         found = causes[join_turns(pair.context)[0]] if causes else None
         items.append(generator_item(model, encoded, pair.context, pair.roles, found))
     if dropped:
         logger.warning(f"{dropped} oldest turns of {len(pairs)} dialogues did not fit into {max_length} tokens.")
+    if cut:
+        logger.warning(
+            f"{cut} of {len(pairs)} dialogues have a turn or a response that is cut: {max_length} tokens at most."
+        )
     return items
 
 
@@ -207,15 +230,18 @@ def evaluate_perplexity(
 
 
 class GeneratorTrainer(StageTrainer):
-    """Evaluates by the perplexity of the corpus, not the mean of batches."""
+    """Smooths labels in the model, and evaluates by the perplexity of the corpus, not the mean of batches."""
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.label_smoother: Any = None  # the Trainer's would compare each token's logits with that token, not the next
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, with labels smoothed as the options say."""
+        return super().compute_loss(
+            model, inputs | {"label_smoothing": self.args.label_smoothing_factor}, *args, **kwargs
+        )
+
+    def measure(self, model: Any, dataset: Any) -> dict[str, float]:
         """Perplexity on the validation responses."""
-        model = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
-            metrics = evaluate_perplexity(
-                model, self.processing_class, eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
-            )
-        return self.report_evaluation(metrics, metric_key_prefix)
+        return evaluate_perplexity(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)
