@@ -65,7 +65,7 @@ def check_weights(path: str | os.PathLike[str]) -> None:
         raise UserError(
             f"{str(error)[:-1]}; use another copy, or delete {folder / RECORD} if you changed it."
         ) from error
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -73,8 +73,12 @@ def check_weights(path: str | os.PathLike[str]) -> None:
             raise UserError(f"{file} is damaged or cut short ({error}); use another copy.") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The file of weights, or those that an index lists."""
+def weight_files(folder: Path) -> list[Path]:
+    """The file of weights, or those that an index lists.
+
+    Raises:
+        UserError: there are none, or the index is damaged.
+    """
     if (folder / SAFE_WEIGHTS_NAME).exists():
         return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME

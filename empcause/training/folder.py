@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
-from empcause.checkpoints import check_weights
+from empcause.checkpoints import weight_files
 from empcause.errors import Interrupted, UserError
 from empcause.files import sync
 from empcause.outputs import (
@@ -45,6 +45,7 @@ logger = logging.get_logger(__name__)
 Training = TypeVar("Training", bound=Callable[..., Any])
 
 STATE = "trainer_state.json"
+CHECKPOINT = "checkpoint"
 STAGING = ".saving"
 RESUME = "`empcause train` with --resume_from_checkpoint true"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -168,9 +169,15 @@ def check_checkpoint(folder: Path, with_best: bool) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"resume_from_checkpoint: the folder {folder} does not exist.")
-    if verify(folder) is None:
+    record = read_record(folder)
+    if record is not None and record.made_by != CHECKPOINT:
+        raise UserError(
+            f"{folder} is no checkpoint; name one of its folders checkpoint-*, or give true for the last one."
+        )
+    if record is None:
         raise UserError(f"{folder} has no {RECORD}: its saving was cut short.")
-    check_weights(folder)
+    verify(folder)
+    weight_files(folder)
     if not (folder / "scheduler.pt").exists():
         raise UserError(f"{folder} has weights alone (save_only_model); a training cannot go on from it.")
     for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
@@ -295,7 +302,7 @@ class CheckpointedTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                seal(folder, "checkpoint", self.about)
+                seal(folder, CHECKPOINT, self.about)
         except BaseException:
             if self.args.should_save and folder.is_dir():
                 with suppress(OSError):

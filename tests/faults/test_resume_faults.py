@@ -156,7 +156,7 @@ def test_damaged_newest_checkpoint(whole, stopped, said, name, how):
 
 
 @fault(
-    Guard(FOLDER, "    if verify(folder) is None:", "    if False:"),
+    Guard(FOLDER, "    if record is None:", "    if False:"),
     cause="killed while a checkpoint was saved: weights and optimiser are there, the state of the random generators is not",
     place="empcause train --resume_from_checkpoint true",
     promise="that checkpoint is known not to be whole; the training goes on from the one before it to the same weights",
@@ -171,15 +171,18 @@ def test_half_saved_checkpoint(whole, stopped):
 
 @fault(
     Guard(FOLDER, "        check_checkpoint(Path(wanted), args.load_best_model_at_end)\n", ""),
-    cause="the checkpoint that the user names is damaged",
+    Guard(FOLDER, "    if record is not None and record.made_by != CHECKPOINT:", "    if False:"),
+    cause="the checkpoint that the user names is damaged, or is the output folder itself",
     place="empcause train --resume_from_checkpoint FOLDER",
-    promise="it is refused by the damaged file's name, and nothing is trained or changed",
+    promise="it is refused, by the damaged file's name, and nothing is trained or changed",
 )
 def test_named_checkpoint_is_damaged(stopped):
     damage(stopped / "checkpoint-4" / "optimizer.pt", "flipped")
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"checkpoint-4/optimizer\.pt is not as it was saved"):
         resume(stopped, resume_from_checkpoint=str(stopped / "checkpoint-4"))
+    with pytest.raises(UserError, match="is no checkpoint; name one of its folders"):
+        find_checkpoint(arguments(stopped, resume_from_checkpoint=str(stopped)))
     del before[stopped / RECORD]
     assert all(path.read_bytes() == content for path, content in before.items())
 
