@@ -1,5 +1,6 @@
 """Output folders: nothing of the user's is lost, and long work that was cut short goes on."""
 
+import json
 import os
 import resource
 import shutil
@@ -162,6 +163,33 @@ def test_train_where_an_earlier_training_is(trained, tmp_path):
     assert mine.items() <= content(folder).items()
     assert sorted(os.listdir(folder / "checkpoint-2")) == ["notes.txt"]
     assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"files": {"../thesis.tex": None}}, {"files": {"/": None}}, {"files": ["x"]}, [], "made_by"]
+)
+@fault(
+    Guard(OUTPUTS, " and not name.is_absolute() and ", " and "),
+    Guard(OUTPUTS, ' ".." not in name.parts', " True"),
+    Guard(
+        OUTPUTS,
+        "    except (ValueError, TypeError, AttributeError) as error:",
+        "    except ZeroDivisionError as error:",
+    ),
+    cause="a damaged or hostile empcause.json, which lists files outside of its folder, or is none",
+    place="empcause train --overwrite_output_dir",
+    promise="it is refused; nothing is removed",
+)
+def test_hostile_record(trained, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    record = {"made_by": "empcause train generator"} | damage if isinstance(damage, dict) else damage
+    (folder / RECORD).write_text(json.dumps(record))
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=rf"{RECORD} is damaged"):
+        train(arguments(folder, overwrite_output_dir=True, max_steps=1))
+    assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize("stage", ["extractor", "generator"])
