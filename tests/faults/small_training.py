@@ -36,7 +36,7 @@ def arguments(folder: Path, **options: object) -> Arguments:
     """Six steps of three per epoch, a checkpoint after each second one; the best one ends in `folder`."""
     defaults = dict(
         model_name_or_path="gpt2", per_device_train_batch_size=4, num_train_epochs=2, learning_rate=0.6, logging_steps=1,
-        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, save_total_limit=None,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, save_total_limit=20,
         metric_for_best_model="loss", disable_tqdm=True, use_cpu=True, seed=5,
     )  # fmt: skip
     return Arguments(output_dir=str(folder), **(defaults | options))
