@@ -114,9 +114,7 @@ def test_quotes_of_the_original_files_are_letters(tmp_path):
 
 
 @fault(
-    Guard(
-        LOADING, 'if ordinary == letters and (ordinary or len(enclosed) >= text.rstrip().count("\\n")):', "if False:"
-    ),
+    Guard(LOADING, "if ordinary == letters and undecided:", "if False:"),
     cause="nothing in a csv file tells whether quotes enclose its texts or belong to them",
     place="reading EmpatheticDialogues",
     promise="the first such line is named, with the form of the file that tells it; in that form it is read",
