@@ -258,10 +258,10 @@ def _receive(response: requests.Response, partial: Path, start: int) -> None:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise requests.RequestException(f"{response.url} answered with another part than the one asked for")
     length = response.headers.get("Content-Length", "")
-    end = place + int(length) if length.isdecimal() else None
+    total = place + int(length) if length.isdecimal() else None
     with (
         partial.open("r+b" if start else "w+b") as file,
-        tqdm(total=end, initial=place, unit="B", unit_scale=True, desc=partial.stem) as progress,
+        tqdm(total=total, initial=place, unit="B", unit_scale=True, desc=partial.stem) as progress,
     ):
         file.seek(place)
         for chunk in response.iter_content(1 << 16):
@@ -271,8 +271,6 @@ def _receive(response: requests.Response, partial: Path, start: int) -> None:
             file.write(chunk[len(known) :])
             place += len(chunk)
             progress.update(len(chunk))
-    if end is not None and place < end:
-        raise requests.ConnectionError(f"the connection ended after {place} of {end} bytes")
 
 
 def _sha256(path: Path) -> str:
