@@ -128,7 +128,7 @@ def _parse_dialogues(text: str, name: str, report: Report) -> list[Dialogue]:
             if not readable and not _is_text("".join(needed(fields))):
                 problem = "a byte here is NUL or not UTF-8 text."
         if problem is None:
-            row = int(index), emotion, situation, utterance
+            row = int(index), emotion, situation, utterance.replace("_comma_", ",").strip()
             before = conversations.setdefault(conv_id, [])
             # Of a conversation that has a malformed row, the order is not judged.
             problem = None if conv_id in broken else _order_problem(row, before)
@@ -143,7 +143,7 @@ def _parse_dialogues(text: str, name: str, report: Report) -> list[Dialogue]:
             conv_id,
             emotion=rows[0][1],
             situation=rows[0][2].replace("_comma_", ",").strip(),
-            turns=tuple([row[3].replace("_comma_", ",").strip() for row in rows]),
+            turns=tuple([row[3] for row in rows]),
             # Who speaks is the parity of utterance_idx; speaker_idx is arbitrary in the original files.
             roles=tuple([SPEAKER if row[0] % 2 else LISTENER for row in rows]),
         )
