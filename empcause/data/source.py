@@ -7,7 +7,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -150,7 +150,7 @@ def _is_archive(path: Path) -> bool:
 def _read(path: Path, member: str) -> tuple[bytes, str]:
     """A file's content, unpacked, and its name; of an archive, the file in it that is called `member`."""
     if not _is_archive(path):
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        opener: Callable = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
         with opener(path, "rb") as file:
             return file.read(), str(path)
     found: dict[str, bytes] = {}
