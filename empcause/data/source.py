@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import requests
 from filelock import FileLock, Timeout
@@ -150,8 +151,8 @@ def _is_archive(path: Path) -> bool:
 def _read(path: Path, member: str) -> tuple[bytes, str]:
     """A file's content, unpacked, and its name; of an archive, the file in it that is called `member`."""
     if not _is_archive(path):
-        opener: Callable = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-        with opener(path, "rb") as file:
+        openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+        with openers.get(path.suffix, open)(path, "rb") as file:
             return file.read(), str(path)
     found: dict[str, bytes] = {}
     if path.suffix == ".zip":
