@@ -19,6 +19,8 @@ from empcause.files import replacing
 
 logger = logging.get_logger(__name__)
 
+SAVED_AT_A_TIME = 4096  # texts: minutes of a processor's work
+
 
 class TextCauses(NamedTuple):
     """Cause probabilities of one text: `spans` `[T, 2]` characters, `probs` `[T]` float32."""
@@ -57,8 +59,9 @@ class CauseCache:
     def get(self, texts: Sequence[str], progress: bool = False) -> list[TextCauses]:
         """Causes of the texts; what is not known yet is extracted and added to the file."""
         missing = [text for text in dict.fromkeys(texts) if self._key(text) not in self._known]
-        if missing:
-            for found in extract(self.model, self.tokenizer, missing, progress=progress):
+        for start in range(0, len(missing), SAVED_AT_A_TIME):
+            part = missing[start : start + SAVED_AT_A_TIME]
+            for found in extract(self.model, self.tokenizer, part, progress=progress):
                 self._known[self._key(found.text)] = TextCauses(found.token_spans, found.token_probs)
             try:
                 self._save()

@@ -22,8 +22,8 @@ from empcause.errors import UserError
 from empcause.evaluation import extractor as extractor_evaluation
 from empcause.evaluation import generator as generator_evaluation
 from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
-from empcause.extractor import CauseExtractor, CauseExtractorConfig, load_extractor
-from empcause.generator import GENERATORS
+from empcause.extractor import CauseExtractor, CauseExtractorConfig, extract, load_extractor
+from empcause.generator import GENERATORS, CauseCache, causes
 from empcause.generator.modeling import add_separator
 from empcause.outputs import LOCK, RECORD, Record, seal, write_record
 
@@ -583,3 +583,35 @@ def test_interrupted_imports(tmp_path):
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == "empcause: error: interrupted; nothing had begun.\n"
+
+
+@fault(
+    Guard(
+        "empcause/generator/causes.py",
+        "range(0, len(missing), SAVED_AT_A_TIME)",
+        "range(0, len(missing), len(missing))",
+    ),
+    cause="killed half way through the causes of all texts, before a training begins",
+    place="empcause train generator",
+    promise="the next run computes the rest, and all causes are those of a run that nothing disturbed, bit for bit",
+)
+def test_killed_while_causes_are_extracted(models, tmp_path, monkeypatch):
+    texts = [f"I lost {number} of my {'old ' * number}friends." for number in range(12)]
+    monkeypatch.setattr(causes, "SAVED_AT_A_TIME", 4)
+    read = []
+
+    def counted(model, tokenizer, part, **options):
+        read.append(len(part))
+        if sum(read) == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return extract(model, tokenizer, part, **options)
+
+    monkeypatch.setattr(causes, "extract", counted)
+    deadly = 12
+    assert in_a_process(lambda: CauseCache(models / "extractor", tmp_path / "a").get(texts)) == -signal.SIGKILL
+    deadly = None
+    found = CauseCache(models / "extractor", tmp_path / "a").get(texts)
+    assert read == [4]
+    for one, other in zip(found, CauseCache(models / "extractor", tmp_path / "b").get(texts), strict=True):
+        assert one.spans.tolist() == other.spans.tolist()
+        assert one.probs.tolist() == other.probs.tolist()
