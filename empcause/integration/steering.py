@@ -133,7 +133,8 @@ class _Steering:
         """What to add to a call of the decoder that is no part of `generate`."""
         self.called = True
         self.check_implementation()
-        given = dict(zip(inspect.signature(self.decoder.forward).parameters, args, strict=False)) | kwargs
+        names = inspect.signature(self.decoder.forward).parameters if args else ()
+        given = dict(zip(names, args, strict=False)) | kwargs
         _check_free(given)
         tokens = _tokens(given)
         cache, past = _cache(given)
@@ -273,10 +274,12 @@ class _Method:
 
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
         self.own = vars(module).get(name)  # accelerate replaces methods, too
-        functools.update_wrapper(self, getattr(module, name))
+        functools.update_wrapper(self, getattr(module, name), updated=())
         self.module, self.replacement = module, replacement
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.holders:  # something else has taken hold of it
+            return self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         return self.replacement(self.module, self.__wrapped__, *args, **kwargs)  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -320,22 +323,20 @@ def _replaced(module: nn.Module, name: str, replacement: Callable[..., Any]) -> 
                         setattr(module, name, method.own)
 
 
-def _steering(module: nn.Module, name: str) -> _Steering | None:
-    """What a call of a replaced method is steered by; None after the end, where something else still holds the method.
+def _steering(module: nn.Module) -> _Steering:
+    """What a call of a model that somebody steers is steered by.
 
     Raises:
-        RuntimeError: others steer the model, and the caller does not.
+        RuntimeError: the caller does not steer it.
     """
     for steering in _STEERINGS.get():
         if steering.open and (module is steering.model or module is steering.decoder):
             return steering
-    if (module, name) in _REPLACED:
-        raise RuntimeError(
-            f"{type(module).__name__} is being steered by another thread or task, whose context this call does not inherit; "
-            "start the thread with Thread(target=contextvars.copy_context().run, args=(model.generate, ...)), or call the "
-            "model when steering has ended."
-        )
-    return None
+    raise RuntimeError(
+        f"{type(module).__name__} is being steered by another thread or task, whose context this call does not inherit; "
+        "start the thread with Thread(target=contextvars.copy_context().run, args=(model.generate, ...)), or call the "
+        "model when steering has ended."
+    )
 
 
 def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -349,6 +350,7 @@ def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kw
     return output
 
 
+# What these decide changes from call to call: compiled code leaves it to them.
 @torch.compiler.disable
 def _direct_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[_Steering | None, dict[str, Any]]:
     generation = _GENERATION.get()
@@ -358,8 +360,8 @@ def _direct_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
                 "generate calls the model with inputs that it did not prepare itself: it cannot be steered."
             )
         return None, {}  # for another prompt
-    steering = _steering(decoder, "forward")
-    return steering, {} if steering is None else steering.in_direct_call(args, kwargs)
+    steering = _steering(decoder)
+    return steering, steering.in_direct_call(args, kwargs)
 
 
 @torch.compiler.disable
@@ -373,13 +375,11 @@ def _generate(model: PreTrainedModel, unsteered: Callable[..., Any], *args: Any,
         with generation.draft():
             return unsteered(*args, **kwargs)
     try:
-        steering = _steering(model, "generate")
+        steering = _steering(model)
     except RuntimeError:
         if kwargs.get("streamer") is not None:
             kwargs["streamer"].end()  # who reads it would wait for ever
         raise
-    if steering is None:
-        return unsteered(*args, **kwargs)
     steering.called = True
     if type(model).generate is not GenerationMixin.generate or kwargs.get("custom_generate") is not None:
         raise ValueError(

@@ -131,8 +131,9 @@ def test_wrappers():
 
 
 @fault(
-    Guard(STEERING, "                    delattr(module, name)\n", "                    pass\n"),
-    Guard(STEERING, "@torch.compiler.disable\ndef _direct_call", "def _direct_call"),
+    Guard(
+        STEERING, "            setattr(module, name, method)\n", "            module.register_forward_pre_hook(print)\n"
+    ),
     cause="the model was compiled before it is steered",
     place="torch.compile(model) or model.compile(), then steer",
     promise="calls inside are steered and calls after are not, whatever was compiled when",
@@ -174,7 +175,7 @@ def read(model, ids, target, *leading):
 
 
 @fault(
-    Guard(STEERING, "if (module, name) in _REPLACED:", "if False:"),
+    Guard(STEERING, "if not self.holders:", "if not self.holders or not _STEERINGS.get():"),
     Guard(STEERING, '            kwargs["streamer"].end()', "            pass"),
     cause="Thread(target=model.generate) with a streamer, started while the model is steered",
     place="a thread that does not inherit the context",
@@ -494,7 +495,10 @@ def test_drafts():
         "self.causes = self.causes.to(tokens.device)\n        if self.read",
         "self.causes = self.causes.to(steering.model.device)\n        if self.read",
     ),
-    cause="the model is offloaded: its weights are on no device between calls",
+    Guard(STEERING, "                        setattr(module, name, method.own)\n", "                        pass\n"),
+    Guard(STEERING, "if not self.holders:", "if False:"),
+    Guard(STEERING, ", updated=()", ""),
+    cause="the model is offloaded, its weights on no device between calls; accelerate replaces its methods before or inside",
     place="calls of the model, and generate",
     promise="steered as in memory; accelerate's own methods are back afterwards",
 )
@@ -510,11 +514,21 @@ def test_offloaded_models():
         close(model(ids).logits, expected)
         assert torch.equal(model.generate(ids, **NEW), answer)
     assert vars(model.model)["forward"] is before
+    model = make()
+    plain = model(ids).logits
+    with empcause.steer(model, causes):
+        add_hook_to_module(model.model, ModelHook())
+        close(model(ids).logits, expected)
+    close(model(ids).logits, plain)
+    with empcause.steer(model, causes):
+        close(model(ids).logits, expected)
+    close(model(ids).logits, plain)
 
 
 @fault(
     Guard(STEERING, "if not steering.called:", "if False:"),
     Guard(STEERING, "    steering.called = True\n", ""),
+    Guard(STEERING, "                    delattr(module, name)\n", "                    pass\n"),
     cause="nothing is called inside the context, or the body fails first",
     place="the end of the context",
     promise="an error that nothing was steered, which never hides what the body raised; nothing stays on the model",
