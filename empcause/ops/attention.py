@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from empcause.ops.backends import choose_backend
 from empcause.ops.reference import SMALLEST_WEIGHT, biased_attention_reference
 from empcause.ops.varlen import biased_attention_varlen_reference
 
 MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DENSE = torch.strided
+LARGEST_SCALE = 1e38  # so that fp32 holds it, in powers of two as well
 
 # Straight to the kernels: in eager mode the registered formula is not asked, which alone would take as long as a small call.
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -42,17 +46,20 @@ def biased_attention(
     `w_j = key_mask_j * (1 + strength * cause_j)`. One pass over the keys, memory linear in their number; gradients of
     query, key, value and cause. Accumulates in fp32; bitwise deterministic.
 
+    Derivatives: the kernels have first ones in reverse mode, within `torch.func` and `torch.vmap` too (which runs them sample by
+    sample). Forward mode and second derivatives are refused; backend="reference" has them all, that of strength included.
+
     Args:
         query: `[B, H, Q, D]` fp32, bf16 or fp16 (fp64 on the backend "reference"); any strides. D is at most 256.
         key, value: `[B, Hkv, K, D]`, Hkv divides H.
         cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, floating; finite with `1 + strength * cause >= 0` where key_mask is
             True, ignored elsewhere. None: no bias.
-        strength: a number, or `[H]`, one per head; it gets no gradient.
+        strength: a number, or `[H]`, one per head; a gradient only on the backend "reference", else refused.
         key_mask: `[B, K]` bool, True = may be attended. None: all.
         causal: query i sees keys j <= i + query_offset.
         scale: factor of the logits; default `D ** -0.5`.
         dropout_p: probability that a renormalised attention probability is dropped, in [0, 1).
-        seed: int or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
+        seed: int of 64 bits or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
         query_offset: int or 0-d int64 tensor, position of query 0 among the keys; default K - Q. Unused unless causal.
         backend: "cpu", "triton", "cuda" or "reference"; default is the best one for these tensors.
 
@@ -61,20 +68,20 @@ def biased_attention(
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or range.
-        RuntimeError: a backend that is not there, or a cause whose value is not allowed.
+        RuntimeError: a backend that is not there, a cause whose value is not allowed, or a derivative that the backend lacks.
     """
     _check_tensors(query, key, value, packed=False)
     batch, heads, _, dim = query.shape
     device = query.device
     keys = key.shape[2]
-    _check_options(strength, dropout_p, heads, device)
+    scale = dim**-0.5 if scale is None else scale
+    _check_options(strength, causal, scale, dropout_p, heads, device)
     per_key = ((batch, keys), (1, keys))
     per_head = ((batch, heads, keys), (batch, 1, keys), (1, heads, keys), (1, 1, keys))
     _check_cause(cause, per_key + per_head, "[B or 1, K] or [B or 1, H or 1, K]", device)
     _check_mask(key_mask, (batch, keys), "[B, K]", device)
-    scale = dim**-0.5 if scale is None else float(scale)
     seed = _seed(seed, dropout_p, device)
-    offset = None if query_offset is None else _scalar("query_offset", query_offset, device)
+    offset = None if query_offset is None else _scalar("query_offset", query_offset, 62, device)
     backend = choose_backend(backend, query)
     if backend == "reference":
         check_weights(cause, strength, key_mask)
@@ -121,8 +128,9 @@ def biased_attention_varlen(
         key, value: `[M, Hkv, D]`.
         cause: `[M]` or `[H or 1, M]`.
         cu_seqlens_q, cu_seqlens_k: `[sequences + 1]` int32, where each sequence starts; from 0 to N (M).
-        max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths. The CPU refuses sums and bounds that do not hold; a GPU
-            would have to be waited for, so there what they leave out is undefined, though nothing outside is touched.
+        max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths. The backends "cpu" and "reference" refuse sums and bounds
+            that do not hold; a GPU's kernels would have to be waited for, so there what they leave out is undefined, though
+            nothing outside is touched.
         key_mask: `[M]` bool.
         strength, causal, scale, dropout_p, seed, backend: see `biased_attention`. Causal alignment is bottom-right in each
             sequence; dropout counts batch, rows and keys per sequence, so packing changes nothing.
@@ -137,15 +145,21 @@ def biased_attention_varlen(
     _, heads, dim = query.shape
     device = query.device
     keys = key.shape[0]
-    _check_options(strength, dropout_p, heads, device)
+    scale = dim**-0.5 if scale is None else scale
+    _check_options(strength, causal, scale, dropout_p, heads, device)
     _check_cause(cause, ((keys,), (heads, keys), (1, keys)), "[M] or [H or 1, M]", device)
     _check_mask(key_mask, (keys,), "[M]", device)
     for name, sums in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(sums, Tensor) or sums.device != device:
+            kind = f"on {sums.device}" if isinstance(sums, Tensor) else _kind(sums)
+            raise ValueError(f"{name} must be a tensor on {device}, as query is, not {kind}.")
         if sums.dtype != torch.int32 or sums.dim() != 1 or sums.shape[0] < 1 or sums.shape != cu_seqlens_q.shape:
             raise ValueError(
                 f"{name} must be int32 [sequences + 1], the same length for both, not {sums.dtype} {list(sums.shape)}."
             )
-    scale = dim**-0.5 if scale is None else float(scale)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not _is_integer(longest) or longest < 0:
+            raise ValueError(f"{name} must be an int, 0 or more, not {longest!r}.")
     seed = _seed(seed, dropout_p, device)
     packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
     backend = choose_backend(backend, query)
@@ -162,6 +176,8 @@ def biased_attention_varlen(
             cause,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
             strength=strength,
             key_mask=key_mask,
             causal=causal,
@@ -192,23 +208,34 @@ def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tens
     if key_mask is not None:
         fine = fine | ~key_mask[:, None]
     message = "cause must be finite with 1 + strength * cause >= 0 wherever key_mask is True"
-    if cause.is_cpu and not torch.compiler.is_compiling():
-        if not bool(fine.all()):
-            place = torch.nonzero(~fine)[0].tolist()
-            value = float(values.expand(fine.shape)[tuple(place)])
-            raise RuntimeError(f"{message}; it is {value} at batch {place[0]}, key {place[2]}.")
-    else:
+    if torch.compiler.is_compiling():
         torch._assert_async(fine.all(), message)
+        return
+    plain = fine
+    while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+        plain = torch._C._functorch.get_unwrapped(plain)  # the samples of torch.vmap all at once
+    if not plain.is_cpu or torch._C._len_torch_dispatch_stack():
+        torch._assert_async(plain.all(), message)
+    elif not bool(plain.all()):
+        if plain is not fine:
+            raise RuntimeError(f"{message}.")
+        place = torch.nonzero(~fine)[0].tolist()
+        value = float(values.expand(fine.shape)[tuple(place)])
+        raise RuntimeError(f"{message}; it is {value} at batch {place[0]}, key {place[2]}.")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
-    shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
     dims = 3 if packed else 4
-    alike = key_shape == value.shape and dtype == key.dtype == value.dtype and device == key.device == value.device
+    try:
+        shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
+        alike = key_shape == value.shape and dtype == key.dtype == value.dtype and device == key.device == value.device
+        alike = alike and query.layout is key.layout is value.layout is DENSE
+    except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+        alike = False
     if not alike or len(shape) != dims or len(key_shape) != dims:
         _refuse_tensors(query, key, value, dims)  # apart from the other checks: small calls would feel the loop in it
-    if not dtype.is_floating_point:
-        raise ValueError(f"query, key and value must be floating, not {dtype}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"query, key and value must be fp32, bf16, fp16 or fp64, not {dtype}.")
     if key_shape[-1] != shape[-1] or not 1 <= shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
             f"query and key must share a head size from 1 to {MAX_HEAD_DIM}, not {shape[-1]} and {key_shape[-1]}."
@@ -219,10 +246,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         raise ValueError(f"the key heads must divide the query heads; there are {key_shape[1]} and {shape[1]}.")
 
 
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "nested" if value.is_nested else f"of layout {value.layout}"
+
+
 def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor, dims: int) -> None:
     """Say which of the tensors is unlike the others, or has another number of dimensions than `dims`."""
     form, key_form = ("[N, H, D]", "[M, Hkv, D]") if dims == 3 else ("[B, H, Q, D]", "[B, Hkv, K, D]")
     for name, tensor, expected in (("query", query, form), ("key", key, key_form), ("value", value, key_form)):
+        if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not DENSE:
+            raise ValueError(f"{name} must be a dense tensor, not {_kind(tensor)}.")
         if tensor.dim() != dims:
             raise ValueError(f"{name} must be {expected}, not {list(tensor.shape)}.")
         if tensor.dtype != query.dtype:
@@ -232,17 +267,32 @@ def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor, dims: int) -> Non
     raise ValueError(f"key and value must have the same shape, not {list(key.shape)} and {list(value.shape)}.")
 
 
-def _check_options(strength: float | Tensor, dropout_p: float, heads: int, device: torch.device) -> None:
+def _check_options(
+    strength: float | Tensor, causal: bool, scale: float, dropout_p: float, heads: int, device: torch.device
+) -> None:
     if isinstance(strength, Tensor):
         if strength.shape != (heads,) or not strength.is_floating_point() or strength.device != device:
             raise ValueError(
                 f"strength must be a number or a floating tensor [H] = [{heads}] on {device}, "
                 f"not {strength.dtype} {list(strength.shape)} on {strength.device}."
             )
-    elif not isinstance(strength, Real) or not math.isfinite(strength):
+    elif not (type(strength) is float or _is_number(strength)) or not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number or a tensor [H], not {strength!r}.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}.")
+    if causal is not True and causal is not False:
+        raise ValueError(f"causal must be True or False, not {causal!r}.")
+    if not (type(scale) is float or _is_number(scale)) or not -LARGEST_SCALE < scale < LARGEST_SCALE:
+        raise ValueError(f"scale must be a number between -{LARGEST_SCALE:g} and {LARGEST_SCALE:g}, not {scale!r}.")
+    if not (type(dropout_p) is float or _is_number(dropout_p)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one; most are floats, and who asks looks at that first: a small call would feel this."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | Integral | torch.SymInt) and not isinstance(value, bool)
 
 
 def _check_cause(
@@ -250,6 +300,8 @@ def _check_cause(
 ) -> None:
     if cause is None:
         return
+    if not isinstance(cause, Tensor) or cause.layout is not DENSE:
+        raise ValueError(f"cause must be a dense tensor or None, not {_kind(cause)}.")
     if cause.shape not in shapes:
         raise ValueError(f"cause must be {expected} with K = {shapes[0][-1]}, not {list(cause.shape)}.")
     if not cause.is_floating_point() or cause.device != device:
@@ -259,6 +311,8 @@ def _check_cause(
 def _check_mask(key_mask: Tensor | None, shape: tuple[int, ...], expected: str, device: torch.device) -> None:
     if key_mask is None:
         return
+    if not isinstance(key_mask, Tensor) or key_mask.layout is not DENSE:
+        raise ValueError(f"key_mask must be a dense tensor or None, not {_kind(key_mask)}.")
     if key_mask.dtype != torch.bool or key_mask.shape != shape or key_mask.device != device:
         raise ValueError(
             f"key_mask must be bool {expected} = {list(shape)} on {device}, "
@@ -266,11 +320,15 @@ def _check_mask(key_mask: Tensor | None, shape: tuple[int, ...], expected: str, 
         )
 
 
-def _scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+def _scalar(name: str, value: int | Tensor, bits: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype != torch.int64:
             raise ValueError(f"{name} must be an int or a 0-d int64 tensor, not {value.dtype} {list(value.shape)}.")
         return value.to(device)
+    if not _is_integer(value) or not -(2**bits) <= value < 2**bits:
+        raise ValueError(
+            f"{name} must be an int from -2**{bits} to 2**{bits} - 1, or a 0-d int64 tensor, not {value!r}."
+        )
     return torch.scalar_tensor(value, dtype=torch.int64, device=device)
 
 
@@ -279,7 +337,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
         return None
     if seed is None:
         return torch.randint(0, 2**62, (), dtype=torch.int64).to(device)
-    return _scalar("seed", seed, device)
+    return _scalar("seed", seed, 63, device)
 
 
 def _kernel_weights(
@@ -290,7 +348,11 @@ def _kernel_weights(
         cause = (cause if cause.dtype == torch.float32 else cause.to(torch.float32)).contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     if isinstance(strength, Tensor):
-        return cause, 1.0, strength.detach().to(torch.float32).contiguous(), key_mask
+        if strength.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                'strength gets a gradient on backend="reference" alone; pass strength.detach(), or multiply cause by it.'
+            )
+        return cause, 1.0, strength.to(torch.float32).contiguous(), key_mask
     return cause, float(strength), None, key_mask
 
 
@@ -316,10 +378,10 @@ def _apply(
 ) -> Tensor:
     """Run a raw operator, recording its gradient if it is needed.
 
-    Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler needs the
-    registered one (`registration.py`).
+    Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func`
+    and forward mode need the registered one (`registration.py`).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _operator(backend, name)(query, key, value, cause, *others)[0]
     operators = _operators(backend, name)
     if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
@@ -334,14 +396,9 @@ def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None)
     return inputs or (cause is not None and cause.requires_grad)
 
 
-def _differentiable_once(backward: Callable) -> Callable:
-    """`once_differentiable` only where a second derivative could be asked for: small calls would feel it."""
-    refusing = once_differentiable(backward)
-
-    def once(ctx: Any, grad_output: Tensor) -> tuple:
-        return refusing(ctx, grad_output) if torch.is_grad_enabled() else backward(ctx, grad_output)
-
-    return once
+def _guard() -> AbstractContextManager:
+    """Straight to the kernels, except where a second derivative could be asked for: the registered formula refuses it."""
+    return nullcontext() if torch.is_grad_enabled() else below_autograd()
 
 
 class _Attention(torch.autograd.Function):
@@ -356,30 +413,30 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_differentiable_once
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
         backward, strength, causal, scale, dropout_p = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
         # Each by its name: putting 16 arguments together from parts is felt in a small call.
-        grad_query, grad_key, grad_value, grad_cause = backward(
-            grad_output,
-            query,
-            key,
-            value,
-            output,
-            logsumexp,
-            cause,
-            strength,
-            head_strength,
-            key_mask,
-            causal,
-            scale,
-            dropout_p,
-            seed,
-            offset,
-            wants_cause,
-        )
+        with _guard():
+            grad_query, grad_key, grad_value, grad_cause = backward(
+                grad_output,
+                query,
+                key,
+                value,
+                output,
+                logsumexp,
+                cause,
+                strength,
+                head_strength,
+                key_mask,
+                causal,
+                scale,
+                dropout_p,
+                seed,
+                offset,
+                wants_cause,
+            )
         return None, grad_query, grad_key, grad_value, grad_cause if wants_cause else None, None
 
 
@@ -395,12 +452,12 @@ class _AttentionVarlen(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_differentiable_once
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         *inputs, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
         backward, strength, *options = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
-        grad_query, grad_key, grad_value, grad_cause = backward(
-            grad_output, *inputs, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, None, wants_cause
-        )
+        with _guard():
+            grad_query, grad_key, grad_value, grad_cause = backward(
+                grad_output, *inputs, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, None, wants_cause
+            )
         return None, grad_query, grad_key, grad_value, grad_cause if wants_cause else None, None

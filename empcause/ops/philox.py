@@ -17,12 +17,14 @@ def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32.
 
     Args:
         counter: four int64 tensors of one shape, each holding 32-bit values.
-        key: two 32-bit values.
+        key: two 32-bit values, or 0-d int64 tensors of them.
 
     Returns:
         Four int64 tensors of 32 random bits.
@@ -52,13 +54,12 @@ def dropout_keep_mask(
         `[batch, heads, queries, keys]` bool, True = kept. Key = seed, counter = (batch * H + head, query, key // 8, 0); the
         eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word first.
     """
-    value = int(seed) & 0xFFFFFFFFFFFFFFFF
     blocks = -(-keys // 8)
     rows = torch.arange(batch * heads, device=device).view(-1, 1, 1)
     query = torch.arange(queries, device=device).view(1, -1, 1)
     block = torch.arange(blocks, device=device).view(1, 1, -1)
     counter = torch.broadcast_tensors(rows, query, block, torch.zeros((1, 1, 1), dtype=torch.int64, device=device))
-    words = philox4x32(counter, (value & _MASK, value >> 32))
+    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     threshold = math.floor(p * 65536 + 0.5)
     return (lanes >= threshold).flatten(-2)[..., :keys].view(batch, heads, queries, keys)

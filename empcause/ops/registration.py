@@ -1,14 +1,21 @@
-"""What torch needs to know of a backend's raw operators: schemas, shapes (fake kernels) and gradients.
+"""What torch needs to know of a backend's raw operators: schemas, shapes (fake kernels), gradients and `torch.vmap`.
 
 Each kernel backend has the same four operators under a namespace of its own: `torch.ops.empcause_cpu`, `empcause_triton`
 and `empcause_cuda`. Those of the C++ backends are defined where they are compiled (csrc/operators.h).
+
+Kernels give first derivatives in reverse mode. Forward mode and second derivatives are refused by name.
 """
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 
 def _by_rows(like: Tensor) -> Tensor:
@@ -40,6 +47,8 @@ def _backward_shapes(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     query, key, value, cause, strength, head_strength, key_mask, *rest = inputs
+    if ctx.needs_input_grad[5]:
+        raise RuntimeError("head_strength gets no gradient; detach it.")
     tensors = [value for value in rest if isinstance(value, Tensor)]
     ctx.save_for_backward(query, key, value, *output, cause, head_strength, key_mask, *tensors)
     ctx.strength = strength
@@ -49,7 +58,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _make_backward(operator: Any) -> Any:
+def _make_backward(operator: OpOverload) -> Callable:
     def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple:
         query, key, value, output, logsumexp, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
         nothing = [None] * (3 + len(ctx.rest))
@@ -64,6 +73,62 @@ def _make_backward(operator: Any) -> Any:
         return (*grads[:3], grads[3] if wants_cause else None, *nothing)
 
     return backward
+
+
+def _refuse(what: str, operator: OpOverload) -> Callable:
+    """A formula that raises: this derivative is not there."""
+
+    def formula(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{operator.name()} has first derivatives in reverse mode alone, not {what}; "
+            'biased_attention(..., backend="reference") has all, with memory quadratic in the length.'
+        )
+
+    return formula
+
+
+def _differentiable(operator: OpOverload, setup_context: Callable, backward: Callable) -> Callable:
+    """What stands before a raw operator where derivatives are recorded.
+
+    `torch.library.register_autograd` would do, but it drops tangents without a word and cannot be used within `torch.func`.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        # Here both modes are off; but below may be another transformation of torch.func, with derivatives of its own.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            output = operator(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    formulas = {"forward": forward, "backward": backward, "jvp": _refuse("forward mode (jvp, jacfwd)", operator)}
+    function: Any = type(operator.name(), (torch.autograd.Function,), {k: staticmethod(f) for k, f in formulas.items()})
+    # Not Function.apply: within torch.func it would ask anew which transformation comes first, which the dispatcher has done.
+    apply = super(torch.autograd.Function, function).apply
+
+    def kernel(*inputs: Any) -> Any:
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if recorded or forward_ad._current_level >= 0:  # tensors may carry tangents
+            with enable_single_level_autograd_function():
+                return apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    return kernel
+
+
+def _vmap(operator: OpOverload) -> Callable:
+    """`torch.vmap` of a raw operator: sample by sample, so that everything may differ, dropout's seed and packing too."""
+
+    def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+        if info.batch_size == 0:
+            raise RuntimeError(f"{operator.name()} takes no torch.vmap over 0 samples.")
+        samples = [
+            operator(*(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
 
 
 OPERATORS = ("attention", "attention_backward", "attention_varlen", "attention_varlen_backward")
@@ -83,10 +148,18 @@ def define(namespace: str, module: ModuleType, dispatch_keys: list[str]) -> None
 
 
 def register(namespace: str) -> None:
-    """Tell torch the shapes and gradients of a namespace's raw operators; once, after they were defined."""
+    """Tell torch the shapes and derivatives of a namespace's raw operators; once, after they were defined."""
     registered.add(namespace)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
     for name in ("attention", "attention_varlen"):
+        forward, backward = (
+            getattr(getattr(torch.ops, namespace), which).default for which in (name, f"{name}_backward")
+        )
         torch.library.register_fake(f"{namespace}::{name}", _forward_shapes)
         torch.library.register_fake(f"{namespace}::{name}_backward", _backward_shapes)
-        backward = _make_backward(getattr(getattr(torch.ops, namespace), f"{name}_backward"))
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=_setup_context)
+        library.impl(name, _differentiable(forward, _setup_context, _make_backward(backward)), "Autograd")
+        once = _refuse("second derivatives", forward)
+        library.impl(f"{name}_backward", _differentiable(backward, lambda *_: None, once), "Autograd")
+        for operator in (forward, backward):
+            torch.library.register_vmap(operator, _vmap(operator), lib=library)

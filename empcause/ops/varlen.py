@@ -1,5 +1,6 @@
 """The reference over packed sequences: one call of the literal equations per sequence."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def biased_attention_varlen_reference(
     *,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -26,9 +29,13 @@ def biased_attention_varlen_reference(
 
     Returns:
         Output `[N, H, D]`, and the log-sum-exp `[H, N]`.
+
+    Raises:
+        RuntimeError: sums that do not rise from 0 to N (M), or a sequence longer than its bound.
     """
     outputs, sums = [query[:0]], [query.new_zeros((query.shape[1], 0), dtype=torch.float32)]
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    starts_q = _starts("q", cu_seqlens_q, len(query), max_seqlen_q)
+    starts_k = _starts("k", cu_seqlens_k, len(key), max_seqlen_k)
     for index, (q0, q1, k0, k1) in enumerate(zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)):
         keep = None
         if dropout_p > 0:
@@ -48,3 +55,15 @@ def biased_attention_varlen_reference(
         outputs.append(output[0].transpose(0, 1))
         sums.append(logsumexp[0])
     return torch.cat(outputs), torch.cat(sums, dim=1)
+
+
+def _starts(which: str, sums: Tensor, rows: int, longest: int) -> list[int]:
+    starts = sums.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != rows or min(lengths, default=0) < 0:
+        raise RuntimeError(f"cu_seqlens_{which} must rise from 0 to the {rows} rows, which {starts} does not.")
+    if max(lengths, default=0) > longest:
+        raise RuntimeError(
+            f"a sequence of cu_seqlens_{which} has {max(lengths)} rows, more than max_seqlen_{which} = {longest}."
+        )
+    return starts
