@@ -103,11 +103,13 @@ def biased_attention_reference(
     masked = torch.where(allowed, logits, float("-inf"))
     maximum = masked.detach().amax(-1, keepdim=True) if keys else logits.new_full((batch, heads, queries, 1), -math.inf)
     maximum = torch.where(maximum == float("-inf"), 0.0, maximum)
-    # Keys with weight 0 have an exponential too, for the gradient of the weight; it may be large, so it is capped.
-    exponential = torch.exp(torch.where(counted, logits - maximum, float("-inf")).clamp(max=80.0))
+    # Keys with weight 0 have an exponential too, for the gradient of the weight; it may be large, so it is capped. (Not by clamp,
+    # which lets no gradient of a NaN through.)
+    exponent = torch.where(counted, logits - maximum, float("-inf"))
+    exponential = torch.exp(torch.where(exponent > 80.0, 80.0, exponent))
     weighted = torch.where(counted, weight * exponential, 0.0)
     total = weighted.sum(-1, keepdim=True)
-    alive = total > 0
+    alive = total != 0  # a NaN among what is attended to shows, as in the kernels
     probability = weighted / torch.where(alive, total, 1.0)
     if dropout_p > 0:
         if keep is None:
