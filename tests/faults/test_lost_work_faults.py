@@ -586,11 +586,7 @@ def test_interrupted_imports(tmp_path):
 
 
 @fault(
-    Guard(
-        "empcause/generator/causes.py",
-        "range(0, len(missing), SAVED_AT_A_TIME)",
-        "range(0, len(missing), len(missing))",
-    ),
+    Guard("empcause/generator/causes.py", "self._save()", "start + SAVED_AT_A_TIME < len(missing) or self._save()"),
     cause="killed half way through the causes of all texts, before a training begins",
     place="empcause train generator",
     promise="the next run computes the rest, and all causes are those of a run that nothing disturbed, bit for bit",
