@@ -55,8 +55,8 @@ class StageTrainingArguments(TrainingArguments):
 
     figures: ClassVar[tuple[str, ...]]
     higher_is_better: ClassVar[bool]
-    ranges: ClassVar[Mapping[str, Range]] = RANGES | {"early_stopping_patience": NOT_NEGATIVE}
-    refused: ClassVar[Mapping[str, str]] = REFUSED
+    ranges: ClassVar[dict[str, Range]] = RANGES | {"early_stopping_patience": NOT_NEGATIVE}
+    refused: ClassVar[dict[str, str]] = REFUSED
 
     data: str | None = field(
         default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}

@@ -139,7 +139,7 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     tokenizer = load_tokenizer(args)
     set_seed(args.seed)
     model = CauseExtractor(*build_encoder(args, tokenizer))
-    limit = min(args.max_length, longest_input(model, tokenizer))
+    limit = model.config.max_length = min(args.max_length, longest_input(model, tokenizer))
     check_tokenizer(tokenizer, model)
 
     if args.supervision in ("unsupervised", "emotion"):
@@ -156,7 +156,7 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
                 "automatic": args.supervision != "emotion",
             }
         )
-    texts = [each.situation for each in (*labelled, *dialogues)]
+    texts = [each.situation for each in labelled] + [each.situation for each in dialogues]
     if cut := sum(is_cut(item, text, limit) for item, text in zip(items, texts, strict=True)):
         logger.warning(
             f"{cut} of {len(texts)} situations have more than {limit} tokens; the rest of them is not learned."
@@ -252,7 +252,7 @@ def check_tokenizer(tokenizer: Any, model: CauseExtractor) -> None:
     Raises:
         UserError: it has more tokens than the encoder, none to pad with, or writes no class token before a text.
     """
-    name, rows = tokenizer.name_or_path, model.get_input_embeddings().num_embeddings
+    name, rows = tokenizer.name_or_path, len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
         raise UserError(
             f"The tokenizer {name} has {len(tokenizer)} tokens, the encoder {rows}; give the encoder's own."

@@ -743,16 +743,18 @@ def test_resumed_as_another_training(tmp_path, monkeypatch):
 
 @fault(
     Guard(COMMON, "state.compute_steps(args, state.max_steps)", "pass"),
+    Guard(COMMON, "self.args.eval_on_start = False", "pass"),
     Guard("empcause/training/fingerprint.py", 'free |= {"num_train_epochs", "max_steps"}', "pass"),
     cause="a run is resumed to train longer, log more often or work with more workers",
     place="`empcause train --resume_from_checkpoint true`",
     promise="it does so, and its weights are those of a run that had been told at once",
 )
 def test_resumed_with_harmless_changes(tmp_path, monkeypatch):
-    train(arguments(tmp_path / "long", num_train_epochs=4, logging_steps=3))
+    train(arguments(tmp_path / "long", num_train_epochs=4, logging_steps=3, eval_on_start=True))
     with pytest.raises(Killed):
-        train(arguments(tmp_path / "short", logging_steps=2), KilledAt(5))
-    options = {"num_train_epochs": 4, "logging_steps": 3, "dataloader_num_workers": 1}
+        train(arguments(tmp_path / "short", logging_steps=2, eval_on_start=True), KilledAt(5))
+    options = {"num_train_epochs": 4, "logging_steps": 3, "dataloader_num_workers": 1, "eval_on_start": True}
     train(arguments(tmp_path / "short", resume_from_checkpoint="true", **options))
     assert weights(tmp_path / "short") == weights(tmp_path / "long")
     assert [step for step, _ in history(tmp_path / "short")] == [2, 4, 6, 9, 12]
+    assert history(tmp_path / "short", "eval_loss") == history(tmp_path / "long", "eval_loss")
