@@ -97,9 +97,9 @@ class _Steering:
         self.check_implementation()
         if not isinstance(gamma, Real) or not math.isfinite(gamma):
             raise ValueError(f"gamma must be a finite number, not {gamma!r}.")
-        self.causes = _tensor(cause_probs)
+        self.causes: Tensor = _tensor(cause_probs)
         causes = self.causes.detach()
-        self._right = (causes.isfinite() & (1 + gamma * causes >= -1e-6)).all()
+        self._right: Tensor = (causes.isfinite() & (1 + gamma * causes >= -1e-6)).all()
         if self._right.is_cpu:
             self.check_values()
 
@@ -242,7 +242,7 @@ class _Generation:
 class _Witness(Witness):
     """Whether the causes arrived at all layers of one call, and at the keys that they belong to."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: PreTrainedModel) -> None:
         super().__init__()
         self.model, self.layers = type(decoder).__name__, decoder.config.num_hidden_layers
         self.expected: int | None = None
@@ -305,9 +305,9 @@ def _replaced_methods(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
 def _replaced(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """Replace a method of one object as long as anybody wants it."""
     with _LOCK:
-        method = _REPLACED.get((module, name))
-        if method is None:
-            method = _REPLACED[module, name] = _Method(module, name, replacement)
+        method = _REPLACED.get((module, name)) or _Method(module, name, replacement)
+        if not method.holders:
+            _REPLACED[module, name] = method
             setattr(module, name, method)
         method.holders += 1
     try:
