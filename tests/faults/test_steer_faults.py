@@ -206,7 +206,9 @@ def test_a_thread_outside_the_context(monkeypatch):
 
 
 @fault(
-    Guard(STEERING, "if not method.holders:", "if True:"),
+    Guard(
+        STEERING, "            if not method.holders:\n                del", "            if True:\n                del"
+    ),
     Guard(STEERING, "_STEERINGS.set((*_STEERINGS.get(), steering))", "_STEERINGS.set((steering,))"),
     cause="two threads, two tasks, or two models in one thread are steered at once, each with causes of its own",
     place="steer",
@@ -666,7 +668,7 @@ def test_layers_that_lose_the_causes():
 
 
 @fault(
-    Guard(STEERING, "        self.check_implementation()\n        given", "        given"),
+    Guard(STEERING, "        self.check_implementation()\n        names", "        names"),
     Guard(STEERING, "        steering.check_implementation()\n", ""),
     Guard(STEERING, "if any(other.open and", "if any(False and"),
     Guard(STEERING, 'if inputs.get("cause_probs") is not None:', "if False:"),
