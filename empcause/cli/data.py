@@ -51,10 +51,11 @@ def run_download(_: argparse.Namespace) -> int:
     """Fetch what is missing and print where it is."""
     from empcause.cli.terminal import console
     from empcause.data import EMOCAUSE, EMPATHETIC_DIALOGUES, download
+    from empcause.text import visible
 
     try:
         for dataset in (EMPATHETIC_DIALOGUES, EMOCAUSE):
-            console.print(f"{dataset.name}: {download(dataset)}", soft_wrap=True)
+            console.print(visible(f"{dataset.name}: {download(dataset)}"), soft_wrap=True, markup=False)
     except KeyboardInterrupt:
         print(
             "empcause: error: interrupted; what arrived is kept, the same command goes on from there.", file=sys.stderr

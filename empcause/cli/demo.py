@@ -74,6 +74,7 @@ def run_in(folder: Path) -> int:
     from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
     from empcause.extractor import load_extractor
     from empcause.generator import Responder, load_generator
+    from empcause.text import visible
     from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
     from empcause.training.generator import GeneratorTrainingArguments, train_generator
 
@@ -147,5 +148,5 @@ def run_in(folder: Path) -> int:
         console.print()
 
     report = write_report(folder, extractor_metrics, generator_metrics, NOTE)
-    console.print(f"Report: {report}", soft_wrap=True)
+    console.print(visible(f"Report: {report}"), soft_wrap=True, markup=False)
     return 0

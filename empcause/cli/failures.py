@@ -46,9 +46,7 @@ def sentence(error: BaseException, command: str) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     text = one_line(error)
-    if isinstance(error, MemoryError) or re.search(
-        "out of memory|[Cc]annot allocate memory|can't allocate memory", text
-    ):
+    if isinstance(error, MemoryError) or re.search("out of memory|Cannot allocate memory", text):
         return f"out of memory; {_SMALLER.get(command, 'use a machine that has more')}."
     code = _number(error, text)
     if code in (errno.ENOSPC, errno.EDQUOT):

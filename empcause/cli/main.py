@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -86,6 +87,12 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(signal=number)
 
 
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """The message in one line, whatever texts are in it."""
+        return f"empcause: {visible(record.getMessage())}"
+
+
 def _prepare_streams() -> None:
     """Nothing that is printed or typed can fail for its encoding; a closed stream's number goes to no other file."""
     for number in range(3):
@@ -93,6 +100,8 @@ def _prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Visible())
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)

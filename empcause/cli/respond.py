@@ -1,7 +1,7 @@
 """`empcause respond "..."`: emotion, causes and response for one dialogue."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from empcause.cli.options import number
 from empcause.errors import UserError
@@ -57,13 +57,13 @@ def load_responder(namespace: argparse.Namespace) -> "Responder":
     return Responder(*load_extractor(namespace.extractor), *load_generator(namespace.generator))
 
 
-def generation_options(namespace: argparse.Namespace) -> dict[str, int | float | bool]:
+def generation_options(namespace: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `generate`.
 
     Raises:
         UserError: an option of sampling without sampling.
     """
-    options: dict[str, int | float | bool] = {"max_new_tokens": namespace.max_new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": namespace.max_new_tokens}
     sampling = {"top_p": namespace.top_p, "temperature": namespace.temperature}
     given = {name: value for name, value in sampling.items() if value is not None}
     if namespace.do_sample:

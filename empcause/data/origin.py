@@ -61,9 +61,14 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
 def _fingerprint(split: Sequence[Dialogue] | Sequence[CauseAnnotation]) -> str:
     """SHA-256 of who says what and, in EmoCause, what caused it; not of white space and punctuation, in which copies differ."""
     digest = hashlib.sha256()
-    for each in sorted(split, key=lambda each: each.conv_id):
+    items: list[Dialogue | CauseAnnotation] = sorted(split, key=_conv_id)
+    for each in items:
         said = each.turns if isinstance(each, Dialogue) else ()
         caused = each.gold if isinstance(each, CauseAnnotation) else ()
         texts = ["".join(filter(str.isalnum, text)) for text in (each.situation, *said)]
         digest.update(json.dumps([each.conv_id, each.emotion, texts, sorted(caused)]).encode())
     return digest.hexdigest()
+
+
+def _conv_id(item: Dialogue | CauseAnnotation) -> str:
+    return item.conv_id

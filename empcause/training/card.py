@@ -20,7 +20,15 @@ _SETTINGS = (
     "gradient_accumulation_steps label_smoothing_factor bf16 fp16 seed data_seed"
 ).split()
 # Where things lay on the machine, and what the card says in its sentences.
-_NOT_SETTINGS = {"data", "model_name_or_path", "tokenizer_name", "model_type", "config_overrides", "extractor"}
+_NOT_SETTINGS = {
+    "data",
+    "model_name_or_path",
+    "tokenizer_name",
+    "model_type",
+    "config_overrides",
+    "extractor",
+    "overwrite_output_dir",
+}
 
 
 def model_card(

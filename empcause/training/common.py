@@ -93,6 +93,10 @@ class StageTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(default=None, metadata={"help": "known from the figure that is watched"})
     report_to: str | None = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
 
+    def to_json_string(self) -> str:
+        """As JSON in which nothing is HTML, a link or a picture: TensorBoard shows it as Markdown."""
+        return super().to_json_string().replace("<", r"\u003c").replace("](", r"]\u0028")
+
     def __post_init__(self) -> None:
         if self.model_name_or_path and self.config_overrides:
             raise ValueError("config_overrides shapes a model made from nothing; leave model_name_or_path empty.")

@@ -106,7 +106,7 @@ def test_errors_of_the_system_are_sentences(tmp_path):
 
 @fault(
     Guard("empcause/cli/failures.py", "    if isinstance(error, MemoryError) or re.search(", "    if re.search("),
-    Guard("empcause/cli/failures.py", "|can't allocate memory", ""),
+    Guard("empcause/cli/failures.py", "|Cannot allocate memory", ""),
     Guard("empcause/cli/failures.py", '"out of memory|', '"'),
     cause="the memory of the machine or of the GPU is not enough",
     place="any command",

@@ -1,5 +1,6 @@
 """What cards and reports say is what the run was, and text from outside is shown in them, never executed."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -227,3 +228,25 @@ def test_markdown_shows_what_texts_hold(small_extractor, small_generator, tmp_pa
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") == 2, "in the context and in the answer"
     assert html.count(r"\x1b[31mred\x1b[0m\n---\nlicense: mit") == 2
     assert len(re.findall("<tr>", html.split("<table>")[-1])) == 2
+
+
+@fault(
+    Guard("empcause/training/common.py", '.replace("<", r"\\u003c")'),
+    Guard("empcause/training/common.py", '.replace("](", r"]\\u0028")'),
+    cause="HTML, links, pictures and escape sequences in the name of a folder",
+    place="TensorBoard, which shows a training's options as Markdown",
+    promise="they are shown as they are written; the options are the same once they are read",
+)
+def test_tensorboard_shows_names_as_they_are(tmp_path):
+    from transformers.integrations import TensorBoardCallback
+
+    options = GeneratorTrainingArguments(output_dir=str(tmp_path), data=f"{HOSTILE} ![p](http://x/y.png)")
+    assert json.loads(options.to_json_string())["data"] == options.data
+    state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
+    callback = TensorBoardCallback()
+    callback.on_train_begin(options, state, None)
+    callback.on_train_end(options, state, None)
+    events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.*"))
+    assert rb"\u003cimg src=x onerror=alert(1)>" in events
+    for executed in (b"\x1b[31m", b"<img", b"](http", "\u202e".encode()):
+        assert executed not in events
