@@ -5,7 +5,7 @@ from pathlib import Path
 
 from empcause.cli.options import number
 from empcause.errors import UserError
-from empcause.ranges import POSITIVE, SHARE, Range
+from empcause.ranges import NOT_NEGATIVE, SHARE, Range
 
 EPILOG = """\
 Peers are checked against fp64 before they are timed. Compare ratios within a run: the machine's speed cancels there.
@@ -33,7 +33,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--peers", nargs="+", metavar="NAME", help="beside this package; all but FlexAttention by default"
     )
     parser.add_argument("--threads", type=number(int, Range(1, 4096)), help="of torch")
-    parser.add_argument("--seconds", type=number(float, POSITIVE), default=1.5, help="for each direction of a case")
+    parser.add_argument("--seconds", type=number(float, NOT_NEGATIVE), default=1.5, help="for each direction of a case")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a CSV and plots there")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="CSV", help="two earlier results; nothing is timed")
     parser.add_argument(

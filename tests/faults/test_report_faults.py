@@ -124,8 +124,10 @@ def test_papers_rows_only_beside_the_papers_data(small_extractor, small_generato
     dialogues = load_dialogues("test", "sample")[:2]
     whole = sum(len(dialogue.turns) // 2 for dialogue in dialogues)
     monkeypatch.setattr("empcause.evaluation.generator.load_dialogues", lambda *_: dialogues)
-    monkeypatch.setattr("empcause.data.origin._PAPERS", {_fingerprint(dialogues)})
     options = {"data": str(tmp_path), "max_samples": None}
+    own, _ = evaluate(small_extractor, small_generator, tmp_path / "own", **options)
+    assert "(paper)" not in own
+    monkeypatch.setattr("empcause.data.origin._PAPERS", {_fingerprint(dialogues)})
     shown, figures = evaluate(small_extractor, small_generator, tmp_path / "whole", **options)
     assert figures["generated_responses"] == whole
     assert "| ECG (paper) | 14.063 | 0.025 | 0.109 | – | – | – |" in shown, (
