@@ -20,9 +20,9 @@ def _without_traceback(kind: type[BaseException], error: BaseException, tracebac
 
 sys.excepthook = _without_traceback  # torch and transformers take seconds to import, in which people press Ctrl-C
 
-from empcause.integration import steer  # noqa: E402
+from empcause.integration import check_model, steer  # noqa: E402
 from empcause.ops import biased_attention, biased_attention_varlen, info  # noqa: E402
 
 sys.excepthook = _excepthook
 
-__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "info", "steer"]
+__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer"]

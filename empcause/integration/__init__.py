@@ -1,4 +1,4 @@
-"""transformers: the attention implementation "empcause", and `steer`.
+"""transformers: the attention implementation "empcause", the check of models that run with it, and `steer`.
 
 Importing this package registers the implementation with transformers.
 """
@@ -6,11 +6,14 @@ Importing this package registers the implementation with transformers.
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from empcause.integration.attention import empcause_attention, layer_strength
+from empcause.integration.checking import check_model
+from empcause.integration.classes import refuse_unchecked_models
 from empcause.integration.masks import biased_attention_mask
 from empcause.integration.steering import steer
 
 # Both: without the mask function transformers hands on no padding mask at all.
 AttentionInterface.register("empcause", empcause_attention)
 AttentionMaskInterface.register("empcause", biased_attention_mask)
+refuse_unchecked_models()
 
-__all__ = ["biased_attention_mask", "empcause_attention", "layer_strength", "steer"]
+__all__ = ["biased_attention_mask", "check_model", "empcause_attention", "layer_strength", "steer"]

@@ -5,16 +5,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import find_packed_sequence_indices
 
-from empcause.integration.masks import decode_mask
+from empcause.errors import UserError
+from empcause.integration.classes import require
+from empcause.integration.masks import Visible, read_mask
 from empcause.ops import biased_attention, biased_attention_varlen
 
-# Features of other models' attention that the operator does not have.
-_REFUSED = {
-    "sliding_window": "a sliding window",
+# What transformers hands to every attention function though it does not concern the result: read elsewhere, or looked at below.
+_HARMLESS = frozenset(
+    "position_ids position_embeddings use_cache cache cache_position past_key_values output_hidden_states "
+    "output_router_logits return_dict logits_to_keep num_items_in_batch labels token_type_ids sliding_window seq_idx".split()
+)
+# Names that say little; others speak for themselves.
+_FEATURES = {
     "softcap": "soft-capped logits",
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
+    "output_attentions": "attention weights, which are never formed",
+    "head_mask": "a mask over heads",
 }
 
 
@@ -33,12 +42,12 @@ def layer_strength(module: nn.Module, gamma: float) -> float:
     """Strength of the bias in a layer: `gamma * l / L`, l counted from 1 (section 3.3 of the paper).
 
     Raises:
-        ValueError: the attention module does not know its place among the layers.
+        UserError: the attention module does not know its place among the layers.
     """
     layer_idx = getattr(module, "layer_idx", None)
     config = getattr(module, "config", None)
     if layer_idx is None or config is None:
-        raise ValueError(
+        raise UserError(
             f"{type(module).__name__} has no layer_idx and config, which the strength of a layer depends on."
         )
     return gamma * (layer_idx + 1) / config.num_hidden_layers
@@ -65,7 +74,8 @@ def empcause_attention(
     """Biased attention of one layer.
 
     Args:
-        module: the attention module; its `layer_idx` and `config.num_hidden_layers` decide the strength.
+        module: the attention module, of a class that has been checked; its `layer_idx` and `config.num_hidden_layers` decide
+            the strength.
         query: `[B, H, Q, D]`.
         key, value: `[B, Hkv, K, D]`.
         attention_mask: what `biased_attention_mask` made, or None.
@@ -76,28 +86,39 @@ def empcause_attention(
         cause_gamma: factor of the strength.
         cause_witness: the layer writes down in it that the causes arrived, for `steer`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences in a batch of one row, as transformers'
-            flattening collator makes them: prefix sums `[sequences + 1]` int32, and the longest lengths. Pass an
-            attention_mask of ones with them, or transformers itself looks for packing in position_ids.
+            flattening collator makes them: prefix sums `[sequences + 1]` int32, and the longest lengths. Without them packing
+            is found in the mask.
+        **kwargs: what transformers hands to every attention function.
 
     Returns:
         `[B, Q, H, D]` contiguous, and None for the attention weights, which are never formed.
 
     Raises:
-        ValueError: a feature, mask or shape that is not supported.
+        UserError: a class, feature, mask or shape that is not supported.
     """
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f'attn_implementation="empcause" does not do {what} ({name}), which this model asks for.')
+    require(module)
+    for name, given in kwargs.items():
+        if given is not None and name not in _HARMLESS and not (given is False and name == "output_attentions"):
+            what = f"{_FEATURES[name]} ({name})" if name in _FEATURES else name
+            raise UserError(
+                f'attn_implementation="empcause" does not do {what}, which {type(module).__name__} asks for; "eager" does.'
+            )
+    if key.shape[-1] != value.shape[-1]:
+        raise UserError(
+            f'attn_implementation="empcause" needs keys and values of one head size; those of {type(module).__name__} are '
+            f'{key.shape[-1]} and {value.shape[-1]} ("eager" and "sdpa" do that).'
+        )
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         # Rotary embeddings leave query and key in fp32 while value is in the autocast dtype.
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
-    key_mask, query_offset = (None, None) if attention_mask is None else decode_mask(attention_mask)
+    visible = Visible() if attention_mask is None else read_mask(attention_mask)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) or attention_mask is not None  # with a mask, its offset says what may be seen
+    _check_order(module, query, key, attention_mask, causal, visible, cu_seq_lens_q, kwargs)
     cause, strength = None, 0.0
     if cause_probs is not None:
         cause = _fit(cause_probs, query.shape[0], key.shape[2])
@@ -107,31 +128,98 @@ def empcause_attention(
     options: dict[str, Any] = {"strength": strength, "causal": causal, "scale": scaling, "dropout_p": dropout}
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1 or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
-            raise ValueError(
+            raise UserError(
                 "Packed sequences are one row of a batch with cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k; "
                 f"the batch has {query.shape[0]} rows, or one of these is missing."
             )
+    elif visible.cu_seqlens is not None:
+        cu_seq_lens_q = cu_seq_lens_k = visible.cu_seqlens
+        max_length_q = max_length_k = visible.longest
+    if cu_seq_lens_q is not None:
+        assert cu_seq_lens_k is not None
+        assert max_length_q is not None
+        assert max_length_k is not None
+        batch, _, rows, _ = query.shape
+        query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+        if cause is not None:
+            cause = cause.expand(batch, -1).flatten()
         packed = biased_attention_varlen(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            None if cause is None else cause[0],
-            key_mask=None if key_mask is None else key_mask[0],
+            query,
+            key,
+            value,
+            cause,
+            key_mask=None if visible.key_mask is None else visible.key_mask.flatten(),
             cu_seqlens_q=cu_seq_lens_q,
             cu_seqlens_k=cu_seq_lens_k,
             max_seqlen_q=max_length_q,
             max_seqlen_k=max_length_k,
             **options,
         )
-        return packed[None], None
-    output = biased_attention(query, key, value, cause, key_mask=key_mask, query_offset=query_offset, **options)
+        return packed.unflatten(0, (batch, rows)), None
+    output = biased_attention(
+        query, key, value, cause, key_mask=visible.key_mask, query_offset=visible.query_offset, **options
+    )
     return output.transpose(1, 2), None
+
+
+def _check_order(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    visible: Visible,
+    cu_seq_lens: Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse what would let a query see keys that it should not: there the mask says less than the other arguments.
+
+    Raises:
+        UserError: see above.
+    """
+    rows, keys = query.shape[2], key.shape[2]
+    if rows == 1:
+        return
+    window = kwargs.get("sliding_window")
+    longest = visible.longest or keys
+    if window is not None and window < longest:
+        raise UserError(
+            f'attn_implementation="empcause" does not do a sliding window (sliding_window) of {window} tokens over {longest} '
+            f'keys; it runs while there are at most {window} ("eager" and "sdpa" run beyond).'
+        )
+    if attention_mask is None and causal and rows != keys:
+        raise UserError(
+            f'attn_implementation="empcause" was given no mask for {rows} queries and {keys} keys, so it cannot know which '
+            "keys a query may see."
+        )
+    if cu_seq_lens is not None or visible.cu_seqlens is not None:
+        return
+    if kwargs.get("seq_idx") is not None:
+        raise UserError(
+            "Packed sequences were given as seq_idx alone; pass their position_ids too (DataCollatorWithFlattening makes "
+            "them by default) and use_cache=False."
+        )
+    position_ids = kwargs.get("position_ids")
+    if (
+        position_ids is not None
+        and getattr(module, "layer_idx", 0) == 0  # once per call
+        and visible.key_mask is None
+        and rows == keys
+        and position_ids.dim() == 2
+        and not torch.compiler.is_compiling()
+        and find_packed_sequence_indices(position_ids) is not None
+    ):
+        # With a cache transformers takes no notice of it, and the sequences would attend to one another.
+        raise UserError(
+            "position_ids hold several packed sequences, which transformers does not look for where there is a cache: pass "
+            "use_cache=False, or an attention_mask if they are not packed."
+        )
 
 
 def _fit(cause_probs: Tensor, batch: int, keys: int) -> Tensor:
     """Extend causes of the prompt with 0 for keys that came later."""
     if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or cause_probs.shape[1] > keys:
-        raise ValueError(
+        raise UserError(
             f"cause_probs must be [batch, tokens] = [{batch}, at most {keys}], not {list(cause_probs.shape)}."
         )
     return nn.functional.pad(cause_probs, (0, keys - cause_probs.shape[1]))

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 import empcause
-from empcause.integration.masks import HIDDEN, biased_attention_mask, decode_mask
+from empcause.integration.masks import HIDDEN, biased_attention_mask, read_mask
 
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 GPT2 = GPT2Config(vocab_size=120, n_embd=32, n_layer=3, n_head=4, n_positions=96, **SPECIAL)
@@ -175,7 +175,7 @@ def test_steered_generation_equals_steering_without_cache(config, left_padded, o
 def test_static_cache_prefill_does_not_see_empty_slots(config):
     """More keys than are filled: aligned to the bottom right, the prefill would see the future."""
     mask = biased_attention_mask(1, 4, 32, q_offset=0, attention_mask=torch.ones(1, 4, dtype=torch.bool))
-    key_mask, offset = decode_mask(mask)
+    key_mask, offset, *_ = read_mask(mask)
     assert int(offset) == 0
     assert key_mask[0, :4].all()
     assert not key_mask[0, 4:].any()
@@ -193,7 +193,7 @@ def test_cache_position_reaches_the_kernel(config, left_padded):
             input_ids=ids[:, part],
             attention_mask=mask[:, : part.stop],
             position_ids=position[:, part],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).logits
     torch.testing.assert_close(last, whole[:, 6:], rtol=1e-5, atol=1e-5)
@@ -292,11 +292,6 @@ class TestRefusals:
             raise ZeroDivisionError
         assert torch.equal(model(**inputs).logits, before)
 
-    def test_packed_sequences_without_their_lengths(self):
-        model = make(LLAMA)
-        with pytest.raises(ValueError, match="packed sequences"):
-            model(torch.randint(3, 120, (1, 8)), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]), use_cache=False)
-
     def test_packed_sequences_in_several_rows(self):
         model = make(LLAMA)
         sums = torch.tensor([0, 4, 8], dtype=torch.int32)
@@ -337,15 +332,13 @@ def test_mask_of_hidden_keys():
     mask = biased_attention_mask(2, 3, 3, attention_mask=padding)
     assert mask.shape == (2, 1, 1, 3)
     assert mask[0, 0, 0].tolist() == [HIDDEN, 1, 2]
-    assert biased_attention_mask(2, 3, 3) is None
+    assert biased_attention_mask(2, 3, 3).shape == (2, 1, 1, 0), "nothing is hidden"
 
 
 def test_mask_comes_through_transformers(config):
     model = make(config)
     embeds = torch.zeros(2, 5, 32)
-    mask = create_causal_mask(
-        config=model.config, inputs_embeds=embeds, attention_mask=torch.ones(2, 5), past_key_values=None
-    )
+    mask = create_causal_mask(config=model.config, inputs_embeds=embeds, attention_mask=torch.ones(2, 5), cache=None)
     assert mask.dtype == torch.int64
     assert mask.shape == (2, 1, 1, 5)
 
