@@ -1,6 +1,6 @@
-# make demo: everything once on the embedded sample, with a report.   make test: the tests.   make faults: what happens when things go wrong.
-# make guards: each guard of the fault tests is taken away in turn; its test must notice.
-# Both set up .venv first, once. TORCH_SPEC and TRITON_SPEC say which torch and which triton are installed where .venv has none
+# make demo: everything once on the embedded sample, with a report.   make test: the tests.
+# make faults: what happens when something goes wrong.   make guards: each guard of these tests is taken away; its test must notice.
+# All set up .venv first, once. TORCH_SPEC and TRITON_SPEC say which torch and which triton are installed where .venv has none
 # (a torch for CUDA brings its own triton).
 PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
