@@ -61,12 +61,12 @@ def require(asked: object, derived: bool = False) -> None:
     Raises:
         UserError: with the reason where the table knows one, otherwise with the call that checks the class.
     """
+    if type(asked) not in _admitted:
+        _look_up(asked, derived)
+
+
+def _look_up(asked: object, derived: bool) -> None:
     cls = type(asked)
-    if cls not in _admitted:
-        _look_up(cls, derived)
-
-
-def _look_up(cls: type, derived: bool) -> None:
     seen = _checking.get()
     if seen is not None:
         seen.add(cls)
@@ -78,6 +78,11 @@ def _look_up(cls: type, derived: bool) -> None:
             return
         if name in _reasons:
             raise UserError(f'attn_implementation="empcause" {_reasons[name]}; load it with "eager" or "sdpa".')
+    if getattr(asked, "is_encoder_decoder", False):
+        raise UserError(
+            f'attn_implementation="empcause" has not been checked with models of {cls.__name__}, which have an encoder and a '
+            'decoder, and the check takes causal LMs alone; load it with "eager" or "sdpa".'
+        )
     if "text_config" in getattr(cls, "sub_configs", ()):
         raise UserError(
             f'attn_implementation="empcause" has not been checked with all parts of models of {cls.__name__}; give it to the '

@@ -15,6 +15,8 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -67,6 +69,11 @@ def test_the_table_is_what_the_check_makes(family):
 def test_what_the_check_takes():
     with pytest.raises(UserError, match="takes a causal language model of transformers or its class, not BertModel"):
         empcause.check_model(BertModel)
+
+
+def test_encoder_decoders_are_not_sent_to_a_check_that_does_not_take_them():
+    with pytest.raises(UserError, match='the check takes causal LMs alone; load it with "eager" or "sdpa"'):
+        T5ForConditionalGeneration._from_config(T5Config(), attn_implementation="empcause")
 
 
 def test_encoders_of_listed_configurations():
