@@ -66,14 +66,13 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
         }
       }
     }
-    Vec tile_total{};  // added up apart: fewer errors add up
     const auto weighted = [&](int64_t j) {
       const Vec p = splat(tile.factor[j]) * exp2(load(logits + j * rows + lane) - shift);
-      tile_total += p;
+      total += p;
       return dropout.active() ? p * load(factor + tile.place[j] * rows + lane) : p;
     };
     store_over_rows(parts.keys[v], weighted, probability + lane, rows);
-    store(running.row_sum + lane, total + tile_total);
+    store(running.row_sum + lane, total);
   }
   matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
          upcoming);
