@@ -4,10 +4,6 @@
     b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
     o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
 
-The forward pass leaves LSE in two parts, each with all its digits: `maximum`, the power of two that a row's terms are relative
-to, and `total`, their sum, 0 in a row that sees no key. The backward pass makes the same terms of the same numbers, so its
-probabilities sum to 1 however large the logits are. Of an output in 16 bits it leaves what rounding took, too: `rounding`.
-
 Kernels take a tensor `[batch, heads, rows, head_dim]` as a pointer and its first three strides; the last one is 1. Packed
 tensors have one batch, whose stride is 0. What a kernel writes is laid out `[batch, rows, heads, head_dim]`,
 quantities per row `[batch, heads, rows]`. Offsets are 64-bit.
@@ -37,6 +33,7 @@ UNSPECIALIZED = [
 
 # Kernels work in powers of two: exp(x) = exp2(x * LOG2E).
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -149,36 +146,6 @@ def store_rows(pointer, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl
     pointers = pointer + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + columns)
     mask = inside[:, None] & (columns < HEAD_DIM)
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_rounded(
-    output, rounding, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Stores rows, and for an output in 16 bits what rounding takes from them, int16 in units of fp32's last place."""
-    store_rows(output, stride, values, inside, ROWS, HEAD_DIM, BLOCK_D)
-    if rounding is not None:
-        store_rows(rounding, stride, lost(values, output.dtype.element_ty), inside, ROWS, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def lost(values, dtype: tl.constexpr):
-    """What rounding to a dtype of 16 bits takes from fp32, in units of its last place: 16 bits where a value is not subnormal."""
-    rounded = values.to(dtype).to(tl.float32)
-    return clamped(values.to(tl.int32, bitcast=True) - rounded.to(tl.int32, bitcast=True), -32768, 32767)
-
-
-@triton.jit
-def unrounded(values, rounding):
-    """fp32 as it was before it was rounded."""
-    bits = values.to(tl.float32).to(tl.int32, bitcast=True) + rounding.to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def row_maximum(statistics, outer, head, row, num_rows, num_heads):
-    """Where the maximum of a row stands in statistics `[batch, heads, 2, rows]`; its total stands num_rows further."""
-    return statistics + (tl.cast(outer, tl.int64) * num_heads + head) * 2 * num_rows + row
 
 
 @triton.jit

@@ -57,20 +57,17 @@ struct CombineKernel {
     const bool dead = sum == 0.0f;
     const int query_row = static_cast<int>(s.query_begin) + query;
     T* const output = row_of<T>(a.output, batch, head, query_row);
-    Rounding<T>* const rounding = row_of<Rounding<T>>(a.rounding, batch, head, query_row);
     for (int column = lane(); column < a.head_dim; column += kWarp) {
       float total = 0.0f;
       for (int part = 0; part < f.split.parts; ++part) {
         const int64_t row = f.split.row(a, part, batch, head, query);
         total = fused(load_global(f.split.output + row * a.head_dim + column), factor(row), total);
       }
-      const float value = dead ? 0.0f : total / sum;
-      store_global(output + column, from_float<T>(value));
-      if constexpr (kRounds<T>) store_global(rounding + column, Stored<Rounding<T>>::of(value));
+      store_global(output + column, from_float<T>(dead ? 0.0f : total / sum));
     }
     if (lane() == 0) {
-      store_global(row_of(a.maximum, batch, head, query_row), maximum);
-      store_global(row_of(a.total, batch, head, query_row), sum);
+      store_global(row_of(a.logsumexp, batch, head, query_row),
+                   dead ? kInfinity : (maximum + log2(sum)) * kLn2);
     }
   }
 };

@@ -238,24 +238,19 @@ class ForwardBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
+        const bool dead = sum[m][half] == 0.0f;
         if (row < rows && lane_column() == 0) {
-          store_global(row_of(a.maximum, batch, head(row), query_row(row)), maximum[m][half]);
-          store_global(row_of(a.total, batch, head(row), query_row(row)), sum[m][half]);
+          store_global(row_of(a.logsumexp, batch, head(row), query_row(row)),
+                       dead ? kInfinity : (maximum[m][half] + log2(sum[m][half])) * kLn2);
         }
       }
     }
-    store_output_as<T>(a.output, kept_factor);
-    if constexpr (kRounds<T>) store_output_as<Rounding<T>>(a.rounding, kept_factor);
-  }
-
-  template <class As>
-  EMPCAUSE_DEVICE void store_output_as(const Matrices& to, float kept_factor) const {
-    store_rows<As>(
+    store_rows<T>(
         output, 0, head_dim(), f.whole_chunks,
         [&](int m, int half) { return sum[m][half] == 0.0f ? 0.0f : kept_factor / sum[m][half]; },
-        [&](int m, int half) -> As* {
+        [&](int m, int half) -> T* {
           const int row = fragment_row(m, half);
-          return row < rows ? row_of<As>(to, batch, head(row), query_row(row)) : nullptr;
+          return row < rows ? row_of<T>(a.output, batch, head(row), query_row(row)) : nullptr;
         });
   }
 

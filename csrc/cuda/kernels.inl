@@ -41,10 +41,7 @@ void launch_forward(const ForwardArguments& f, Stream stream) {
 
 void forward_rows(const Attention& a, float* scratch, Stream stream) {
   ForwardArguments f{a, DropoutRate(a.dropout_p), false, {}};
-  f.whole_chunks = true;
-  for (const Matrices* m : {&a.query, &a.key, &a.value, &a.output, &a.rounding}) {
-    f.whole_chunks = f.whole_chunks && in_chunks(a, *m);
-  }
+  f.whole_chunks = in_chunks(a, a.query) && in_chunks(a, a.key) && in_chunks(a, a.value) && in_chunks(a, a.output);
   const Decoding d = decoding(a);
   with_head_dim(a.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
@@ -77,7 +74,7 @@ void launch_backward(const BackwardArguments& f, Stream stream) {
 
 void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
   const Attention& a = g.forward;
-  BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, a.total.batch / 2, a.total.head / 2}};
+  BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, a.logsumexp.batch, a.logsumexp.head}};
   for (const Matrices* m : {&a.query, &a.key, &a.value, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
     f.whole_chunks = f.whole_chunks && in_chunks(a, *m);
   }

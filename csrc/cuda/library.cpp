@@ -58,12 +58,6 @@ class Cuda {
  public:
   static constexpr const char* kName = "cuda";
 
-#if defined(EMPCAUSE_CUDA_EMULATION)
-  static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }
-#else
-  static bool takes(const Tensor& tensor) { return tensor.is_cuda(); }
-#endif
-
   explicit Cuda(const Tensor& like) : context_(like) {}
 
   void borrow(const Tensor& tensor) { context_.borrow(tensor); }

@@ -2,8 +2,6 @@
 // registers.
 #pragma once
 
-#include <string.h>
-
 #include "../attention.h"
 #include "fragment.h"
 
@@ -21,44 +19,6 @@ struct alignas(kChunkBytes) Chunk {
 struct alignas(8) Pair {
   float at[2];
 };
-
-// What storing a value as T takes from it, in units of fp32's last place: 16 bits where the value is not subnormal.
-template <class T>
-struct Rounding {
-  int16_t units;
-};
-
-EMPCAUSE_DEVICE int32_t bits_of(float value) {
-  int32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-template <class T>
-constexpr bool kRounds = sizeof(T) < sizeof(float);
-
-// A value in the form that is stored.
-template <class T>
-struct Stored {
-  static EMPCAUSE_DEVICE T of(float value) { return from_float<T>(value); }
-};
-
-template <class T>
-struct Stored<Rounding<T>> {
-  static EMPCAUSE_DEVICE Rounding<T> of(float value) {
-    const int32_t units = bits_of(value) - bits_of(to_float(from_float<T>(value)));
-    return {static_cast<int16_t>(clamped(units, INT16_MIN, INT16_MAX))};
-  }
-};
-
-// A value as it was before it was stored.
-template <class T>
-EMPCAUSE_DEVICE float unrounded(T value, Rounding<T> rounding) {
-  const int32_t bits = bits_of(to_float(value)) + rounding.units;
-  float result;
-  memcpy(&result, &bits, sizeof result);
-  return result;
-}
 
 // Indices fit 32 bits, offsets do not. Unsigned, since the sign of an index would take a register of its own.
 template <class T>
@@ -187,7 +147,7 @@ EMPCAUSE_DEVICE void store_rows(const Fragment<kRowTiles, kColumnTiles>& rows, i
           Chunk<T> values;
           EMPCAUSE_UNROLL
           for (int e = 0; e < Chunk<T>::kSize; ++e) {
-            values.at[e] = Stored<T>::of((e % 2 == 0 ? even : odd)[(first + e) / 2]);
+            values.at[e] = from_float<T>((e % 2 == 0 ? even : odd)[(first + e) / 2]);
           }
           if (whole_chunks) {
             if (column < head_dim) store_global(reinterpret_cast<Chunk<T>*>(to + column), values);

@@ -406,19 +406,15 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
         forward, backward = operators
         with below_autograd():
-            output, rounding, statistics = forward(query, key, value, cause, *others)
+            output, logsumexp = forward(query, key, value, cause, *others)
         strength, head_strength, key_mask, causal, scale, dropout_p, seed, offset = others
-        ctx.save_for_backward(
-            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, seed, offset
-        )
+        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset)
         ctx.constants = backward, strength, causal, scale, dropout_p
         return output
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, seed, offset = (
-            ctx.saved_tensors
-        )
+        query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
         backward, strength, causal, scale, dropout_p = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
         # Each by its name: putting 16 arguments together from parts is felt in a small call.
@@ -429,8 +425,7 @@ class _Attention(torch.autograd.Function):
                 key,
                 value,
                 output,
-                rounding,
-                statistics,
+                logsumexp,
                 cause,
                 strength,
                 head_strength,
@@ -450,11 +445,9 @@ class _AttentionVarlen(torch.autograd.Function):
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
         forward, backward = operators
         with below_autograd():
-            output, rounding, statistics = forward(query, key, value, cause, *others)
+            output, logsumexp = forward(query, key, value, cause, *others)
         strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, _ = others
-        ctx.save_for_backward(
-            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed
-        )
+        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed)
         ctx.constants = backward, strength, max_q, max_k, causal, scale, dropout_p
         return output
 

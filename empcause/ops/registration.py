@@ -18,18 +18,17 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 
-def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _by_rows(like: Tensor) -> Tensor:
     """`[B, H, N, D]` laid out as `[B, N, H, D]`, as the kernels allocate; packed tensors are contiguous."""
     if like.dim() == 3:
-        return like.new_empty(like.shape, dtype=dtype)
+        return like.new_empty(like.shape)
     batch, heads, rows, dim = like.shape
-    return like.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
+    return like.new_empty((batch, rows, heads, dim)).transpose(1, 2)
 
 
-def _forward_shapes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *batch, heads, rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    rounding = query.new_empty(0, dtype=torch.int16) if query.dtype == torch.float32 else _by_rows(query, torch.int16)
-    return _by_rows(query), rounding, query.new_empty((*batch, heads, 2, rows), dtype=torch.float32)
+def _forward_shapes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return _by_rows(query), query.new_empty(shape, dtype=torch.float32)
 
 
 def _backward_shapes(
@@ -38,8 +37,7 @@ def _backward_shapes(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    rounding: Tensor,
-    statistics: Tensor,
+    logsumexp: Tensor,
     cause: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,8 +59,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _make_backward(operator: OpOverload) -> Callable:
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple:
-        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple:
+        query, key, value, output, logsumexp, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
         nothing = [None] * (3 + len(ctx.rest))
         if grad_output is None:
             return (None, None, None, None, *nothing)
@@ -70,8 +68,8 @@ def _make_backward(operator: OpOverload) -> Callable:
         for place, tensor in zip(ctx.places, tensors, strict=True):
             rest[place] = tensor
         wants_cause = cause is not None and ctx.needs_input_grad[3]
-        inputs = (query, key, value, output, rounding, statistics, cause, ctx.strength, head_strength, key_mask)
-        grads = operator(grad_output, *inputs, *rest, wants_cause)
+        saved = (grad_output, query, key, value, output, logsumexp, cause, ctx.strength, head_strength, key_mask)
+        grads = operator(*saved, *rest, wants_cause)
         return (*grads[:3], grads[3] if wants_cause else None, *nothing)
 
     return backward
