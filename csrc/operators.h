@@ -200,6 +200,11 @@ class Operators {
                                                       const Tensor& logsumexp, bool cause_grad) {
     require(kernel_dtype(grad_output) == a_.dtype && kernel_dtype(output) == a_.dtype,
             "output and grad_output must have query's dtype");
+    for (const Tensor* tensor : {&grad_output, &output}) {
+      bool fits = tensor->dim() == query_.dim();
+      for (int64_t i = 0; fits && i < query_.dim(); ++i) fits = tensor->size(i) == query_.size(i);
+      require(fits, "output and grad_output must have query's shape");
+    }
     a_.output = matrices(output);
     a_.logsumexp = logsumexp_rows(logsumexp);
     AttentionBackward g;

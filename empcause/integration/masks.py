@@ -7,10 +7,11 @@ static cache, where there are more keys than are filled. Being four-dimensional,
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import (
     and_masks,
@@ -132,7 +133,7 @@ def biased_attention_mask(
         if exceeded and (q_length > 1 or packing is not None):
             # Refused where it is read: models make masks for kinds of layers that they do not have.
             limit, what = exceeded[0]
-            return torch.tensor([limit, keys, _NAMES.index(what)]).expand(1, 3, 1, 3).as_subclass(KeyMask)
+            return _marked(torch.tensor([limit, keys, _NAMES.index(what)]).expand(1, 3, 1, 3))
         if packing is not None:
             return packing
         if exceeded:  # one query row: the pattern says for each key whether it is seen
@@ -143,7 +144,7 @@ def biased_attention_mask(
             q_offset, kv_offset = EVERYTHING, 0
     aligned = isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
     if aligned and attention_mask is None and seen is None:
-        return torch.empty(batch_size, 1, 1, 0, dtype=torch.int64, device=device).as_subclass(KeyMask)
+        return _marked(torch.empty(batch_size, 1, 1, 0, dtype=torch.int64, device=device))
     first = torch.arange(kv_length, device=device) + (kv_offset - q_offset)
     first = first.expand(batch_size, kv_length)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -151,7 +152,7 @@ def biased_attention_mask(
         first = torch.where(padding[:, kv_offset : kv_offset + kv_length].to(torch.bool), first, HIDDEN)
     if seen is not None:
         first = torch.where(seen, first, HIDDEN)
-    return first[:, None, None].as_subclass(KeyMask)
+    return _marked(first[:, None, None])
 
 
 def read_mask(mask: Tensor) -> Visible:
@@ -160,12 +161,12 @@ def read_mask(mask: Tensor) -> Visible:
     Raises:
         UserError: it is some other mask, or one of a window or chunk that is shorter than the keys.
     """
-    if not isinstance(mask, KeyMask):
+    if not isinstance(mask, KeyMask | FakeTensor):
         raise UserError(
             'attn_implementation="empcause" makes its own mask from a two-dimensional attention_mask; it was given a '
             f"{mask.dtype} mask of shape {list(mask.shape)}, and arbitrary 4-D masks are not supported."
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(mask, FakeTensor):
         return _read(mask)
     if mask.visible is None:
         mask.visible = _read(mask)
@@ -226,10 +227,15 @@ def _parts(mask_function: Callable) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield code, variables
 
 
+def _marked(mask: Tensor) -> KeyMask:
+    """The mask as ours. A fake tensor, which has shapes alone, can be of no other class."""
+    return cast(KeyMask, mask) if isinstance(mask, FakeTensor) else mask.as_subclass(KeyMask)
+
+
 def _pack(sequence: Tensor) -> KeyMask:
     """Packing as a mask, from the number `[B, S]` of the sequence to which each token belongs."""
     starts = torch.ones_like(sequence, dtype=torch.bool)
     starts[:, 1:] = sequence.diff(dim=1) != 0
     end = torch.tensor([sequence.numel()], device=sequence.device)
     sums = torch.cat([starts.flatten().nonzero()[:, 0], end])
-    return sums.expand(1, 2, int(sums.diff().max()), -1).as_subclass(KeyMask)
+    return _marked(sums.expand(1, 2, int(sums.diff().max()), -1))
