@@ -173,7 +173,7 @@ def read_mask(mask: Tensor) -> Visible:
     return mask.visible
 
 
-def _read(mask: KeyMask) -> Visible:
+def _read(mask: Tensor) -> Visible:
     rows = mask.unbind(1)
     if len(rows) == 2:
         return Visible(cu_seqlens=rows[0][0, 0].to(torch.int32), longest=rows[0].shape[1])
