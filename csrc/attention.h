@@ -3,6 +3,9 @@
 //   x_ij = scale * q_i . k_j          for keys j <= i + query_offset, if causal
 //   b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
 //   o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
+//
+// The forward pass leaves LSE in two parts, each with all its digits: 2^maximum, which a row's terms are relative to, and their sum.
+// The backward pass makes the same terms of the same numbers, so its probabilities sum to 1 however large the logits are.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +25,16 @@ enum class DType { kFloat32, kBFloat16, kFloat16 };
 struct Matrices {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
+
+  EMPCAUSE_EVERYWHERE int64_t offset(int64_t b, int64_t h, int64_t r) const { return b * batch + h * head + r * row; }
 };
 
 // A contiguous-in-rows fp32 quantity per [batch, head, row].
 struct Rows {
   float* data = nullptr;
   int64_t batch = 0, head = 0;
+
+  EMPCAUSE_EVERYWHERE float* of(int64_t b, int64_t h) const { return data + b * batch + h * head; }
 };
 
 // Every pointer leads to memory of the device that computes, so that nobody waits for a GPU to read a number.
@@ -45,8 +52,9 @@ struct Attention {
   const int64_t* seed = nullptr;  // null without dropout
   DType dtype;
   Matrices query, key, value, output;
-  Rows weight;     // w_j; 0 takes the key out
-  Rows logsumexp;  // +infinity where a row has no key
+  Matrices rounding;    // int16: the output before it was rounded to bf16 or fp16, less the output, in units of fp32's last place; may be null
+  Rows weight;          // w_j; 0 takes the key out
+  Rows maximum, total;  // LSE_i = ln 2 * maximum_i + log total_i; a row without a key has total 0
 };
 
 struct AttentionBackward {

@@ -174,7 +174,8 @@ struct Problem {
   int64_t outer, total_queries, total_keys, seed;
   std::vector<int32_t> cu_queries{0}, cu_keys{0};
   Buffer query, key, value, grad_output, output, grad_query, grad_key, grad_value;
-  std::vector<float> weight, logsumexp, grad_weight;
+  std::vector<float> weight, maximum, total, grad_weight;
+  std::vector<int16_t> rounding;
   std::vector<char> key_mask;
   AttentionBackward g;
 
@@ -209,7 +210,9 @@ struct Problem {
         }
       }
     }
-    logsumexp.assign(static_cast<size_t>(outer * s.heads * total_queries), std::nanf(""));
+    maximum.assign(static_cast<size_t>(outer * s.heads * total_queries), std::nanf(""));
+    total = maximum;
+    rounding.assign(s.dtype == DType::kFloat32 ? 0 : maximum.size() * static_cast<size_t>(s.dim), 0x7fff);
     grad_weight.assign(static_cast<size_t>(outer * s.heads * total_keys), std::nanf(""));
   }
 
@@ -236,7 +239,9 @@ struct Problem {
     a.output = output.view;
     const int64_t weight_heads = s.head_weights ? s.heads : 1;
     a.weight = {weight.data(), weight_heads * total_keys, s.head_weights ? total_keys : 0};
-    a.logsumexp = {logsumexp.data(), s.heads * total_queries, total_queries};
+    a.maximum = {maximum.data(), s.heads * total_queries, total_queries};
+    a.total = {total.data(), s.heads * total_queries, total_queries};
+    a.rounding = {rounding.data(), s.heads * total_queries * s.dim, total_queries * s.dim, s.dim};
     g.grad_output = grad_output.view;
     g.grad_query = grad_query.view;
     g.grad_key = grad_key.view;
@@ -247,8 +252,8 @@ struct Problem {
     if (s.packed) {
       a.cu_queries = cu_queries.data();
       a.cu_keys = cu_keys.data();
-      a.weight.batch = a.logsumexp.batch = g.grad_weight.batch = g.key_mask_batch = 0;
-      for (Matrices* m : {&a.query, &a.key, &a.value, &a.output, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
+      a.weight.batch = a.maximum.batch = a.total.batch = g.grad_weight.batch = g.key_mask_batch = 0;
+      for (Matrices* m : {&a.query, &a.key, &a.value, &a.output, &a.rounding, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
         m->batch = 0;
       }
     }
@@ -260,10 +265,20 @@ struct Problem {
 
   bool operator==(const Problem& other) const {
     return output == other.output && grad_query == other.grad_query && grad_key == other.grad_key &&
-           grad_value == other.grad_value && same(logsumexp, other.logsumexp) && same(grad_weight, other.grad_weight);
+           grad_value == other.grad_value && same(maximum, other.maximum) && same(total, other.total) &&
+           same(rounding, other.rounding) && same(grad_weight, other.grad_weight);
   }
-  static bool same(const std::vector<float>& a, const std::vector<float>& b) {
-    return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  template <class T>
+  static bool same(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+  }
+
+  // The output as it was before it was rounded.
+  double unrounded(int64_t b, int64_t h, int64_t i, int64_t d) const {
+    const float stored = output.get(b, h, i, d);
+    if (rounding.empty()) return stored;
+    const int32_t units = rounding[static_cast<size_t>(((b * s.heads + h) * total_queries + i) * s.dim + d)];
+    return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, stored) + units);
   }
 };
 
@@ -353,10 +368,10 @@ class Judge {
         e[static_cast<size_t>(j)] = std::exp(p_.scale() * x);
         total += weight(j) * e[static_cast<size_t>(j)];
       }
-      const double lse = p_.logsumexp[static_cast<size_t>((outer * s.heads + h) * p_.total_queries + q0 + i)];
+      const auto row = static_cast<size_t>((outer * s.heads + h) * p_.total_queries + q0 + i);
       if (total > 0) {
-        compare(lse, std::log(total));
-      } else if (lse != kInf) {
+        compare(p_.maximum[row] * std::log(2.0) + std::log(p_.total[row]), std::log(total));
+      } else if (p_.total[row] != 0) {
         worst_ = kInf;
       }
       std::vector<Sum> output(static_cast<size_t>(s.dim)), grad_query(output.size());
@@ -372,8 +387,7 @@ class Judge {
         }
         dp[static_cast<size_t>(j)] = z * dot;
       }
-      // The backward pass gets the output as it was stored, rounded.
-      for (int64_t d = 0; d < s.dim; ++d) delta += go(d) * p_.output.get(outer, h, q0 + i, d);
+      for (int64_t d = 0; d < s.dim; ++d) delta += go(d) * p_.unrounded(outer, h, q0 + i, d);
       for (int64_t j = 0; total > 0 && j < seen; ++j) {
         if (masked(j)) continue;
         const double probability = e[static_cast<size_t>(j)] / total, centred = dp[static_cast<size_t>(j)] - delta;

@@ -17,6 +17,9 @@ void check_prefix_sums(const int32_t* sums, int64_t count, int64_t rows, const c
 
 struct Cpu {
   static constexpr const char* kName = "cpu";
+  static constexpr bool kLeavesRounding = true;
+
+  static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }
 
   explicit Cpu(const Tensor&) {}
 

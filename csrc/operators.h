@@ -1,10 +1,12 @@
 // The raw operators over torch's stable ABI: from tensors to the problem that the kernels solve, the same for every device.
 //
-// Shapes and dtypes are checked by the Python function, which can say more about them; what is checked here keeps the
-// kernels from reading outside their arguments.
+// Everything that the kernels take for granted of their arguments is checked here (arguments.h), as the raw operators can be called by
+// anybody: nothing outside of the arguments is ever read or written.
 //
 // A Device is made for one call and has
+//   takes(tensor)                          whether its kernels can read it
 //   kName                                  for messages
+//   kLeavesRounding                        whether its forward pass leaves what rounding takes from an output in 16 bits
 //   Device(like)                           a tensor of the call
 //   borrow(tensor)                         told of every tensor whose memory the kernels will use
 //   check_packing(attention, packing)      of packed sequences; sets the longest ones
@@ -14,27 +16,16 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <optional>
-#include <stdexcept>
-#include <string>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "attention.h"
 
 namespace empcause {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(std::string("empcause: ") + what);
-}
 
 // On the device of `like`. Past the dispatcher, which would take longer than the kernels do for a few numbers.
 template <size_t kDims>
@@ -66,45 +57,45 @@ struct Packing {
 template <class Device>
 class Operators {
  public:
-  static std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
+  static std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
                                               double strength, OptionalTensor head_strength, OptionalTensor key_mask,
                                               bool causal, double scale, double dropout_p, OptionalTensor seed,
-                                              OptionalTensor query_offset) {
+                                              OptionalTensor query_offset, bool for_backward) {
     Operators call(query, key, value, {cause, strength, head_strength, key_mask}, std::nullopt,
                    {causal, scale, dropout_p, seed, query_offset});
-    return call.forward();
+    return call.forward(for_backward);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-      Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, OptionalTensor cause,
-      double strength, OptionalTensor head_strength, OptionalTensor key_mask, bool causal, double scale,
-      double dropout_p, OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
+      Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, Tensor statistics,
+      OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask, bool causal,
+      double scale, double dropout_p, OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
     Operators call(query, key, value, {cause, strength, head_strength, key_mask}, std::nullopt,
                    {causal, scale, dropout_p, seed, query_offset});
-    return call.backward(grad_output, output, logsumexp, cause_grad);
+    return call.backward(grad_output, output, rounding, statistics, cause_grad);
   }
 
-  static std::tuple<Tensor, Tensor> attention_varlen(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
+  static std::tuple<Tensor, Tensor, Tensor> attention_varlen(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
                                                      double strength, OptionalTensor head_strength,
                                                      OptionalTensor key_mask, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
                                                      int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
                                                      double scale, double dropout_p, OptionalTensor seed,
-                                                     OptionalTensor query_offset) {
+                                                     OptionalTensor query_offset, bool for_backward) {
     Operators call(query, key, value, {cause, strength, head_strength, key_mask},
                    Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                    {causal, scale, dropout_p, seed, query_offset});
-    return call.forward();
+    return call.forward(for_backward);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
-      Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, OptionalTensor cause,
-      double strength, OptionalTensor head_strength, OptionalTensor key_mask, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-      int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, double scale, double dropout_p, OptionalTensor seed,
-      OptionalTensor query_offset, bool cause_grad) {
+      Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, Tensor statistics,
+      OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask, Tensor cu_seqlens_q,
+      Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, double scale, double dropout_p,
+      OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
     Operators call(query, key, value, {cause, strength, head_strength, key_mask},
                    Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                    {causal, scale, dropout_p, seed, query_offset});
-    return call.backward(grad_output, output, logsumexp, cause_grad);
+    return call.backward(grad_output, output, rounding, statistics, cause_grad);
   }
 
  private:
@@ -122,59 +113,97 @@ class Operators {
   // Checks the arguments, describes the problem in `a` and computes its weights.
   Operators(const Tensor& query, const Tensor& key, const Tensor& value, const Bias& bias,
             const std::optional<Packing>& packing, const Options& options)
-      : device_(query), query_(query), packed_(packing.has_value()), bias_(bias) {
+      : arguments_(query), device_(on_device(query)), query_(query), dtype_(query.scalar_type()), packed_(packing.has_value()), bias_(bias) {
+    check_shapes(key, value);
     a_.query = matrices(query);
     a_.key = matrices(key);
     a_.value = matrices(value);
-    const int64_t head_axis = 1, row_axis = packed_ ? 0 : 2, dim_axis = packed_ ? 2 : 3;
-    a_.num_heads = query.size(head_axis);
-    a_.num_key_heads = key.size(head_axis);
-    a_.head_dim = query.size(dim_axis);
-    rows_ = a_.num_queries = a_.total_queries = query.size(row_axis);
-    keys_ = a_.num_keys = a_.total_keys = key.size(row_axis);
-    outer_ = a_.batch = packed_ ? 1 : query.size(0);
-    require(key.size(dim_axis) == a_.head_dim && value.size(dim_axis) == a_.head_dim && value.size(row_axis) == keys_ &&
-                value.size(head_axis) == a_.num_key_heads &&
-                (packed_ || (key.size(0) == outer_ && value.size(0) == outer_)),
-            "query, key and value do not fit each other");
-    require(a_.num_key_heads > 0 && a_.num_heads % a_.num_key_heads == 0, "key heads must divide query heads");
-    a_.dtype = kernel_dtype(query);
-    require(kernel_dtype(key) == a_.dtype && kernel_dtype(value) == a_.dtype, "query, key and value must share a dtype");
 
     if (packed_) {
-      a_.batch = packing->cu_queries.numel() - 1;
-      require(a_.batch >= 0 && packing->cu_keys.numel() == a_.batch + 1, "cu_seqlens_q and cu_seqlens_k differ in length");
-      a_.cu_queries = contiguous_data<int32_t>(packing->cu_queries, ScalarType::Int, a_.batch + 1, "cu_seqlens_q is not int32");
-      a_.cu_keys = contiguous_data<int32_t>(packing->cu_keys, ScalarType::Int, a_.batch + 1, "cu_seqlens_k is not int32");
+      const int64_t sums = packing->cu_queries.numel();
+      require(sums > 0, "cu_seqlens_q must have a number per sequence and one more, not none");
+      a_.batch = sums - 1;
+      arguments_.check_contiguous("cu_seqlens_q", packing->cu_queries, ScalarType::Int, {sums});
+      arguments_.check_contiguous("cu_seqlens_k", packing->cu_keys, ScalarType::Int, {sums});
+      require(packing->max_queries >= 0 && packing->max_keys >= 0, "max_seqlen_q and max_seqlen_k must not be negative");
+      a_.cu_queries = data<int32_t>(packing->cu_queries);
+      a_.cu_keys = data<int32_t>(packing->cu_keys);
       device_.check_packing(a_, *packing);
     }
     a_.causal = options.causal;
-    a_.query_offset = contiguous_data<int64_t>(options.query_offset, ScalarType::Long, 1, "query_offset is not int64");
+    arguments_.check_number("query_offset", options.query_offset);
+    a_.query_offset = optional_data<int64_t>(options.query_offset);
     a_.scale = static_cast<float>(options.scale);
+    require(std::isfinite(a_.scale), "scale must be finite in fp32");
     a_.dropout_p = options.dropout_p;
-    require(options.dropout_p == 0.0 || options.seed.has_value(), "dropout needs a seed");
-    a_.seed = contiguous_data<int64_t>(options.seed, ScalarType::Long, 1, "seed is not int64");
+    require(a_.dropout_p >= 0.0 && a_.dropout_p < 1.0, "dropout_p must be in [0, 1)");
+    require(a_.dropout_p == 0.0 || options.seed.has_value(), "dropout needs a seed");
+    arguments_.check_number("seed", options.seed);
+    a_.seed = optional_data<int64_t>(options.seed);
     compute_weights();
+  }
+
+  // Past this check the tensor's memory may be thought of as the device's.
+  static const Tensor& on_device(const Tensor& query) {
+    if (!Device::takes(query)) refuse("query", std::string("where the ") + Device::kName + " backend reads it", query);
+    return query;
+  }
+
+  // Of query, key and value.
+  void check_shapes(const Tensor& key, const Tensor& value) {
+    const char *form = packed_ ? "[N, H, D]" : "[B, H, Q, D]", *key_form = packed_ ? "[M, Hkv, D]" : "[B, Hkv, K, D]";
+    const size_t dims = packed_ ? 3 : 4, row_axis = packed_ ? 0 : 2, dim_axis = dims - 1;
+    const auto sizes = query_.sizes(), key_sizes = key.sizes();
+    a_.dtype = kernel_dtype();
+    if (sizes.size() != dims) refuse("query", form, query_);
+    if (key_sizes.size() != dims) refuse("key", key_form, key);
+    a_.head_dim = sizes[dim_axis];
+    if (a_.head_dim < 1 || a_.head_dim > kLargestHeadDim) {
+      refuse("query", std::string(form) + " with head sizes up to " + std::to_string(kLargestHeadDim), query_);
+    }
+    a_.num_heads = sizes[1];
+    a_.num_key_heads = key_sizes[1];
+    rows_ = a_.num_queries = a_.total_queries = sizes[row_axis];
+    keys_ = a_.num_keys = a_.total_keys = key_sizes[row_axis];
+    outer_ = a_.batch = packed_ ? 1 : sizes[0];
+    check_rows("key", key, dtype_, keys_, a_.num_key_heads);
+    check_rows("value", value, dtype_, keys_, a_.num_key_heads);
+    const double most_rows = static_cast<double>(rows_) + static_cast<double>(keys_) + 1;
+    require(static_cast<double>(outer_) * a_.num_heads * most_rows * a_.head_dim < kMostElements,
+            "there are too many rows for their number to be counted in 64 bits");
+    if (a_.num_key_heads < 1 || a_.num_heads % a_.num_key_heads != 0) {
+      refuse("key", std::string(key_form) + " with Hkv a divisor of " + std::to_string(a_.num_heads), key);
+    }
+  }
+
+  // [B, H, N, D], or packed [N, H, D].
+  void check_rows(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t heads) const {
+    if (packed_) {
+      arguments_.check(name, tensor, dtype, {rows, heads, a_.head_dim});
+    } else {
+      arguments_.check(name, tensor, dtype, {outer_, heads, rows, a_.head_dim});
+    }
   }
 
   void compute_weights() {
     KeyWeights w{};
     w.keys = keys_;
     w.strength = static_cast<float>(bias_.strength);
-    w.head_strength =
-        contiguous_data<float>(bias_.head_strength, ScalarType::Float, a_.num_heads, "head_strength is not float32 [H]");
-    w.key_mask =
-        contiguous_data<bool>(bias_.key_mask, ScalarType::Bool, outer_ * keys_, "key_mask is not bool [batch, keys]");
+    if (bias_.head_strength.has_value()) {
+      arguments_.check_contiguous("head_strength", *bias_.head_strength, ScalarType::Float, {a_.num_heads});
+      w.head_strength = data<float>(*bias_.head_strength);
+    }
+    if (bias_.key_mask.has_value()) {
+      if (packed_) {
+        arguments_.check_contiguous("key_mask", *bias_.key_mask, ScalarType::Bool, {keys_});
+      } else {
+        arguments_.check_contiguous("key_mask", *bias_.key_mask, ScalarType::Bool, {outer_, keys_});
+      }
+      w.key_mask = data<bool>(*bias_.key_mask);
+    }
     if (bias_.cause.has_value()) {
-      // [B|1, K], [B|1, H|1, K]; packed [M], [H|1, M]
-      const int64_t dims = bias_.cause->dim() + (packed_ ? 1 : 0);
-      require(dims == 2 || dims == 3, "cause has the wrong number of dimensions");
-      cause_outer_ = packed_ ? 1 : bias_.cause->size(0);
-      cause_heads_ = dims == 3 ? bias_.cause->size(bias_.cause->dim() - 2) : 1;
-      require((cause_outer_ == 1 || cause_outer_ == outer_) && (cause_heads_ == 1 || cause_heads_ == a_.num_heads),
-              "cause does not fit batch and heads");
-      w.cause = contiguous_data<float>(bias_.cause, ScalarType::Float, cause_outer_ * cause_heads_ * keys_,
-                                       "cause must be contiguous float32 with one value per key");
+      check_cause(*bias_.cause);
+      w.cause = data<float>(*bias_.cause);
       w.cause_head = cause_heads_ == 1 ? 0 : keys_;
       w.cause_batch = cause_outer_ == 1 ? 0 : cause_heads_ * keys_;
     }
@@ -186,39 +215,64 @@ class Operators {
     a_.weight = {w.weight, w.batch == 1 ? 0 : w.heads * keys_, w.heads == 1 ? 0 : keys_};
   }
 
-  std::tuple<Tensor, Tensor> forward() {
-    Tensor output = new_matrices(rows_, a_.num_heads);
-    Tensor logsumexp = packed_ ? empty<2>(query_, {a_.num_heads, rows_}, ScalarType::Float)
-                               : empty<3>(query_, {outer_, a_.num_heads, rows_}, ScalarType::Float);
-    a_.output = matrices(output);
-    a_.logsumexp = logsumexp_rows(logsumexp);
-    device_.forward(a_, query_);
-    return {output, logsumexp};
+  // [B|1, K], [B|1, H|1, K]; packed [M], [H|1, M].
+  void check_cause(const Tensor& cause) {
+    const auto sizes = cause.sizes();
+    const size_t dims = sizes.size() + (packed_ ? 1 : 0);
+    if (dims != 2 && dims != 3) {
+      refuse("cause", packed_ ? "float32 [M] or [H or 1, M]" : "float32 [B or 1, K] or [B or 1, H or 1, K]", cause);
+    }
+    cause_outer_ = packed_ || sizes[0] == 1 ? 1 : outer_;
+    cause_heads_ = dims == 2 || sizes[sizes.size() - 2] == 1 ? 1 : a_.num_heads;
+    const auto check = [&](std::initializer_list<int64_t> expected) {
+      arguments_.check_contiguous("cause", cause, ScalarType::Float, expected);
+    };
+    if (packed_) {
+      dims == 2 ? check({keys_}) : check({cause_heads_, keys_});
+    } else {
+      dims == 2 ? check({cause_outer_, keys_}) : check({cause_outer_, cause_heads_, keys_});
+    }
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output,
-                                                      const Tensor& logsumexp, bool cause_grad) {
-    require(kernel_dtype(grad_output) == a_.dtype && kernel_dtype(output) == a_.dtype,
-            "output and grad_output must have query's dtype");
-    for (const Tensor* tensor : {&grad_output, &output}) {
-      bool fits = tensor->dim() == query_.dim();
-      for (int64_t i = 0; fits && i < query_.dim(); ++i) fits = tensor->size(i) == query_.size(i);
-      require(fits, "output and grad_output must have query's shape");
+  // `for_backward`: the results are for a backward pass too, which is more exact with `rounding`.
+  std::tuple<Tensor, Tensor, Tensor> forward(bool for_backward) {
+    Tensor output = new_matrices(rows_, a_.num_heads, dtype_);
+    Tensor rounding = for_backward && leaves_rounding() ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
+                                                        : empty<1>(query_, {0}, ScalarType::Short);
+    Tensor statistics = packed_ ? empty<3>(query_, {a_.num_heads, 2, rows_}, ScalarType::Float)
+                                : empty<4>(query_, {outer_, a_.num_heads, 2, rows_}, ScalarType::Float);
+    set_results(output, rounding, statistics);
+    device_.forward(a_, query_);
+    return {output, rounding, statistics};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output, const Tensor& rounding,
+                                                      const Tensor& statistics, bool cause_grad) {
+    check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
+    check_rows("output", output, dtype_, rows_, a_.num_heads);
+    if (leaves_rounding() && rounding.dim() != 1) {
+      check_rows("rounding", rounding, ScalarType::Short, rows_, a_.num_heads);
+    } else {
+      arguments_.check("rounding", rounding, ScalarType::Short, {0});
     }
-    a_.output = matrices(output);
-    a_.logsumexp = logsumexp_rows(logsumexp);
+    if (packed_) {
+      arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {a_.num_heads, 2, rows_});
+    } else {
+      arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, 2, rows_});
+    }
+    require(!cause_grad || bias_.cause.has_value(), "cause_grad without cause");
+    set_results(output, rounding, statistics);
     AttentionBackward g;
     g.forward = a_;
-    Tensor grad_query = new_matrices(rows_, a_.num_heads);
-    Tensor grad_key = new_matrices(keys_, a_.num_key_heads);
-    Tensor grad_value = new_matrices(keys_, a_.num_key_heads);
+    Tensor grad_query = new_matrices(rows_, a_.num_heads, dtype_);
+    Tensor grad_key = new_matrices(keys_, a_.num_key_heads, dtype_);
+    Tensor grad_value = new_matrices(keys_, a_.num_key_heads, dtype_);
     g.grad_output = matrices(grad_output);
     g.grad_query = matrices(grad_query);
     g.grad_key = matrices(grad_key);
     g.grad_value = matrices(grad_value);
     std::optional<Tensor> grad_weight;
     if (cause_grad) {
-      require(bias_.cause.has_value(), "cause_grad without cause");
       grad_weight = empty<3>(query_, {outer_, a_.num_heads, keys_}, ScalarType::Float);
       g.grad_weight = {data<float>(*grad_weight), packed_ ? 0 : a_.num_heads * keys_, keys_};
       g.key_mask = bias_.key_mask.has_value() ? data<bool>(*bias_.key_mask) : nullptr;
@@ -227,6 +281,16 @@ class Operators {
     device_.backward(g, query_);
     Tensor grad_cause = cause_grad ? reduce_grad_cause(*grad_weight) : empty<1>(query_, {0}, ScalarType::Float);
     return {grad_query, grad_key, grad_value, grad_cause};
+  }
+
+  // Where the forward pass leaves what the backward pass needs.
+  void set_results(const Tensor& output, const Tensor& rounding, const Tensor& statistics) {
+    a_.output = matrices(output);
+    if (rounding.dim() != 1) a_.rounding = matrices(rounding);
+    float* maximum = data<float>(statistics);
+    const int64_t head = 2 * rows_, batch = packed_ ? 0 : a_.num_heads * head;
+    a_.maximum = {maximum, batch, head};
+    a_.total = {maximum + rows_, batch, head};
   }
 
   // Gradient of cause from the gradient of the weights, summed over what was broadcast.
@@ -246,30 +310,29 @@ class Operators {
     return grad_cause;
   }
 
-  static DType kernel_dtype(const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
+  DType kernel_dtype() const {
+    switch (dtype_) {
       case ScalarType::Float: return DType::kFloat32;
       case ScalarType::BFloat16: return DType::kBFloat16;
       case ScalarType::Half: return DType::kFloat16;
-      default: throw std::runtime_error("empcause: the " + std::string(Device::kName) + " backend takes float32, bfloat16 and float16");
+      default: refuse("query", "float32, bfloat16 or float16", query_);
     }
   }
 
-  // [B, H, N, D], or packed [N, H, D]. The kernels read any strides but need whole rows; only other layouts are copied.
+  bool leaves_rounding() const { return Device::kLeavesRounding && a_.dtype != DType::kFloat32; }
+
+  // The kernels read any strides but need whole rows; only other layouts are copied.
   Matrices matrices(const Tensor& tensor) {
-    require(tensor.dim() == (packed_ ? 3 : 4), "query, key, value and their gradients have 4 dimensions, packed 3");
-    const int64_t last = tensor.dim() - 1;
-    copies_.push_back(tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor));
+    const int64_t last = packed_ ? 2 : 3;
+    copies_.push_back(a_.head_dim == 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor));
     const Tensor& whole = copies_.back();
     if (packed_) return {data<void>(whole), 0, whole.stride(1), whole.stride(0)};
     return {data<void>(whole), whole.stride(0), whole.stride(1), whole.stride(2)};
   }
 
   template <class T>
-  const T* contiguous_data(const OptionalTensor& tensor, ScalarType dtype, int64_t numel, const char* what) {
-    if (!tensor.has_value()) return nullptr;
-    require(tensor->scalar_type() == dtype && tensor->is_contiguous() && tensor->numel() == numel, what);
-    return data<T>(*tensor);
+  const T* optional_data(const OptionalTensor& tensor) {
+    return tensor.has_value() ? data<T>(*tensor) : nullptr;
   }
 
   template <class T>
@@ -278,23 +341,18 @@ class Operators {
     return static_cast<T*>(tensor.data_ptr());
   }
 
-  Rows logsumexp_rows(const Tensor& logsumexp) {
-    require(logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous() &&
-                logsumexp.numel() == outer_ * a_.num_heads * rows_,
-            "logsumexp must be contiguous float32 [batch, heads, queries]");
-    return {data<float>(logsumexp), packed_ ? 0 : a_.num_heads * rows_, rows_};
-  }
-
   // A new tensor of these rows, laid out so that rows come before heads: [B, N, H, D] seen as [B, H, N, D].
-  Tensor new_matrices(int64_t rows, int64_t heads) {
+  Tensor new_matrices(int64_t rows, int64_t heads, ScalarType dtype) {
     const int64_t dim = a_.head_dim;
-    if (packed_) return empty<3>(query_, {rows, heads, dim}, query_.scalar_type());
-    return empty<4>(query_, {outer_, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, query_.scalar_type());
+    if (packed_) return empty<3>(query_, {rows, heads, dim}, dtype);
+    return empty<4>(query_, {outer_, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, dtype);
   }
 
+  Arguments arguments_;
   Device device_;
   Attention a_{};
   Tensor query_;
+  ScalarType dtype_;
   bool packed_;
   int64_t rows_, keys_;  // of the tensors: per batch, or of all packed sequences
   int64_t outer_;        // batch of the tensors: 1 if packed
@@ -308,17 +366,17 @@ class Operators {
 }  // namespace empcause
 
 #define EMPCAUSE_INPUTS "Tensor query, Tensor key, Tensor value, "
-#define EMPCAUSE_SAVED "Tensor grad_output, " EMPCAUSE_INPUTS "Tensor output, Tensor logsumexp, "
+#define EMPCAUSE_SAVED "Tensor grad_output, " EMPCAUSE_INPUTS "Tensor output, Tensor rounding, Tensor statistics, "
 #define EMPCAUSE_BIAS "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, "
 #define EMPCAUSE_PACKING "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
 #define EMPCAUSE_OPTIONS "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset"
-#define EMPCAUSE_RESULT " -> (Tensor output, Tensor logsumexp)"
+#define EMPCAUSE_RESULTS ", bool for_backward) -> (Tensor output, Tensor rounding, Tensor statistics)"
 #define EMPCAUSE_GRADIENTS ", bool cause_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_cause)"
 
 #define EMPCAUSE_DEFINE_OPERATORS(library)                                                                            \
-  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_BIAS EMPCAUSE_OPTIONS ")" EMPCAUSE_RESULT);                       \
+  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_BIAS EMPCAUSE_OPTIONS EMPCAUSE_RESULTS);                         \
   library.def("attention_backward(" EMPCAUSE_SAVED EMPCAUSE_BIAS EMPCAUSE_OPTIONS EMPCAUSE_GRADIENTS);                \
-  library.def("attention_varlen(" EMPCAUSE_INPUTS EMPCAUSE_BIAS EMPCAUSE_PACKING EMPCAUSE_OPTIONS ")" EMPCAUSE_RESULT); \
+  library.def("attention_varlen(" EMPCAUSE_INPUTS EMPCAUSE_BIAS EMPCAUSE_PACKING EMPCAUSE_OPTIONS EMPCAUSE_RESULTS);   \
   library.def("attention_varlen_backward(" EMPCAUSE_SAVED EMPCAUSE_BIAS EMPCAUSE_PACKING EMPCAUSE_OPTIONS EMPCAUSE_GRADIENTS)
 
 #define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                                               \

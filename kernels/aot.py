@@ -91,8 +91,8 @@ def launches(arch: int, *arguments: Any, cause_grad: bool) -> dict[str, Launch]:
             return arch
 
     call = Recorded(*arguments)
-    output, logsumexp = call.forward()
-    call.backward(output, output, logsumexp, cause_grad)
+    output, rounding, statistics = call.forward()
+    call.backward(output, output, rounding, statistics, cause_grad)
     return recorded
 
 

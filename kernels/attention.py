@@ -4,6 +4,10 @@
     b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
     o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
 
+The forward pass leaves LSE in two parts, each with all its digits: `maximum`, the power of two that a row's terms are relative
+to, and `total`, their sum, 0 in a row that sees no key. The backward pass makes the same terms of the same numbers, so its
+probabilities sum to 1 however large the logits are.
+
 Kernels take a tensor `[batch, heads, rows, head_dim]` as a pointer and its first three strides; the last one is 1. Packed
 tensors have one batch, whose stride is 0. What a kernel writes is laid out `[batch, rows, heads, head_dim]`,
 quantities per row `[batch, heads, rows]`. Offsets are 64-bit.
@@ -33,7 +37,6 @@ UNSPECIALIZED = [
 
 # Kernels work in powers of two: exp(x) = exp2(x * LOG2E).
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -146,6 +149,12 @@ def store_rows(pointer, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl
     pointers = pointer + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + columns)
     mask = inside[:, None] & (columns < HEAD_DIM)
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_maximum(statistics, outer, head, row, num_rows, num_heads):
+    """Where the maximum of a row stands in statistics `[batch, heads, 2, rows]`; its total stands num_rows further."""
+    return statistics + (tl.cast(outer, tl.int64) * num_heads + head) * 2 * num_rows + row
 
 
 @triton.jit

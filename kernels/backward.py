@@ -1,9 +1,12 @@
-"""Backward pass: probabilities are computed again from the saved log-sum-exp (compare csrc/cpu/backward.h).
+"""Backward pass: probabilities are computed again from what the forward pass left of each row (compare csrc/cpu/backward.h).
 
     e_ij = exp(x_ij - LSE_i)            b_ij = w_j e_ij
     dP_ij = Z_ij (do_i . v_j)           D_i = do_i . o_i
     dV_j = sum_i b_ij Z_ij do_i         dS_ij = b_ij (dP_ij - D_i)
     dw_j = sum_i e_ij (dP_ij - D_i)
+
+The weight is part of the exponent, as in the forward pass, and what is summed for dw is w dw. Where a key has weight 0, and so no
+b, it is left out: then e is what dw needs.
 
 Three kernels: D; then dK, dV and dw, where a program owns a block of keys of a key head and walks through the query rows of
 every head that shares it; then dQ, where it owns a block of query rows and walks through the keys. Nothing is shared between
@@ -21,6 +24,7 @@ from empcause.kernels.attention import (
     load_rows,
     result_index,
     row_index,
+    row_maximum,
     row_pointer,
     seen_keys,
     sequence,
@@ -29,15 +33,29 @@ from empcause.kernels.attention import (
 )
 from empcause.kernels.dropout import kept
 
-# e may overflow for a key whose weight is 0, where only dw uses it: its exponent is capped at 80, here as a power of two.
+# e may overflow for a key whose weight is 0, where only dw uses it: x - LSE is capped at 80 there, as on every backend; here as a
+# power of two.
 LARGEST_EXPONENT: tl.constexpr = tl.constexpr(80.0 * 1.4426950408889634)
+
+
+@triton.jit
+def load_statistics(maximum, num_rows, inside):
+    """log2 of LSE of some rows in two parts, the first infinite where no key is seen, and whether one is.
+
+    Args:
+        maximum: pointers into statistics; the totals stand num_rows further.
+    """
+    total = tl.load(maximum + num_rows, mask=inside, other=0.0)
+    alive = total != 0.0
+    largest = tl.load(maximum, mask=inside, other=0.0)
+    return tl.where(alive, largest, float("inf")), tl.log2(tl.where(alive, total, 1.0)), alive
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def delta_kernel(
     output,
     grad_output,
-    logsumexp,
+    statistics,
     delta,
     output_strides,
     grad_output_strides,
@@ -56,7 +74,8 @@ def delta_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < total_queries
     index = row_index(outer, head, rows, total_queries, num_heads)
-    alive = tl.load(logsumexp + index, mask=inside, other=float("inf")) != float("inf")
+    maximum = row_maximum(statistics, outer, head, rows, total_queries, num_heads)
+    alive = tl.load(maximum + total_queries, mask=inside, other=0.0) != 0.0
     output = row_pointer(output, output_strides, outer, head, first_row)
     grad_output = row_pointer(grad_output, grad_output_strides, outer, head, first_row)
     o = load_rows(output, output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -74,8 +93,9 @@ def accumulate_keys(
     bias,
     query,
     grad_output,
-    logsumexp,
+    maximum,
     delta,
+    total_queries,
     query_stride,
     grad_output_stride,
     first_rows,
@@ -99,31 +119,32 @@ def accumulate_keys(
     """One block of keys against the query rows [begin, end) of one head, tile by tile; tiles are `[keys, rows]`.
 
     Args:
-        grad_key, grad_value, grad_weight: running sums; the first two in units of z, grad_key also without the scale.
-        query, grad_output, logsumexp, delta: pointers to row 0.
+        grad_key, grad_value, grad_weight: running sums; the first two in units of z, grad_key also without the scale, and
+            grad_weight times the weight where a key has one.
+        query, grad_output, maximum, delta: pointers to row 0.
         first_rows: the first row that sees each key; looked at if BOUNDED, where a row may not see every key.
     """
     present = (bias > float("-inf"))[:, None]
-    weight = tl.exp2(bias)[:, None]
+    bias = tl.where(present, bias[:, None], 0.0)
     columns = tl.arange(0, BLOCK_M)
     for start in range(begin, end, BLOCK_M):
         start = tl.multiple_of(start, BLOCK_M)
         inside = columns < num_queries - start
-        lse = tl.load(logsumexp + start + columns, mask=inside, other=0.0)
+        # Rows that see no key take no part, whatever stands in them, nor do rows beyond the end: they are zeros, and so is all
+        # they add.
+        largest, log_total, alive = load_statistics(maximum + start + columns, total_queries, inside)
         d = tl.load(delta + start + columns, mask=inside, other=0.0) / kept_factor
-        # Rows that see no key take no part, whatever stands in them: their e is 0, but 0 * NaN would count. Rows beyond the end
-        # are zeros, and so is all they add.
-        alive = inside & (lse != float("inf"))
         q = load_rows(shifted(query, start, query_stride), query_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
         do = load_rows(
             shifted(grad_output, start, grad_output_stride), grad_output_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D
         )
 
-        exponent = tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, (lse * -LOG2E)[None, :])
+        logits = tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, bias)
+        exponent = logits - largest[None, :] - log_total[None, :]
         e = tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
         if BOUNDED:
             e = tl.where((first_rows - start)[:, None] <= columns[None, :], e, 0.0)
-        b = tl.where(present, weight * e, 0.0)
+        b = tl.where(present, e, 0.0)
         if DROPOUT:
             keep = tl.trans(kept(seed, batch_head, start, first_key, threshold, BLOCK_M, BLOCK_N))
             b = tl.where(keep, b, 0.0)
@@ -134,7 +155,7 @@ def accumulate_keys(
         e *= grad_probability - d[None, :]
         if CAUSE_GRAD:
             grad_weight += tl.sum(e, 1)
-        grad_logits = tl.where(present, weight * e, 0.0)
+        grad_logits = tl.where(present, e, 0.0)
         grad_key = tl.dot(grad_logits.to(q.dtype), q, grad_key, input_precision="ieee")
     return grad_key, grad_value, grad_weight
 
@@ -147,7 +168,7 @@ def keys_kernel(
     value,
     log2_weight,
     key_mask,
-    logsumexp,
+    statistics,
     delta,
     grad_key,
     grad_value,
@@ -223,8 +244,9 @@ def keys_kernel(
                 bias,
                 row_pointer(query, query_strides, outer, head, query_begin),
                 row_pointer(grad_output, grad_output_strides, outer, head, query_begin),
-                logsumexp + row_index(outer, head, query_begin, total_queries, num_heads),
+                row_maximum(statistics, outer, head, query_begin, total_queries, num_heads),
                 delta + row_index(outer, head, query_begin, total_queries, num_heads),
+                total_queries,
                 query_strides[2],
                 grad_output_strides[2],
                 keys - offset,
@@ -246,7 +268,9 @@ def keys_kernel(
                 CAUSE_GRAD,
             )
         if CAUSE_GRAD:
-            weight_sum *= kept_factor
+            # Divided by the weight in two steps, as fp32 does not hold the inverse of the largest ones.
+            root = tl.exp2(tl.where(bias > float("-inf"), bias, 0.0) * -0.5)
+            weight_sum = weight_sum * kept_factor * root * root
             if key_mask is not None:
                 mask = tl.load(
                     key_mask + tl.cast(outer, tl.int64) * total_keys + key_begin + keys, mask=inside, other=0
@@ -268,7 +292,8 @@ def accumulate_queries(
     grad_query,
     q,
     do,
-    lse,
+    largest,
+    log_total,
     d,
     key,
     value,
@@ -295,7 +320,7 @@ def accumulate_queries(
 
     Args:
         grad_query: running sum, in units of z and without the scale.
-        lse: in powers of two; d: D / z.
+        largest, log_total: of LSE, in powers of two; d: D / z.
         key, value, log2_weight: pointers to key 0.
         last_keys: the last key that each row sees.
         BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
@@ -314,7 +339,7 @@ def accumulate_queries(
         k = load_rows(shifted(key, start, key_stride), key_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         logits = tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
-        b = tl.exp2(logits - lse[:, None])
+        b = tl.exp2(logits - largest[:, None] - log_total[:, None])
         grad_probability = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             keep = kept(seed, batch_head, first_row, start, threshold, BLOCK_M, BLOCK_N)
@@ -333,7 +358,7 @@ def queries_kernel(
     key,
     value,
     log2_weight,
-    logsumexp,
+    statistics,
     delta,
     grad_query,
     cu_queries,
@@ -376,8 +401,8 @@ def queries_kernel(
     inside = rows < num_queries
 
     index = row_index(outer, head, query_begin + rows, total_queries, num_heads)
-    lse = tl.load(logsumexp + index, mask=inside, other=float("inf"))
-    alive = lse != float("inf")
+    maximum = row_maximum(statistics, outer, head, query_begin + rows, total_queries, num_heads)
+    largest, log_total, alive = load_statistics(maximum, total_queries, inside)
     d = tl.load(delta + index, mask=inside, other=0.0) / kept_factor
     query = row_pointer(query, query_strides, outer, head, query_begin + first_row)
     grad_output = row_pointer(grad_output, grad_output_strides, outer, head, query_begin + first_row)
@@ -391,7 +416,8 @@ def queries_kernel(
             query_sum,
             q,
             do,
-            lse * LOG2E,
+            largest,
+            log_total,
             d,
             row_pointer(key, key_strides, outer, head // group, key_begin),
             row_pointer(value, value_strides, outer, head // group, key_begin),

@@ -6,7 +6,14 @@ read once for all of them; weights of its own give each head its own tile.
 
 import triton
 import triton.language as tl
-from empcause.kernels.attention import LN2, UNSPECIALIZED, result_index, row_index, row_pointer, sequence
+from empcause.kernels.attention import (
+    UNSPECIALIZED,
+    result_index,
+    row_index,
+    row_maximum,
+    row_pointer,
+    sequence,
+)
 from empcause.kernels.forward import attend
 
 MAX_SPLITS = 128
@@ -19,7 +26,8 @@ def split_kernel(
     value,
     log2_weight,
     part_output,
-    part_logsumexp,
+    part_maximum,
+    part_total,
     cu_queries,
     cu_keys,
     query_offset,
@@ -44,8 +52,8 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One part of the keys: its output `[splits, num_outer, rows, heads, head_dim]`, and its log-sum-exp in powers of two
-    `[splits, num_outer, heads, rows]`, both fp32.
+    """One part of the keys: its output `[splits, num_outer, rows, heads, head_dim]`, and the maximum and total of its rows
+    `[splits, num_outer, heads, rows]`, all fp32.
 
     Row r of the tile is query `r % max_queries` of head `first_head + r // max_queries`; `packed_heads` heads share the tile.
     """
@@ -107,24 +115,22 @@ def split_kernel(
         )
 
     dead = row_sum == 0.0
-    row_sum = tl.where(dead, 1.0, row_sum)
-    result = tl.where(dead[:, None], 0.0, accumulator / row_sum[:, None])
+    result = tl.where(dead[:, None], 0.0, accumulator / tl.where(dead, 1.0, row_sum)[:, None])
     part = split * num_outer + outer
     place = result_index(part, heads, query_begin + rows, total_queries, num_heads)
     tl.store(part_output + place[:, None] * HEAD_DIM + columns, result, mask=mask)
-    tl.store(
-        part_logsumexp + row_index(part, heads, query_begin + rows, total_queries, num_heads),
-        tl.where(dead, float("-inf"), row_max + tl.log2(row_sum)),
-        mask=inside,
-    )
+    index = row_index(part, heads, query_begin + rows, total_queries, num_heads)
+    tl.store(part_maximum + index, row_max, mask=inside)
+    tl.store(part_total + index, row_sum, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     part_output,
-    part_logsumexp,
+    part_maximum,
+    part_total,
     output,
-    logsumexp,
+    statistics,
     num_heads,
     total_queries,
     num_outer,
@@ -134,32 +140,37 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """Merges the parts in their order; one program per row of a head. Dead rows become 0 and plus infinity."""
+    """Merges the parts in their order; one program per row of a head. Dead rows become 0."""
     head = tl.program_id(0) % num_heads
     row = tl.program_id(0) // num_heads % total_queries
     outer = tl.program_id(0) // num_heads // total_queries
     columns = tl.arange(0, BLOCK_D)[None, :]
     per_part = tl.cast(num_outer, tl.int64) * total_queries * num_heads
-    part_logsumexp += row_index(outer, head, row, total_queries, num_heads)
+    index = row_index(outer, head, row, total_queries, num_heads)
+    part_maximum += index
+    part_total += index
     place = result_index(outer, head, row, total_queries, num_heads)
 
     every = tl.arange(0, MAX_SPLITS)
-    lse = tl.load(part_logsumexp + every * per_part, mask=every < splits, other=float("-inf"))
-    shift = tl.max(lse, 0)
+    maxima = tl.load(part_maximum + every * per_part, mask=every < splits, other=float("-inf"))
+    shift = tl.max(maxima, 0)
     shift = tl.where(shift == float("-inf"), 0.0, shift)
-    total = tl.sum(tl.exp2(lse - shift), 0)
+    totals = tl.load(part_total + every * per_part, mask=every < splits, other=0.0)
+    total = tl.sum(totals * tl.exp2(maxima - shift), 0)
     result = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, splits, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         inside = part < splits
-        share = tl.exp2(tl.load(part_logsumexp + part * per_part, mask=inside, other=float("-inf")) - shift)
+        maximum = tl.load(part_maximum + part * per_part, mask=inside, other=float("-inf"))
+        share = tl.load(part_total + part * per_part, mask=inside, other=0.0) * tl.exp2(maximum - shift)
         pointers = part_output + (part * per_part + place)[:, None] * HEAD_DIM + columns
         o = tl.load(pointers, mask=inside[:, None] & (columns < HEAD_DIM), other=0.0)
         result += tl.sum(share[:, None] * o, 0)
     dead = total == 0.0
-    total = tl.where(dead, 1.0, total)
-    result = tl.where(dead, 0.0, result / total)
+    result = tl.where(dead, 0.0, result / tl.where(dead, 1.0, total))
     columns = tl.arange(0, BLOCK_D)
-    tl.store(output + place * HEAD_DIM + columns, result.to(output.dtype.element_ty), mask=columns < HEAD_DIM)
-    natural = tl.where(dead, float("inf"), (shift + tl.log2(total)) * LN2)
-    tl.store(logsumexp + row_index(outer, head, row, total_queries, num_heads), natural)
+    place = place * HEAD_DIM + columns
+    tl.store(output + place, result.to(output.dtype.element_ty), mask=columns < HEAD_DIM)
+    maximum = row_maximum(statistics, outer, head, row, total_queries, num_heads)
+    tl.store(maximum, shift)
+    tl.store(maximum + total_queries, total)

@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 from empcause.kernels.attention import (
-    LN2,
     UNSPECIALIZED,
     load_rows,
     result_index,
-    row_index,
+    row_maximum,
     row_pointer,
     seen_keys,
     sequence,
@@ -101,7 +100,7 @@ def forward_kernel(
     value,
     log2_weight,
     output,
-    logsumexp,
+    statistics,
     cu_queries,
     cu_keys,
     query_offset,
@@ -180,12 +179,10 @@ def forward_kernel(
         )
 
     dead = row_sum == 0.0
-    row_sum = tl.where(dead, 1.0, row_sum)
-    result = tl.where(dead[:, None], 0.0, accumulator * (kept_factor / row_sum)[:, None])
+    factor = kept_factor / tl.where(dead, 1.0, row_sum)
+    result = tl.where(dead[:, None], 0.0, accumulator * factor[:, None])
     place = result_index(outer, head, query_begin + first_row, total_queries, num_heads) * HEAD_DIM
     store_rows(output + place, num_heads * HEAD_DIM, result, inside, BLOCK_M, HEAD_DIM, BLOCK_D)
-    tl.store(
-        logsumexp + row_index(outer, head, query_begin + rows, total_queries, num_heads),
-        tl.where(dead, float("inf"), (row_max + tl.log2(row_sum)) * LN2),
-        mask=inside,
-    )
+    maximum = row_maximum(statistics, outer, head, query_begin + rows, total_queries, num_heads)
+    tl.store(maximum, row_max, mask=inside)
+    tl.store(maximum + total_queries, row_sum, mask=inside)

@@ -1,13 +1,13 @@
 """The raw operators in Triton: from tensors to launches (compare csrc/operators.h).
 
-Shapes and dtypes are checked by the Python function, which can say more about them; what is checked here keeps the kernels from
-reading outside their arguments. Nothing waits for the GPU.
+Everything that the kernels take for granted of their arguments is checked here, as the raw operators can be called by anybody:
+nothing outside of the arguments is ever read or written. Nothing waits for the GPU.
 """
 
 import contextlib
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -19,6 +19,9 @@ from empcause.kernels.forward import forward_kernel
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 256
+MOST_ROWS = 2**30  # of a sequence: their indices are of 32 bits, with room for sums
+MOST_ELEMENTS = 2**60  # of any tensor: their number and their bytes are counted in 64 bits
 
 
 def attention(
@@ -34,8 +37,10 @@ def attention(
     dropout_p: float,
     seed: Tensor | None,
     query_offset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, Q, D]` and log-sum-exp `[B, H, Q]`; arguments as `torch.ops.empcause_cpu.attention`."""
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, H, Q, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; maximum and total of rows
+    `[B, H, 2, Q]` (see `attention.py`). Arguments as `torch.ops.empcause_cpu.attention`."""
     bias = (cause, strength, head_strength, key_mask)
     return Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset).forward()
 
@@ -46,7 +51,8 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    rounding: Tensor,
+    statistics: Tensor,
     cause: Tensor | None,
     strength: float,
     head_strength: Tensor | None,
@@ -61,7 +67,7 @@ def attention_backward(
     """Gradients of query, key, value and cause; the last is empty without `cause_grad`."""
     bias = (cause, strength, head_strength, key_mask)
     call = Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset)
-    return call.backward(grad_output, output, logsumexp, cause_grad)
+    return call.backward(grad_output, output, rounding, statistics, cause_grad)
 
 
 def attention_varlen(
@@ -81,8 +87,9 @@ def attention_varlen(
     dropout_p: float,
     seed: Tensor | None,
     query_offset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Packed sequences: output `[N, H, D]` and log-sum-exp `[H, N]`."""
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed sequences: output `[N, H, D]`, an empty tensor, maximum and total `[H, 2, N]`."""
     bias = (cause, strength, head_strength, key_mask)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset).forward()
@@ -94,7 +101,8 @@ def attention_varlen_backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    rounding: Tensor,
+    statistics: Tensor,
     cause: Tensor | None,
     strength: float,
     head_strength: Tensor | None,
@@ -114,7 +122,7 @@ def attention_varlen_backward(
     bias = (cause, strength, head_strength, key_mask)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call = Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset)
-    return call.backward(grad_output, output, logsumexp, cause_grad)
+    return call.backward(grad_output, output, rounding, statistics, cause_grad)
 
 
 class Call:
@@ -134,35 +142,27 @@ class Call:
         query_offset: Tensor | None,
     ) -> None:
         self.packed = packing is not None
-        rows, heads = (0, 1) if self.packed else (2, 1)
-        _require(
-            query.dim() == key.dim() == value.dim() == (3 if self.packed else 4),
-            "query, key and value have 4 dimensions, packed 3",
-        )
-        self.num_heads, self.num_key_heads, self.head_dim = query.shape[heads], key.shape[heads], query.shape[-1]
-        self.num_queries, self.num_keys = query.shape[rows], key.shape[rows]  # of the tensors
-        self.outer = 1 if self.packed else query.shape[0]  # batch of the tensors
-        fits = key.shape == value.shape and key.shape[-1] == self.head_dim
-        _require(fits and (self.packed or key.shape[0] == self.outer), "query, key and value do not fit each other")
-        _require(
-            self.num_key_heads > 0 and self.num_heads % self.num_key_heads == 0, "key heads must divide query heads"
-        )
-        _require(query.dtype in _DTYPES, "the triton backend takes float32, bfloat16 and float16")
-        _require(key.dtype == value.dtype == query.dtype, "query, key and value must share a dtype")
+        self.query, self.dtype, self.device = query, query.dtype, query.device
+        self.check_shapes(key, value)
         self.query, self.key, self.value = _whole_rows(query), _whole_rows(key), _whole_rows(value)
 
         self.batch, self.max_queries, self.max_keys = self.outer, self.num_queries, self.num_keys  # of sequences
         self.cu_queries = self.cu_keys = None
         if packing is not None:
             self.cu_queries, self.cu_keys, self.max_queries, self.max_keys = packing
-            self.batch = self.cu_queries.numel() - 1
-            for sums in (self.cu_queries, self.cu_keys):
-                _require(sums.dtype == torch.int32 and sums.is_contiguous(), "cu_seqlens must be contiguous int32")
-            _require(
-                self.batch >= 0 and self.cu_keys.numel() == self.batch + 1,
-                "cu_seqlens_q and cu_seqlens_k differ in length",
-            )
+            sums = self.cu_queries.numel()
+            _require(sums > 0, "cu_seqlens_q must have a number per sequence and one more, not none")
+            self.check_contiguous("cu_seqlens_q", self.cu_queries, torch.int32, (sums,))
+            self.check_contiguous("cu_seqlens_k", self.cu_keys, torch.int32, (sums,))
+            self.batch = sums - 1
+            _require(min(self.max_queries, self.max_keys) >= 0, "max_seqlen_q and max_seqlen_k must not be negative")
+        longest = max(self.num_queries, self.num_keys, self.max_queries, self.max_keys)
+        _require(longest < MOST_ROWS, "the Triton kernels take fewer than 2^30 queries and keys")
+        self.check_number("query_offset", query_offset)
+        _require(abs(scale) <= torch.finfo(torch.float32).max, "scale must be finite in fp32")
+        _require(0.0 <= dropout_p < 1.0, "dropout_p must be in [0, 1)")
         _require(dropout_p == 0.0 or seed is not None, "dropout needs a seed")
+        self.check_number("seed", seed)
         self.causal, self.scale, self.dropout_p = causal, scale, dropout_p
         self.seed, self.query_offset = seed, query_offset
         # A float64 product: the kernels round once.
@@ -170,33 +170,70 @@ class Call:
         self.threshold = math.floor(dropout_p * 65536 + 0.5)
         self.kept_factor = 1.0 / (1.0 - dropout_p)
         self.cause, self.strength, self.head_strength, self.key_mask = bias
-        self.device = _current_device(query)
-        with self.device:
+        self.current_device = _current_device(query)
+        with self.current_device:
             self.log2_weight = self.compute_weights()
         _, heads, keys = self.log2_weight.shape
         # Of batch and heads; what is 1 there is broadcast.
         self.weight_strides = (0 if self.log2_weight.shape[0] == 1 else heads * keys, 0 if heads == 1 else keys)
 
+    def check_shapes(self, key: Tensor, value: Tensor) -> None:
+        """Of query, key and value; keeps their sizes."""
+        query, dims, row_axis = self.query, 3 if self.packed else 4, 0 if self.packed else 2
+        form, key_form = ("[N, H, D]", "[M, Hkv, D]") if self.packed else ("[B, H, Q, D]", "[B, Hkv, K, D]")
+        if self.dtype not in _DTYPES:
+            _refuse("query", "float32, bfloat16 or float16", query)
+        if query.dim() != dims:
+            _refuse("query", form, query)
+        if key.dim() != dims:
+            _refuse("key", key_form, key)
+        self.num_heads, self.num_key_heads, self.head_dim = query.shape[1], key.shape[1], query.shape[-1]
+        if not 1 <= self.head_dim <= LARGEST_HEAD_DIM:
+            _refuse("query", f"{form} with head sizes up to {LARGEST_HEAD_DIM}", query)
+        self.num_queries, self.num_keys = query.shape[row_axis], key.shape[row_axis]
+        self.outer = 1 if self.packed else query.shape[0]
+        for name, tensor in (("key", key), ("value", value)):
+            self.check(name, tensor, self.dtype, self.rows_shape(self.num_keys, self.num_key_heads))
+        elements = self.outer * self.num_heads * (self.num_queries + self.num_keys + 1) * self.head_dim
+        _require(elements < MOST_ELEMENTS, "there are too many rows for their number to be counted in 64 bits")
+        if self.num_key_heads < 1 or self.num_heads % self.num_key_heads:
+            _refuse("key", f"{key_form} with Hkv a divisor of {self.num_heads}", key)
+
+    def rows_shape(self, rows: int, heads: int) -> tuple[int, ...]:
+        return (rows, heads, self.head_dim) if self.packed else (self.outer, heads, rows, self.head_dim)
+
+    def check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != self.device:
+            _refuse(name, f"{_name(dtype)} {list(shape)} on {self.device}", tensor)
+
+    def check_contiguous(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.check(name, tensor, dtype, shape)
+        _require(tensor.is_contiguous(), f"{name} must be contiguous")
+
+    def check_number(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            self.check(name, tensor, torch.int64, ())
+
+    def check_cause(self, cause: Tensor) -> None:
+        """`[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`."""
+        if cause.dim() + self.packed not in (2, 3):
+            forms = "[M] or [H or 1, M]" if self.packed else "[B or 1, K] or [B or 1, H or 1, K]"
+            _refuse("cause", f"float32 {forms}", cause)
+        outer, heads = self.cause_sizes()
+        shape = () if self.packed else (1 if outer == 1 else self.outer,)
+        shape += (1 if heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
+        self.check_contiguous("cause", cause, torch.float32, (*shape, self.num_keys))
+
     def compute_weights(self) -> Tensor:
         """log2 of the weights, `[B or 1, H or 1, K]`."""
-        cause_outer, cause_heads = self.cause_sizes()
         if self.cause is not None:
-            _require(self.cause.dim() + self.packed in (2, 3), "cause has the wrong number of dimensions")
-            fits = self.cause.numel() == cause_outer * cause_heads * self.num_keys
-            _require(
-                fits and self.cause.is_contiguous() and self.cause.dtype == torch.float32,
-                "cause must be contiguous float32 with one value per key",
-            )
-            _require(
-                cause_outer in (1, self.outer) and cause_heads in (1, self.num_heads),
-                "cause does not fit batch and heads",
-            )
+            self.check_cause(self.cause)
         if self.head_strength is not None:
-            fits = self.head_strength.shape == (self.num_heads,) and self.head_strength.is_contiguous()
-            _require(fits and self.head_strength.dtype == torch.float32, "head_strength is not float32 [H]")
+            self.check_contiguous("head_strength", self.head_strength, torch.float32, (self.num_heads,))
         if self.key_mask is not None:
-            fits = self.key_mask.numel() == self.outer * self.num_keys and self.key_mask.is_contiguous()
-            _require(fits and self.key_mask.dtype == torch.bool, "key_mask is not bool [batch, keys]")
+            shape = (self.num_keys,) if self.packed else (self.outer, self.num_keys)
+            self.check_contiguous("key_mask", self.key_mask, torch.bool, shape)
+        cause_outer, cause_heads = self.cause_sizes()
         per_head = cause_heads != 1 or (self.head_strength is not None and self.cause is not None)
         heads = self.num_heads if per_head else 1
         batch = self.outer if cause_outer != 1 or self.key_mask is not None else 1
@@ -227,17 +264,18 @@ class Call:
         with_heads = self.cause.dim() + self.packed == 3
         return 1 if self.packed else self.cause.shape[0], self.cause.shape[-2] if with_heads else 1
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        output, logsumexp = self.new_rows(self.num_queries, self.num_heads), self.new_row_quantity()
-        with self.device:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.new_rows(self.num_queries, self.num_heads)
+        statistics = self.query.new_empty(self.statistics_shape(), dtype=torch.float32)
+        with self.current_device:
             packed_heads = self.num_heads // self.num_key_heads if self.log2_weight.shape[1] == 1 else 1
             if self.threshold == 0 and packed_heads * self.max_queries <= 16:
-                self.decode(output, logsumexp, packed_heads)
+                self.decode(output, statistics, packed_heads)
             else:
-                self.attend(output, logsumexp)
-        return output, logsumexp
+                self.attend(output, statistics)
+        return output, self.query.new_empty(0, dtype=torch.int16), statistics
 
-    def attend(self, output: Tensor, logsumexp: Tensor) -> None:
+    def attend(self, output: Tensor, statistics: Tensor) -> None:
         tiles = self.configuration("forward")
         blocks = triton.cdiv(self.max_queries, tiles.block_m)
         self.launch(
@@ -248,7 +286,7 @@ class Call:
             self.value,
             self.log2_weight,
             output,
-            logsumexp,
+            statistics,
             self.cu_queries,
             self.cu_keys,
             self.query_offset,
@@ -269,7 +307,7 @@ class Call:
             DROPOUT=self.threshold != 0,
         )
 
-    def decode(self, output: Tensor, logsumexp: Tensor, packed_heads: int) -> None:
+    def decode(self, output: Tensor, statistics: Tensor, packed_heads: int) -> None:
         tiles = self.configuration("split")
         units = self.batch * self.num_heads // packed_heads
         wanted = triton.cdiv(2 * _multiprocessors(self.query.device), max(units, 1))
@@ -277,7 +315,7 @@ class Call:
         keys_per_split = triton.cdiv(triton.cdiv(self.max_keys, splits), tiles.block_n) * tiles.block_n
         rows = self.outer * self.num_queries * self.num_heads
         part_output = self.query.new_empty((splits, rows, self.head_dim), dtype=torch.float32)
-        part_logsumexp = self.query.new_empty((splits, rows), dtype=torch.float32)
+        part_maximum, part_total = self.query.new_empty((2, splits, rows), dtype=torch.float32)
         self.launch(
             split_kernel,
             units * splits,
@@ -286,7 +324,8 @@ class Call:
             self.value,
             self.log2_weight,
             part_output,
-            part_logsumexp,
+            part_maximum,
+            part_total,
             self.cu_queries,
             self.cu_keys,
             self.query_offset,
@@ -310,9 +349,10 @@ class Call:
             merge_kernel,
             rows,
             part_output,
-            part_logsumexp,
+            part_maximum,
+            part_total,
             output,
-            logsumexp,
+            statistics,
             self.num_heads,
             self.num_queries,
             self.outer,
@@ -325,31 +365,25 @@ class Call:
         )
 
     def backward(
-        self, grad_output: Tensor, output: Tensor, logsumexp: Tensor, cause_grad: bool
+        self, grad_output: Tensor, output: Tensor, rounding: Tensor, statistics: Tensor, cause_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _require(
-            grad_output.dtype == output.dtype == self.query.dtype, "output and grad_output must have query's dtype"
-        )
-        _require(
-            grad_output.shape == output.shape == self.query.shape, "output and grad_output must have query's shape"
-        )
-        _require(
-            logsumexp.dtype == torch.float32
-            and logsumexp.is_contiguous()
-            and logsumexp.numel() == self.outer * self.num_heads * self.num_queries,
-            "logsumexp must be contiguous float32 [batch, heads, queries]",
-        )
+        shape = self.rows_shape(self.num_queries, self.num_heads)
+        self.check("grad_output", grad_output, self.dtype, shape)
+        self.check("output", output, self.dtype, shape)
+        self.check("rounding", rounding, torch.int16, (0,))
+        self.check_contiguous("statistics", statistics, torch.float32, self.statistics_shape())
         _require(not cause_grad or self.cause is not None, "cause_grad without cause")
         grad_output, output = _whole_rows(grad_output), _whole_rows(output)
         grad_query = self.new_rows(self.num_queries, self.num_heads)
         grad_key = self.new_rows(self.num_keys, self.num_key_heads)
         grad_value = self.new_rows(self.num_keys, self.num_key_heads)
-        delta = self.new_row_quantity()
+        shape = (self.num_heads, self.num_queries)
+        delta = self.query.new_empty(shape if self.packed else (self.outer, *shape), dtype=torch.float32)
         grad_weight = None
         if cause_grad:
             grad_weight = self.query.new_empty((self.outer, self.num_heads, self.num_keys), dtype=torch.float32)
-        with self.device:
-            self.compute_delta(output, grad_output, logsumexp, delta)
+        with self.current_device:
+            self.compute_delta(output, grad_output, statistics, delta)
             rows = (grad_output, self.query, self.key, self.value)
             strides = (*(self.strides(tensor) for tensor in rows), *self.weight_strides)
             packing = (self.cu_queries, self.cu_keys, self.query_offset, self.seed)
@@ -363,7 +397,7 @@ class Call:
                 *rows,
                 self.log2_weight,
                 self.key_mask if cause_grad else None,
-                logsumexp,
+                statistics,
                 delta,
                 grad_key,
                 grad_value,
@@ -384,7 +418,7 @@ class Call:
                 self.batch * self.num_heads * blocks,
                 *rows,
                 self.log2_weight,
-                logsumexp,
+                statistics,
                 delta,
                 grad_query,
                 *packing,
@@ -400,7 +434,7 @@ class Call:
             grad_cause = self.reduce_grad_cause(grad_weight)
         return grad_query, grad_key, grad_value, grad_cause
 
-    def compute_delta(self, output: Tensor, grad_output: Tensor, logsumexp: Tensor, delta: Tensor) -> None:
+    def compute_delta(self, output: Tensor, grad_output: Tensor, statistics: Tensor, delta: Tensor) -> None:
         tiles = self.configuration("delta")
         blocks = triton.cdiv(self.num_queries, tiles.block_m)
         self.launch(
@@ -408,7 +442,7 @@ class Call:
             self.outer * self.num_heads * blocks,
             output,
             grad_output,
-            logsumexp,
+            statistics,
             delta,
             self.strides(output),
             self.strides(grad_output),
@@ -462,14 +496,23 @@ class Call:
             return self.query.new_empty((rows, heads, self.head_dim))
         return self.query.new_empty((self.outer, rows, heads, self.head_dim)).transpose(1, 2)
 
-    def new_row_quantity(self) -> Tensor:
-        shape = (self.num_heads, self.num_queries)
-        return self.query.new_empty(shape if self.packed else (self.outer, *shape), dtype=torch.float32)
+    def statistics_shape(self) -> tuple[int, ...]:
+        shape = (self.num_heads, 2, self.num_queries)
+        return shape if self.packed else (self.outer, *shape)
 
 
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise RuntimeError(f"empcause: {what}")
+
+
+def _refuse(name: str, expected: str, tensor: Tensor) -> NoReturn:
+    got = f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
+    raise RuntimeError(f"empcause: {name} must be {expected}, not {got}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _whole_rows(tensor: Tensor) -> Tensor:

@@ -1,21 +1,24 @@
-// Backward pass: probabilities are computed again from the saved log-sum-exp. A task owns some tiles of keys of a key head,
+// Backward pass: probabilities are computed again from what the forward pass left of each row. A task owns some tiles of keys of a key head,
 // and all query heads that share it, so every sum runs in a fixed order and nothing is shared between threads. grad_query
 // is summed over tiles in memory of the task's own; where few heads are cut into several tasks, their sums are added in order.
 // Include inside the namespace of an instruction set only.
 
-// e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it.
+// e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it: x - LSE is capped there, as
+// on every backend.
 constexpr float kLargestExponent = 80.0f * kLog2E;
+
+inline Vec capped(Vec exponent) { return exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent; }
 
 // The query rows of one head, packed both ways; rows beyond the last are zero, and so are rows that see no key.
 template <class T>
 struct QueryRows {
   T *query, *grad_output;                        // [rows, stride], operands of sums over rows
   T *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], operands of sums over head_dim
-  float *logsumexp, *delta;                      // [rows]
+  float *maximum, *inverse, *delta;              // [rows], inverse of the total; of a row without a key infinity, 0, 0
   float* grad_query;                             // per block [head_dim, block rows]
 
   static int64_t size(int64_t rows, int64_t dim) {
-    return 2 * operands<T>(rows) * round_up(dim) + 2 * rows * operands<T>(dim) + rows * (dim + 2);
+    return 2 * operands<T>(rows) * round_up(dim) + 2 * rows * operands<T>(dim) + rows * (dim + 3);
   }
 
   QueryRows(float* memory, int64_t rows, int64_t dim)
@@ -23,8 +26,9 @@ struct QueryRows {
         grad_output(query + operands<T>(rows) * round_up(dim)),
         query_transposed(grad_output + operands<T>(rows) * round_up(dim)),
         grad_output_transposed(query_transposed + rows * operands<T>(dim)),
-        logsumexp(reinterpret_cast<float*>(grad_output_transposed + rows * operands<T>(dim))),
-        delta(logsumexp + rows),
+        maximum(reinterpret_cast<float*>(grad_output_transposed + rows * operands<T>(dim))),
+        inverse(maximum + rows),
+        delta(inverse + rows),
         grad_query(delta + rows) {}
 };
 
@@ -36,36 +40,58 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
   const int64_t dim = a.head_dim, stride = round_up(dim), row_stride = round_up(operands<T>(dim)), rows = blocks.rows();
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
   const int64_t query = offset(a.query), output = offset(a.output), grad_output = offset(g.grad_output);
-  const float* saved = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin;
-  for (int64_t i = 0; i < rows; ++i) packed.logsumexp[i] = i < s.num_queries ? saved[i] : kInfinity;
+  const int64_t rounding = a.rounding.offset(batch, head, s.query_begin);
+  const float *maximum = a.maximum.of(batch, head) + s.query_begin, *total = a.total.of(batch, head) + s.query_begin;
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool alive = i < s.num_queries && total[i] != 0.0f;
+    packed.maximum[i] = alive ? maximum[i] : kInfinity;
+    packed.inverse[i] = alive ? 1.0f / total[i] : 0.0f;
+  }
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
     // Rows as they stand are operands of sums over rows too, if they are of fp32.
     T* query_rows = kValues<T> == 1 ? packed.query + block.first * stride : reinterpret_cast<T*>(scratch);
     T* grad_output_rows = kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
-    // kWidth rows, and their deltas.
+    // kWidth rows, and their deltas: summed in the order of the products grad_output . value, so that where one key has all the weight
+    // the rounding of both is the same.
     const auto pack = [&]<DType kType>(int64_t first) {
-      Vec delta[kWidth];
       for (int r = 0; r < kWidth; ++r) {
-        const int64_t row = block.first + first + r;
-        prefetch_row(a.query, kType, query + (row + kAhead) * a.query.row, dim);
-        prefetch_row(a.output, kType, output + (row + kAhead) * a.output.row, dim);
-        prefetch_row(g.grad_output, kType, grad_output + (row + kAhead) * g.grad_output.row, dim);
-        const bool alive = packed.logsumexp[row] != kInfinity;
-        const auto values = [&](const Matrices& m, int64_t begin, int64_t d) {
-          return alive ? load_values<kType>(m.data, begin + row * m.row + d, dim - d) : Vec{};
-        };
-        delta[r] = Vec{};
-        for (int64_t d = 0; d < stride; d += kWidth) {
-          const Vec go = values(g.grad_output, grad_output, d);
-          store_along_row(query_rows + (first + r) * row_stride, d, values(a.query, query, d));
-          store_along_row(grad_output_rows + (first + r) * row_stride, d, go);
-          delta[r] += values(a.output, output, d) * go;
+        const int64_t next = block.first + first + r + kAhead;
+        prefetch_row(a.query, kType, query + next * a.query.row, dim);
+        prefetch_row(a.output, kType, output + next * a.output.row, dim);
+        prefetch_row(g.grad_output, kType, grad_output + next * g.grad_output.row, dim);
+      }
+      const int64_t run = InRuns::run(operands<T>(dim)) * kValues<T>;
+      int64_t run_end = run;
+      Vec delta{}, runs{};
+      for (int64_t d = 0; d < stride; d += kWidth) {
+        Vec columns[kWidth], output_columns[kWidth];
+        for (int r = 0; r < kWidth; ++r) {
+          const int64_t row = block.first + first + r;
+          const bool alive = packed.inverse[row] != 0.0f;
+          const auto values = [&](const Matrices& m, int64_t begin) {
+            return alive ? load_values<kType>(m.data, begin + row * m.row + d, dim - d) : Vec{};
+          };
+          columns[r] = values(g.grad_output, grad_output);
+          store_along_row(query_rows + (first + r) * row_stride, d, values(a.query, query));
+          store_along_row(grad_output_rows + (first + r) * row_stride, d, columns[r]);
+          output_columns[r] = values(a.output, output);
+          if (!alive) continue;
+          output_columns[r] =
+              unrounded<kType>(output_columns[r], a.rounding.data, rounding + row * a.rounding.row + d, dim - d);
+        }
+        transpose(columns);
+        transpose(output_columns);
+        for (int c = 0; c < kWidth; ++c) {
+          if (d + c == run_end) {
+            run_end += run;
+            runs += delta;
+            delta = Vec{};
+          }
+          delta = multiply_add(output_columns[c], columns[c], delta);
         }
       }
-      transpose(delta);
-      for (int r = 1; r < kWidth; ++r) delta[0] += delta[r];
-      store(packed.delta + block.first + first, delta[0]);
+      store(packed.delta + block.first + first, runs + delta);
     };
     with_dtype<T>(a.dtype, [&]<DType kType>() {
       for (int64_t row = 0; row < block.rows(); row += kWidth) pack.template operator()<kType>(row);
@@ -118,8 +144,8 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   const auto& [probability, grad_logits, factor, grad_logits_rows] = scratch;
   const T* query_transposed = packed.query_transposed + query * operands<T>(dim);
   const T* grad_output_transposed = packed.grad_output_transposed + query * operands<T>(dim);
-  const Vec scale = splat(a.scale);
-  const Equal depth{operands<T>(dim)};
+  const Vec scale = splat(a.scale * kLog2E);
+  const InRuns depth{{operands<T>(dim)}};
   if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
@@ -129,11 +155,11 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
            grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows, upcoming);
     for (int64_t j = part.begin; j < part.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
-      const Vec w = splat(tile.weight[j]);
+      const Vec w = splat(tile.factor[j]);
       for (int64_t i = lane; i < rows; i += kWidth) {
-        // Subtracted before log2(e) multiplies both, which rounds once less.
-        const Vec exponent = (load(p + i) * scale - load(packed.logsumexp + query + i)) * splat(kLog2E);
-        Vec e = exp2(removed && exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent);
+        const Vec relative = logit(load(p + i), scale, tile.power[j]) - load(packed.maximum + query + i);
+        const Vec inverse = load(packed.inverse + query + i);
+        Vec e = removed ? exp2(capped(relative + log2(inverse))) : exp2(relative) * inverse;
         if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
         const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);
         const Vec centred = e * (z * load(grad + i) - load(packed.delta + query + i));
@@ -258,7 +284,9 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
           attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member), tile_scratch,
                           gradients, upcoming);
         }
-        for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) grad_weight[tile.place[j]] = sum(gradients.weight[j]);
+        for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) {
+          grad_weight[tile.place[j]] = __builtin_ldexpf(sum(gradients.weight[j]), -static_cast<int>(tile.power[j]));
+        }
         for (int64_t j = 0; !every && !removed && j < tile.count; ++j) {
           for (int64_t d = 0; d < stride; d += kWidth) {
             float *k = grad_key + tile.place[j] * stride + d, *v = grad_value + tile.place[j] * stride + d;
@@ -342,6 +370,27 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
       &plan);
 }
 
+// What the forward pass leaves of few rows, made anew in memory that is returned: decoding adds logits up in another order than this
+// pass, and terms that are not the same do not sum to what they are divided by.
+template <class T>
+inline std::unique_ptr<float[]> few_rows_anew(Attention& a, ParallelFor parallel_for) {
+  const bool packed = a.cu_queries != nullptr;
+  const int64_t dim = a.head_dim, head = a.total_queries, batch = packed ? 0 : a.num_heads * head;
+  const int64_t rows = (packed ? 1 : a.batch) * a.num_heads * head;
+  std::unique_ptr<float[]> memory(new float[static_cast<size_t>(rows * (2 * dim + 2))]);
+  a.output = {memory.get(), batch * dim, head * dim, dim};
+  if (a.dtype != DType::kFloat32) a.rounding = {memory.get() + rows * dim, batch * dim, head * dim, dim};
+  a.maximum = {memory.get() + 2 * rows * dim, batch, head};
+  a.total = {a.maximum.data + rows, batch, head};
+  forward_as<T>(a, parallel_for);
+  return memory;
+}
+
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
-  with_operands(g.forward.dtype, [&]<class T>() { backward_as<T>(g, parallel_for); });
+  with_operands(g.forward.dtype, [&]<class T>() {
+    if (!decodes(g.forward)) return backward_as<T>(g, parallel_for);
+    AttentionBackward anew = g;
+    const std::unique_ptr<float[]> memory = few_rows_anew<T>(anew.forward, parallel_for);
+    backward_as<T>(anew, parallel_for);
+  });
 }

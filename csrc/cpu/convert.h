@@ -87,6 +87,49 @@ inline void store_values(void* data, int64_t index, int64_t count, Vec values) {
   for (int i = 0; i < kWidth && i < count; ++i) store_value<kType>(data, index + i, values[i]);
 }
 
+// What storing them as bf16 or fp16 takes from values: a number of units of fp32's last place, of 16 bits where a value is not subnormal.
+template <DType kType>
+inline void store_rounding(int16_t* at, int64_t count, Vec values) {
+  Vec rounded;
+  if constexpr (kType == DType::kBFloat16) {
+    rounded = reinterpret_cast<Vec>(bfloat16_bits(values) << 16);
+  } else {
+    for (int i = 0; i < kWidth; ++i) rounded[i] = static_cast<float>(static_cast<_Float16>(values[i]));
+  }
+  IntVec units = reinterpret_cast<IntVec>(values) - reinterpret_cast<IntVec>(rounded);
+  units = units > 32767 ? IntVec{} + 32767 : units;
+  units = units < -32768 ? IntVec{} - 32768 : units;
+  const ShortVec bits = __builtin_convertvector(units, ShortVec);
+  if (count >= kWidth) {
+    *reinterpret_cast<UnalignedShortVec*>(at) = bits;
+    return;
+  }
+  for (int i = 0; i < count; ++i) at[i] = static_cast<int16_t>(bits[i]);
+}
+
+// The values as they were before, if `rounding` leads somewhere.
+template <DType kType>
+inline Vec unrounded(Vec values, const void* rounding, int64_t index, int64_t count) {
+  if (kType == DType::kFloat32 || rounding == nullptr) return values;
+  const int16_t* at = static_cast<const int16_t*>(rounding) + index;
+  IntVec units{};
+  if (count >= kWidth) {
+    units = __builtin_convertvector(*reinterpret_cast<const UnalignedSignedVec*>(at), IntVec);
+  } else {
+    for (int i = 0; i < count; ++i) units[i] = at[i];
+  }
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(values) + units);
+}
+
+// Stores the values and, where `rounding` leads somewhere, what that takes from them.
+template <DType kType>
+inline void store_values(void* data, int64_t index, int64_t count, Vec values, void* rounding, int64_t rounding_index) {
+  store_values<kType>(data, index, count, values);
+  if constexpr (kType != DType::kFloat32) {
+    if (rounding != nullptr) store_rounding<kType>(static_cast<int16_t*>(rounding) + rounding_index, count, values);
+  }
+}
+
 // Rows of a strided tensor are far from each other: the hardware does not foresee which come next.
 constexpr int64_t kAhead = 8;
 
@@ -141,10 +184,12 @@ inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t siz
   });
 }
 
-inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, const float* in) {
+// `rounding`, as below, may be left out.
+inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, const float* in,
+                      const Matrices& rounding = {}, int64_t rounding_offset = 0) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t d = 0; d < size; d += kWidth) {
-      store_values<kType>(m.data, offset + d, size - d, load(in + d) * splat(factor));
+      store_values<kType>(m.data, offset + d, size - d, load(in + d) * splat(factor), rounding.data, rounding_offset + d);
     }
   });
 }
@@ -194,16 +239,18 @@ inline void transpose_rows(const T* in, int64_t rows, int64_t row_operands, T* o
   }
 }
 
-// Columns to rows: the way back, into rows [0, rows) of a tensor. factor(r) is that of rows r, ..., r + kWidth - 1.
+// Columns to rows: the way back, into rows [0, rows) of a tensor, and what rounding takes from them into another. factor(r) is that
+// of rows r, ..., r + kWidth - 1.
 template <class Factor>
 inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, Factor factor, const Matrices& m,
-                              DType dtype, int64_t offset) {
+                              DType dtype, int64_t offset, const Matrices& rounding = {}, int64_t rounding_offset = 0) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t first = 0; first < rows; first += kWidth) {
       const Vec factors = factor(first);
       for (int64_t d = 0; d < head_dim; d += kWidth) {
         const float* at = in + d * stride + first;
         const int64_t index = offset + first * m.row + d, columns_left = head_dim - d;
+        const int64_t rounding_index = rounding_offset + first * rounding.row + d;
         const bool whole = first + kWidth <= rows && columns_left >= kWidth;
         Vec square[kWidth];
         if (whole) {
@@ -212,12 +259,13 @@ inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int
           for (int c = 0; c < kWidth; ++c) square[c] = c < columns_left ? load(at + c * stride) * factors : Vec{};
         }
         transpose(square);
+        const auto store_row_part = [&](int r, int64_t columns) {
+          store_values<kType>(m.data, index + r * m.row, columns, square[r], rounding.data, rounding_index + r * rounding.row);
+        };
         if (whole) {
-          for (int r = 0; r < kWidth; ++r) store_values<kType>(m.data, index + r * m.row, kWidth, square[r]);
+          for (int r = 0; r < kWidth; ++r) store_row_part(r, kWidth);
         } else {
-          for (int r = 0; r < kWidth && first + r < rows; ++r) {
-            store_values<kType>(m.data, index + r * m.row, columns_left, square[r]);
-          }
+          for (int r = 0; r < kWidth && first + r < rows; ++r) store_row_part(r, columns_left);
         }
       }
     }

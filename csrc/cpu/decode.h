@@ -133,7 +133,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
   logits_of_row(query, key, value, keys, stride, logits);
   Vec best = splat(*row.maximum);
   for (int64_t j = 0; j < keys; j += kWidth) {
-    const Vec x = lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) : splat(-kInfinity);
+    const Vec x = lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) + load(tile.power + j) : splat(-kInfinity);
     store(logits + j, x);
     best = maximum(x, best);
   }
@@ -143,7 +143,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
   const Vec correction = exp2(splat(*row.maximum) - shift);
   Vec total{};
   for (int64_t j = 0; j < keys; j += kWidth) {
-    const Vec p = load(tile.weight + j) * exp2(load(logits + j) - shift);
+    const Vec p = load(tile.factor + j) * exp2(load(logits + j) - shift);
     store(logits + j, p);
     total += p;
   }
@@ -230,20 +230,21 @@ inline void combine_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
       }
     }
     const int64_t row = s.query_begin + query;
-    store_row(a.output, a.dtype, batch * a.output.batch + head * a.output.head + row * a.output.row, a.head_dim,
-              sum == 0.0f ? 0.0f : 1.0f / sum, total.output);
-    a.logsumexp.data[batch * a.logsumexp.batch + head * a.logsumexp.head + row] =
-        sum == 0.0f ? kInfinity : (shift + __builtin_log2f(sum)) * kLn2;
+    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum, total.output,
+              a.rounding, a.rounding.offset(batch, head, row));
+    a.maximum.of(batch, head)[row] = maximum;
+    a.total.of(batch, head)[row] = sum;
   }
 }
 
 // Where a vector of query rows would be half empty.
-inline bool decodes(const Attention& a) { return a.num_queries > 0 && a.num_queries * 2 <= kWidth && a.dropout_p == 0.0; }
+inline bool decodes(const Attention& a) {
+  return a.batch * a.num_key_heads > 0 && a.num_queries > 0 && a.num_queries * 2 <= kWidth && a.dropout_p == 0.0;
+}
 
 inline void decode(const Attention& a, ParallelFor parallel_for) {
   constexpr int64_t kTasks = 16, kSmallestPart = 4 * kKeyTile;
   const int64_t heads = a.batch * a.num_key_heads;
-  if (heads == 0) return;
   const int64_t most = (a.num_keys + kSmallestPart - 1) / kSmallestPart;
   DecodePlan plan{a, clamped((kTasks + heads - 1) / heads, 1, most > 0 ? most : 1), 0, nullptr};
   plan.part_keys = ((a.num_keys + plan.parts - 1) / plan.parts + kKeyTile - 1) / kKeyTile * kKeyTile;

@@ -32,7 +32,8 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
   for (const Part& part : parts) {
     const int64_t lane = part.first_vec * kWidth;
     const Vec others = best[part.first_vec];
-    matmul(part.end - part.begin, block.vecs - part.first_vec, Equal{operands<T>(dim)}, ScaleAndCompare{scale, best + part.first_vec},
+    matmul(part.end - part.begin, block.vecs - part.first_vec, InRuns{{operands<T>(dim)}},
+           LogitsAndLargest{scale, tile.power + part.begin, best + part.first_vec},
            key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows,
            upcoming);
     if (!part.ragged) continue;
@@ -65,13 +66,14 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
         }
       }
     }
+    Vec tile_total{};  // added up apart: fewer errors add up
     const auto weighted = [&](int64_t j) {
-      const Vec p = splat(tile.weight[j]) * exp2(load(logits + j * rows + lane) - shift);
-      total += p;
+      const Vec p = splat(tile.factor[j]) * exp2(load(logits + j * rows + lane) - shift);
+      tile_total += p;
       return dropout.active() ? p * load(factor + tile.place[j] * rows + lane) : p;
     };
     store_over_rows(parts.keys[v], weighted, probability + lane, rows);
-    store(running.row_sum + lane, total);
+    store(running.row_sum + lane, total + tile_total);
   }
   matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
          upcoming);
@@ -153,13 +155,12 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
       const Vec inverse = total > Vec{} ? splat(1.0f) / total : Vec{};  // a row without a key has output 0
       return total == total ? inverse : total;
     };
-    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype,
-                      batch * a.output.batch + head * a.output.head + (s.query_begin + row) * a.output.row);
-    float* logsumexp = a.logsumexp.data + batch * a.logsumexp.batch + head * a.logsumexp.head + s.query_begin + row;
+    const int64_t at = s.query_begin + row;
+    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype, a.output.offset(batch, head, at),
+                      a.rounding, a.rounding.offset(batch, head, at));
     for (int64_t r = 0; r < block_rows; r += kWidth) {
-      const Vec total = load(done.row_sum + r);
-      const Vec value_of_rows = load(done.reference + r) * splat(kLn2) + log2(total) * splat(kLn2);
-      store_values<DType::kFloat32>(logsumexp, r, block_rows - r, total == Vec{} ? splat(kInfinity) : value_of_rows);
+      store_values<DType::kFloat32>(a.maximum.of(batch, head), at + r, block_rows - r, load(done.reference + r));
+      store_values<DType::kFloat32>(a.total.of(batch, head), at + r, block_rows - r, load(done.row_sum + r));
     }
   }
 }

@@ -25,6 +25,14 @@ struct Equal {
   Equal from(int64_t) const { return *this; }
 };
 
+// The same, summed in runs of at most 32, two at least, which are then added up: fewer errors add up. Logits are made so in both passes,
+// for the same bits.
+struct InRuns : Equal {
+  static int64_t run(int64_t operands) { return operands < 64 ? (operands + 1) / 2 : 32; }
+
+  InRuns from(int64_t) const { return *this; }
+};
+
 template <class T>
 struct Rising {
   const int64_t* values;
@@ -60,6 +68,7 @@ struct Overwrite {
     }
   }
   Overwrite from(int64_t) const { return *this; }
+  Overwrite at(int64_t) const { return *this; }
 };
 
 struct Add {
@@ -73,11 +82,16 @@ struct Add {
     }
   }
   Add from(int64_t) const { return *this; }
+  Add at(int64_t) const { return *this; }
 };
 
-// Times `factor`; keeps the largest of each column too, in `largest`.
-struct ScaleAndCompare {
-  Vec factor;
+// A logit in powers of two, with that of a key's weight. One formula for both passes.
+inline Vec logit(Vec product, Vec scale, float power) { return product * scale + splat(power); }
+
+// Logits of products; keeps the largest of each column too, in `largest`.
+struct LogitsAndLargest {
+  Vec scale;
+  const float* power;  // of each row
   Vec* largest;
 
   template <int kRows, int kVecs>
@@ -85,24 +99,41 @@ struct ScaleAndCompare {
     EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
       Vec most = largest[v];
       EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
-        const Vec product = acc[r][v] * factor;
-        store(c + r * c_row + v * kWidth, product);
-        most = maximum(product, most);
+        const Vec x = logit(acc[r][v], scale, power[r]);
+        store(c + r * c_row + v * kWidth, x);
+        most = maximum(x, most);
       }
       largest[v] = most;
     }
   }
-  ScaleAndCompare from(int64_t vec) const { return {factor, largest + vec}; }
+  LogitsAndLargest from(int64_t vec) const { return {scale, power, largest + vec}; }
+  LogitsAndLargest at(int64_t row) const { return {scale, power + row, largest}; }
 };
 
 template <int kRows, int kVecs, class Depth, class Then, class T>
 [[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
                                                int64_t b_row, float* c, int64_t c_row) {
   Vec acc[kRows][kVecs];
-  EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
+  const auto clear = [&] {
+    EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
+      EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
+    }
+  };
+  clear();
+  if constexpr (std::is_same_v<Depth, InRuns>) {
+    const int64_t run = depth.run(depth.count);
+    for (int64_t k = 0; k < depth.count; k += run) {
+      if (k > 0) Overwrite{}(acc, c, c_row);
+      if (k > 0) clear();
+      accumulate<0>(acc, k, Equal{k + run < depth.count ? k + run : depth.count}, a, a_row, a_col, b, b_row);
+      if (k == 0) continue;
+      EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
+        EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) acc[r][v] += load(c + r * c_row + v * kWidth);
+      }
+    }
+  } else {
+    accumulate<0>(acc, 0, depth, a, a_row, a_col, b, b_row);
   }
-  accumulate<0>(acc, 0, depth, a, a_row, a_col, b, b_row);
   then(acc, c, c_row);
 }
 
@@ -113,11 +144,11 @@ inline void matmul_rows(int64_t rows, Depth depth, Then then, const T* a, int64_
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
     upcoming.call();
-    matmul_tile<kRows, kVecs>(depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
+    matmul_tile<kRows, kVecs>(depth, then.at(m), a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
   }
   if constexpr (kRows > 1) {
     if (m == rows) return;
-    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then, a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row, upcoming);
+    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then.at(m), a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row, upcoming);
   }
 }
 

@@ -12,6 +12,7 @@ enum class Pair : uint32_t {};  // the first value in the low half
 
 typedef uint32_t UnalignedPairs __attribute__((vector_size(kWidth * 4), aligned(2), may_alias));
 typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
+typedef int16_t UnalignedSignedVec __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 typedef uint16_t UnalignedShortVec __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 
 template <class T>

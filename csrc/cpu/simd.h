@@ -57,17 +57,18 @@ inline float sum(Vec v) {
   return total;
 }
 
-// 2^x for x < 128, relative error below 2.4e-7; exactly 0 below -126, so for -infinity; NaN for NaN.
+// 2^x for x < 128, relative error below 1e-7; exactly 0 below -126, so for -infinity; NaN for NaN.
 inline Vec exp2(Vec x) {
-  // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer. The polynomial is minimax for 2^r there (7.5e-8;
+  // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer. The polynomial is minimax for 2^r there (2e-9;
   // the rest is rounding).
   const Vec shifted = x + splat(12582912.0f);
   const Vec r = x - (shifted - splat(12582912.0f));
-  Vec p = splat(1.3276472e-3f);
-  p = p * r + splat(9.6755413e-3f);
-  p = p * r + splat(5.5507133e-2f);
-  p = p * r + splat(2.4022120e-1f);
-  p = p * r + splat(6.9314697e-1f);
+  Vec p = splat(1.53533620e-4f);
+  p = p * r + splat(1.33988745e-3f);
+  p = p * r + splat(9.61843736e-3f);
+  p = p * r + splat(5.55033247e-2f);
+  p = p * r + splat(2.40226479e-1f);
+  p = p * r + splat(6.93147203e-1f);
   p = p * r + splat(1.0f);
   const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;  // the integer's low bits, added to the exponent of p
   const Vec power = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);

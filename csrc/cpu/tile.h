@@ -8,6 +8,10 @@ constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass
 // Rows that are far from each other displace each other from the cache: only so few blocks of queries read them uncopied.
 constexpr int64_t kFewReaders = 4;
 
+// From here on a weight's power of two is kept apart: sums of smaller ones are far from the largest number, and 1 + x is 0 or 2^-24 at
+// least, so none is too small.
+constexpr float kLargeWeight = 0x1p32f;
+
 // The dimension along which neighbours form operands.
 enum class SumOver { kHeadDim, kKeys };
 
@@ -21,8 +25,9 @@ struct KeyRows {
 // The keys that take part of a range of kKeyTile neighbouring ones, in their order.
 struct KeyTile {
   int64_t first, count = 0;
-  int64_t place[kKeyTile];   // from `first`
-  float weight[kKeyTile];
+  int64_t place[kKeyTile];  // from `first`
+  // The weight is factor * 2^power. The power of one too large for sums is left to the exponent, that of others is 0.
+  float factor[kKeyTile], power[kKeyTile];
 
   // Keys of [first, first + keys) for which take(place, weight) holds.
   template <class Take>
@@ -30,16 +35,20 @@ struct KeyTile {
     bool all = true;  // which is common, and takes no decision per key
     for (int64_t j = 0; j < keys; ++j) {
       place[j] = j;
-      weight[j] = weights[first + j];
       all &= take(j, weights[first + j]);
     }
     count = all ? keys : 0;
     for (int64_t j = 0; !all && j < keys; ++j) {
       if (!take(j, weights[first + j])) continue;
-      place[count] = j;
-      weight[count++] = weights[first + j];
+      place[count++] = j;
     }
-    for (int64_t j = count; j < round_up(count); ++j) weight[j] = 0.0f;
+    for (int64_t j = 0; j < round_up(count); ++j) {
+      const float w = j < count ? weights[first + place[j]] : 0.0f;
+      const uint32_t bits = __builtin_bit_cast(uint32_t, w);
+      const bool large = w >= kLargeWeight;
+      factor[j] = large ? __builtin_bit_cast(float, (bits & 0x7fffffu) | 0x3f800000u) : w;
+      power[j] = large ? static_cast<float>(static_cast<int32_t>(bits >> 23) - 127) : 0.0f;
+    }
   }
 
   // How many of the keys stand at `position` or before.

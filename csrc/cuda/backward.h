@@ -1,8 +1,11 @@
-// Backward pass: probabilities are computed again from the saved log-sum-exp, by two kernels that add up in a fixed
+// Backward pass: probabilities are computed again from what the forward pass left of each row, by two kernels that add up in a fixed
 // order. GradKey owns rows of keys, for all heads that share them, and goes over the queries; GradQuery owns rows of
 // queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed first.
 //
 //   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
+//
+// The weight is part of the exponent, as in the forward pass. That of a key with weight 0, whose b is 0, is left out: then e is what
+// the gradient of the weight needs.
 #pragma once
 
 #include "dropout.h"
@@ -16,21 +19,34 @@ struct BackwardArguments {
   AttentionBackward g;
   DropoutRate dropout;
   bool whole_chunks;
-  Rows delta;  // laid out as logsumexp
+  Rows delta;  // [batch, head, row]
 };
 
-// e may overflow for a key of weight 0, where only the gradient of the weight uses it.
+// e may overflow for a key of weight 0, where only the gradient of the weight uses it: x - LSE is capped there, as on every backend.
 constexpr float kLargestExponent = 80.0f * kLog2E;
 
-EMPCAUSE_DEVICE float exponential(float logit, float scale, float negative_logsumexp) {
-  const float exponent = fused(logit, scale, negative_logsumexp);
-  return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
-}
+// LSE of a row in base 2, in two parts. In a row that sees no key `maximum` is infinity, and every e 0.
+struct LogSumExp {
+  float maximum, log_total;
 
-// -LSE in base 2: -infinity for a row that sees no key, whose e then is 0.
-EMPCAUSE_DEVICE float negative_logsumexp(const Attention& a, int batch, int head, int row) {
-  return -load_global(row_of(a.logsumexp, batch, head, row)) * kLog2E;
-}
+  static EMPCAUSE_DEVICE LogSumExp none() { return {kInfinity, 0.0f}; }
+  static EMPCAUSE_DEVICE LogSumExp load(const Attention& a, int batch, int head, int row) {
+    const float total = load_global(row_of(a.total, batch, head, row));
+    return total == 0.0f ? none() : LogSumExp{load_global(row_of(a.maximum, batch, head, row)), log2(total)};
+  }
+
+  // exp(x - LSE): first the forward pass' terms, bit by bit. `bias` is log2 of the weight.
+  EMPCAUSE_DEVICE float exponential(float product, float scale, float bias) const {
+    const float exponent = fused(product, scale, bias) - maximum - log_total;
+    return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
+  }
+};
+
+// What the rows of keys need of a query.
+struct alignas(16) QueryValues {
+  LogSumExp lse;
+  float delta, unused;
+};
 
 template <class T>
 struct DeltaKernel {
@@ -58,7 +74,7 @@ struct DeltaKernel {
       delta = fused(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
     }
     delta = warp_sum(delta);
-    const bool dead = load_global(row_of(a.logsumexp, batch, head, row)) == kInfinity;
+    const bool dead = load_global(row_of(a.total, batch, head, row)) == 0.0f;
     if (lane() == 0) {
       store_global(row_of(f.delta, batch, head, row), dead ? 0.0f : delta);
     }
@@ -115,16 +131,14 @@ class GradKeyBlock {
     finish();
   }
 
-  // Of a query: -LSE (base 2) and delta.
-  EMPCAUSE_DEVICE Pair fetch(int tile) const {
+  EMPCAUSE_DEVICE QueryValues fetch(int tile) const {
     const int query = first_query(tile) + thread();
-    if (tile >= tiles || thread() >= kColumns || query >= num_queries) return {-kInfinity, 0.0f};
+    if (tile >= tiles || thread() >= kColumns || query >= num_queries) return {LogSumExp::none(), 0.0f, 0.0f};
     const int row = query_begin + query;
-    return {negative_logsumexp(a, batch, head, row),
-            load_global(row_of(f.delta, batch, head, row))};
+    return {LogSumExp::load(a, batch, head, row), load_global(row_of(f.delta, batch, head, row)), 0.0f};
   }
 
-  EMPCAUSE_DEVICE void publish(int tile, Pair value) const {
+  EMPCAUSE_DEVICE void publish(int tile, QueryValues value) const {
     if (thread() < kColumns) store_shared(query_values(tile, thread()), value);
   }
 
@@ -133,7 +147,7 @@ class GradKeyBlock {
     const Matrices& grad_output = f.g.grad_output;
     copy_rows<kColumns, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int query) { return load_shared<float>(query_values(tile, query)) != -kInfinity; },
+        [&](int query) { return load_shared<float>(query_values(tile, query)) != kInfinity; },
         Copy<T, kHeadDim>{query_tile(tile), row_of<T>(a.query, batch, head, row), a.query.row},
         Copy<T, kHeadDim>{grad_output_tile(tile), row_of<T>(grad_output, batch, head, row), grad_output.row});
   }
@@ -152,7 +166,7 @@ class GradKeyBlock {
   using RowTile = Tile<T, kHeadDim>;
   static constexpr int kThreads = Shape::kThreads, kSliceColumns = kHeadDim / kSlices;
   static constexpr uint32_t kKeyBytes = kRows * RowTile::kRowBytes, kQueryBytes = kColumns * RowTile::kRowBytes;
-  static constexpr uint32_t kValueBytes = kColumns * sizeof(Pair);
+  static constexpr uint32_t kValueBytes = kColumns * sizeof(QueryValues);
   static constexpr uint32_t kValues = 2 * kKeyBytes + 2 * kTileStages * kQueryBytes;
 
  public:
@@ -167,7 +181,7 @@ class GradKeyBlock {
   EMPCAUSE_DEVICE RowTile grad_output_tile(int tile) const { return {query_tile(tile).start + kQueryBytes}; }
   EMPCAUSE_DEVICE Shared query_values(int tile, int query) const {
     return shared_memory() + (kValues + static_cast<uint32_t>(tile % kValueStages) * kValueBytes +
-                              static_cast<uint32_t>(query) * static_cast<uint32_t>(sizeof(Pair)));
+                              static_cast<uint32_t>(query) * static_cast<uint32_t>(sizeof(QueryValues)));
   }
 
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
@@ -184,7 +198,9 @@ class GradKeyBlock {
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        weight[m][half] = weight_of(head, fragment_row(m, half));
+        const float weight = weight_of(head, fragment_row(m, half));
+        has_weight[m][half] = weight > 0.0f;
+        bias[m][half] = weight > 0.0f ? log2(weight) : 0.0f;
         grad_weight[m][half] = 0.0f;
       }
     }
@@ -200,7 +216,8 @@ class GradKeyBlock {
         if (row >= rows || lane_column() != 0) continue;
         const int key = key_begin + first_key + row;
         const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
-        store_global(row_of(f.g.grad_weight, batch, head, key), wanted ? total : 0.0f);
+        const float weight = weight_of(head, row);
+        store_global(row_of(f.g.grad_weight, batch, head, key), !wanted ? 0.0f : weight > 0.0f ? total / weight : total);
       }
     }
   }
@@ -221,16 +238,16 @@ class GradKeyBlock {
       EMPCAUSE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = n * 8 + lane_column() + i % 2, half = i / 2;
-        const Pair values = load_shared<Pair>(query_values(tile, column));
+        const QueryValues values = load_shared<QueryValues>(query_values(tile, column));
         EMPCAUSE_UNROLL
         for (int m = 0; m < Shape::kRowTiles; ++m) {
-          float e = exponential(p.at[m][n][i], scale, values.at[0]);
+          float e = values.lse.exponential(p.at[m][n][i], scale, bias[m][half]);
           float gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
-          float centred = gradient - values.at[1];
+          float centred = gradient - values.delta;
           if (kMasked && first_query(tile) + column < reach + fragment_row(m, half)) e = centred = 0.0f;
           grad_weight[m][half] = fused(e, centred, grad_weight[m][half]);
-          const float b = weight[m][half] * e;
+          const float b = has_weight[m][half] ? e : 0.0f;
           p.at[m][n][i] = !kDropout || kept.at(m, n, i) ? b : 0.0f;
           grad_logit.at[m][n][i] = b * centred;
         }
@@ -283,7 +300,9 @@ class GradKeyBlock {
   int head;               // the present one
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
-  float weight[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];  // of the present head
+  // Of the present head. grad_weight is that of the weight's logarithm where the key has a weight.
+  bool has_weight[Shape::kRowTiles][2];
+  float bias[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];
 };
 
 template <class T, int kHeadDim, bool kDropout>
@@ -338,7 +357,7 @@ class GradQueryBlock {
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
         const int query = query_begin + first_query + row;
-        negative_lse[m][half] = row < rows ? negative_logsumexp(a, batch, head, query) : -kInfinity;
+        lse[m][half] = row < rows ? LogSumExp::load(a, batch, head, query) : LogSumExp::none();
         delta[m][half] =
             row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
       }
@@ -351,7 +370,7 @@ class GradQueryBlock {
     const Matrices& grad_output = f.g.grad_output;
     copy_rows<kRows, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int query) { return query < rows && negative_logsumexp(a, batch, head, row + query) != -kInfinity; },
+        [&](int query) { return query < rows && LogSumExp::load(a, batch, head, row + query).maximum != kInfinity; },
         Copy<T, kHeadDim>{query_tile(), row_of<T>(a.query, batch, head, row), a.query.row},
         Copy<T, kHeadDim>{grad_output_tile(), row_of<T>(grad_output, batch, head, row), grad_output.row});
     pipeline(tiles, *this);
@@ -370,13 +389,13 @@ class GradQueryBlock {
   }
 
   EMPCAUSE_DEVICE void publish(int tile, float weight) const {
-    if (thread() < kColumns) store_shared(key_weight(tile, thread()), weight);
+    if (thread() < kColumns) store_shared(log_weight(tile, thread()), log2(weight));
   }
 
   EMPCAUSE_DEVICE void copy(int tile) const {
     const int row = key_begin + tile * kColumns, key_head = head / static_cast<int>(a.num_heads / a.num_key_heads);
     copy_rows<kColumns, kThreads>(
-        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(key_weight(tile, key)) > 0.0f; },
+        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head, row), a.value.row});
   }
@@ -409,7 +428,7 @@ class GradQueryBlock {
     return {shared_memory() + (2 * kQueryBytes + static_cast<uint32_t>(tile % kTileStages) * 2 * kKeyBytes)};
   }
   EMPCAUSE_DEVICE RowTile value_tile(int tile) const { return {key_tile(tile).start + kKeyBytes}; }
-  EMPCAUSE_DEVICE Shared key_weight(int tile, int key) const {
+  EMPCAUSE_DEVICE Shared log_weight(int tile, int key) const {
     return shared_memory() + (kWeights + static_cast<uint32_t>(tile % kValueStages) * kWeightBytes +
                               static_cast<uint32_t>(key) * static_cast<uint32_t>(sizeof(float)));
   }
@@ -430,7 +449,7 @@ class GradQueryBlock {
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const Pair weights = load_shared<Pair>(key_weight(tile, n * 8 + lane_column()));
+      const Pair biases = load_shared<Pair>(log_weight(tile, n * 8 + lane_column()));
       EMPCAUSE_UNROLL
       for (int m = 0; m < Shape::kRowTiles; ++m) {
         EMPCAUSE_UNROLL
@@ -438,8 +457,8 @@ class GradQueryBlock {
           const int column = n * 8 + lane_column() + i % 2, half = i / 2;
           float& gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
-          // The rows of an absent key were copied as zeros, so that its weight 0 meets finite numbers.
-          const float b = weights.at[i % 2] * exponential(logit.at[m][n][i], scale, negative_lse[m][half]);
+          // The rows of an absent key were copied as zeros, so that its bias of -infinity meets finite numbers.
+          const float b = lse[m][half].exponential(logit.at[m][n][i], scale, biases.at[i % 2]);
           const bool hidden = kMasked && tile * kColumns + column > reach + fragment_row(m, half);
           gradient = hidden ? 0.0f : b * (gradient - delta[m][half]);
         }
@@ -456,7 +475,8 @@ class GradQueryBlock {
   int tiles;
 
   Fragment<Shape::kRowTiles, kHeadDim / 8> grad_query;
-  float negative_lse[Shape::kRowTiles][2], delta[Shape::kRowTiles][2];
+  LogSumExp lse[Shape::kRowTiles][2];
+  float delta[Shape::kRowTiles][2];
 };
 
 template <class T, int kHeadDim, bool kDropout>

@@ -66,8 +66,8 @@ struct CombineKernel {
       store_global(output + column, from_float<T>(dead ? 0.0f : total / sum));
     }
     if (lane() == 0) {
-      store_global(row_of(a.logsumexp, batch, head, query_row),
-                   dead ? kInfinity : (maximum + log2(sum)) * kLn2);
+      store_global(row_of(a.maximum, batch, head, query_row), maximum);
+      store_global(row_of(a.total, batch, head, query_row), sum);
     }
   }
 };

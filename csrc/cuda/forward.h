@@ -238,10 +238,9 @@ class ForwardBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
-        const bool dead = sum[m][half] == 0.0f;
         if (row < rows && lane_column() == 0) {
-          store_global(row_of(a.logsumexp, batch, head(row), query_row(row)),
-                       dead ? kInfinity : (maximum[m][half] + log2(sum[m][half])) * kLn2);
+          store_global(row_of(a.maximum, batch, head(row), query_row(row)), maximum[m][half]);
+          store_global(row_of(a.total, batch, head(row), query_row(row)), sum[m][half]);
         }
       }
     }

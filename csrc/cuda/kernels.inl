@@ -74,7 +74,7 @@ void launch_backward(const BackwardArguments& f, Stream stream) {
 
 void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
   const Attention& a = g.forward;
-  BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, a.logsumexp.batch, a.logsumexp.head}};
+  BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, a.total.batch / 2, a.total.head / 2}};
   for (const Matrices* m : {&a.query, &a.key, &a.value, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
     f.whole_chunks = f.whole_chunks && in_chunks(a, *m);
   }

@@ -57,6 +57,13 @@ class Context {
 class Cuda {
  public:
   static constexpr const char* kName = "cuda";
+  static constexpr bool kLeavesRounding = false;
+
+#if defined(EMPCAUSE_CUDA_EMULATION)
+  static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }
+#else
+  static bool takes(const Tensor& tensor) { return tensor.is_cuda(); }
+#endif
 
   explicit Cuda(const Tensor& like) : context_(like) {}
 

@@ -382,13 +382,13 @@ def _apply(
     and forward mode need the registered one (`registration.py`).
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _operator(backend, name)(query, key, value, cause, *others)[0]
+        return _operator(backend, name)(query, key, value, cause, *others, torch.is_grad_enabled())[0]
     operators = _operators(backend, name)
     if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
         # torch looks at each argument, but not into a tuple
         return function.apply(operators, query, key, value, cause, others)
     with below_autograd():
-        return operators[0](query, key, value, cause, *others)[0]
+        return operators[0](query, key, value, cause, *others, False)[0]
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None) -> bool:
@@ -406,15 +406,19 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
         forward, backward = operators
         with below_autograd():
-            output, logsumexp = forward(query, key, value, cause, *others)
+            output, rounding, statistics = forward(query, key, value, cause, *others, True)
         strength, head_strength, key_mask, causal, scale, dropout_p, seed, offset = others
-        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset)
+        ctx.save_for_backward(
+            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, seed, offset
+        )
         ctx.constants = backward, strength, causal, scale, dropout_p
         return output
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        query, key, value, output, logsumexp, cause, head_strength, key_mask, seed, offset = ctx.saved_tensors
+        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, seed, offset = (
+            ctx.saved_tensors
+        )
         backward, strength, causal, scale, dropout_p = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
         # Each by its name: putting 16 arguments together from parts is felt in a small call.
@@ -425,7 +429,8 @@ class _Attention(torch.autograd.Function):
                 key,
                 value,
                 output,
-                logsumexp,
+                rounding,
+                statistics,
                 cause,
                 strength,
                 head_strength,
@@ -445,9 +450,11 @@ class _AttentionVarlen(torch.autograd.Function):
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
         forward, backward = operators
         with below_autograd():
-            output, logsumexp = forward(query, key, value, cause, *others)
+            output, rounding, statistics = forward(query, key, value, cause, *others, True)
         strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, _ = others
-        ctx.save_for_backward(query, key, value, output, logsumexp, cause, head_strength, key_mask, cu_q, cu_k, seed)
+        ctx.save_for_backward(
+            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed
+        )
         ctx.constants = backward, strength, max_q, max_k, causal, scale, dropout_p
         return output
 

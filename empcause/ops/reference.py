@@ -5,7 +5,11 @@
     b_ij = p_ij w_j / sum_j' p_ij' w_j',   w_j = key_mask_j (1 + strength * cause_j)        (eq 14-17, sum over keys)
     o_i  = sum_j b_ij Z_ij v_j                                          Z: dropout factor (eq 18)
 
-It is computed as b = w e / sum(w e) with e = exp(x - m), m the maximum over keys with w > 0: the same numbers, safe for every w.
+It is computed as b = f e / sum(f e) with w = f 2^n, n = 0 but for weights too large for sums, and e = exp(x + n log 2 - m), m the
+largest of these exponents over keys with w > 0: the same numbers, safe for every w.
+
+A key with w = 0 has b = 0, yet a gradient of its weight, exp(x - LSE) (dP - D). As this may overflow, x - LSE counts as 80 there
+if it is more, on every backend.
 """
 
 import math
@@ -17,6 +21,10 @@ from empcause.ops.philox import dropout_keep_mask
 
 # Rounding may leave a weight that is meant to be 0 slightly below it.
 SMALLEST_WEIGHT = -1e-6
+# From here on a weight's power of two is kept apart.
+LARGE_WEIGHT = 2.0**32
+# Of x - LSE where the weight is 0.
+LARGEST_EXPONENT = 80.0
 
 
 def key_weights(
@@ -100,14 +108,18 @@ def biased_attention_reference(
         return torch.where(weight[:, :, 0, :, None] > 0, x, torch.nan_to_num(x, 0.0, 0.0, 0.0))
 
     logits = (query.to(compute) @ sanitised(key).transpose(-1, -2)) * scale
-    masked = torch.where(allowed, logits, float("-inf"))
+    # The weight is fraction * 2 ** power.
+    power = torch.where(weight >= LARGE_WEIGHT, weight.detach().clamp(min=1.0).log2().floor(), 0.0)
+    fraction = weight * torch.exp2(-power)
+    exponent = logits + power * math.log(2)
+    masked = torch.where(allowed, exponent, float("-inf"))
     maximum = masked.detach().amax(-1, keepdim=True) if keys else logits.new_full((batch, heads, queries, 1), -math.inf)
     maximum = torch.where(maximum == float("-inf"), 0.0, maximum)
-    # Keys with weight 0 have an exponential too, for the gradient of the weight; it may be large, so it is capped. (Not by clamp,
-    # which lets no gradient of a NaN through.)
-    exponent = torch.where(counted, logits - maximum, float("-inf"))
-    exponential = torch.exp(torch.where(exponent > 80.0, 80.0, exponent))
-    weighted = torch.where(counted, weight * exponential, 0.0)
+    log_total = (fraction * torch.exp(masked - maximum)).detach().sum(-1, keepdim=True).log()
+    exponent = torch.where(counted, exponent - maximum, float("-inf"))
+    # Neither clamp nor minimum, which let no gradient of a NaN through.
+    exponent = torch.where(exponent > log_total + LARGEST_EXPONENT, log_total + LARGEST_EXPONENT, exponent)
+    weighted = torch.where(counted, fraction * torch.exp(exponent), 0.0)
     total = weighted.sum(-1, keepdim=True)
     alive = total != 0  # a NaN among what is attended to shows, as in the kernels
     probability = weighted / torch.where(alive, total, 1.0)

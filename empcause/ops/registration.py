@@ -18,17 +18,23 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 
-def _by_rows(like: Tensor) -> Tensor:
+def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`[B, H, N, D]` laid out as `[B, N, H, D]`, as the kernels allocate; packed tensors are contiguous."""
     if like.dim() == 3:
-        return like.new_empty(like.shape)
+        return like.new_empty(like.shape, dtype=dtype)
     batch, heads, rows, dim = like.shape
-    return like.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    return like.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
 
 
-def _forward_shapes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    return _by_rows(query), query.new_empty(shape, dtype=torch.float32)
+def _make_forward_shapes(namespace: str) -> Callable:
+    def forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *batch, heads, rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
+        # The CPU's kernels leave what rounding takes from an output in 16 bits, if the last argument says that a backward pass follows.
+        leaves_rounding = namespace == "empcause_cpu" and query.dtype != torch.float32 and others[-1]
+        rounding = _by_rows(query, torch.int16) if leaves_rounding else query.new_empty(0, dtype=torch.int16)
+        return _by_rows(query), rounding, query.new_empty((*batch, heads, 2, rows), dtype=torch.float32)
+
+    return forward_shapes
 
 
 def _backward_shapes(
@@ -37,7 +43,8 @@ def _backward_shapes(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    rounding: Tensor,
+    statistics: Tensor,
     cause: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +53,7 @@ def _backward_shapes(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, cause, strength, head_strength, key_mask, *rest = inputs
+    query, key, value, cause, strength, head_strength, key_mask, *rest, _ = inputs
     if ctx.needs_input_grad[5]:
         raise RuntimeError("head_strength gets no gradient; detach it.")
     tensors = [value for value in rest if isinstance(value, Tensor)]
@@ -59,17 +66,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _make_backward(operator: OpOverload) -> Callable:
-    def backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple:
-        query, key, value, output, logsumexp, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
-        nothing = [None] * (3 + len(ctx.rest))
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple:
+        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
+        nothing = [None] * (4 + len(ctx.rest))
         if grad_output is None:
             return (None, None, None, None, *nothing)
         rest = list(ctx.rest)
         for place, tensor in zip(ctx.places, tensors, strict=True):
             rest[place] = tensor
         wants_cause = cause is not None and ctx.needs_input_grad[3]
-        saved = (grad_output, query, key, value, output, logsumexp, cause, ctx.strength, head_strength, key_mask)
-        grads = operator(*saved, *rest, wants_cause)
+        inputs = (query, key, value, output, rounding, statistics, cause, ctx.strength, head_strength, key_mask)
+        grads = operator(grad_output, *inputs, *rest, wants_cause)
         return (*grads[:3], grads[3] if wants_cause else None, *nothing)
 
     return backward
@@ -156,7 +163,7 @@ def register(namespace: str) -> None:
         forward, backward = (
             getattr(getattr(torch.ops, namespace), which).default for which in (name, f"{name}_backward")
         )
-        torch.library.register_fake(f"{namespace}::{name}", _forward_shapes)
+        torch.library.register_fake(f"{namespace}::{name}", _make_forward_shapes(namespace))
         torch.library.register_fake(f"{namespace}::{name}_backward", _backward_shapes)
         library.impl(name, _differentiable(forward, _setup_context, _make_backward(backward)), "Autograd")
         once = _refuse("second derivatives", forward)

@@ -61,8 +61,12 @@ def test_a_wrong_kernel_is_noticed(tmp_path):
     shutil.copy(ROOT / "CMakeLists.txt", source)
     tile = source / "csrc" / "cpu" / "tile.h"
     text = tile.read_text()
-    assert text.count("weight[count++] = weights[first + j];") == 1
-    tile.write_text(text.replace("weight[count++] = weights[first + j];", "weight[count++] = 1.0f;"))
+    right, forgetful = (
+        "j < count ? weights[first + place[j]] : 0.0f",
+        "all ? weights[first + j] : j < count ? 1.0f : 0.0f",
+    )
+    assert text.count(right) == 1
+    tile.write_text(text.replace(right, forgetful))
     wrong = build_driver(tmp_path / "build", "-DCMAKE_BUILD_TYPE=Debug", source=source)
     done = subprocess.run([wrong, "50"], capture_output=True, text=True, check=False)
     assert done.returncode == 1

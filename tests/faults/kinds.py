@@ -6,6 +6,7 @@ docs/RELIABILITY.md (`python tests/faults/table.py`) and the proof that the test
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
+sys.path.append(str(FOLDER.parent))  # what helps the other tests helps these
 
 
 @dataclass(frozen=True)

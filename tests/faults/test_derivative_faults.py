@@ -259,7 +259,7 @@ def test_gradient_of_strength():
     with pytest.raises(ValueError, match="strength gets a gradient on backend="):
         biased_attention(*inputs, strength=learned, backend="cpu")
     with pytest.raises(RuntimeError, match="head_strength gets no gradient"):
-        torch.ops.empcause_cpu.attention(*inputs, 1.0, learned, None, True, 0.3, 0.0, None, None)
+        torch.ops.empcause_cpu.attention(*inputs, 1.0, learned, None, True, 0.3, 0.0, None, None, True)
     assert_close(
         biased_attention(*inputs, strength=learned.detach(), backend="cpu"),
         biased_attention(*inputs, strength=learned, backend="reference").detach(),
@@ -268,7 +268,11 @@ def test_gradient_of_strength():
 
 @fault(
     Guard(REFERENCE, "    alive = total != 0  #", "    alive = total > 0  #"),
-    Guard(REFERENCE, "torch.exp(torch.where(exponent > 80.0, 80.0, exponent))", "torch.exp(exponent.clamp(max=80.0))"),
+    Guard(
+        REFERENCE,
+        "torch.where(exponent > log_total + LARGEST_EXPONENT, log_total + LARGEST_EXPONENT, exponent)",
+        "exponent.clamp(max=LARGEST_EXPONENT)",
+    ),
     Guard(REFERENCE, "        x = torch.where(present[:, :, 0, :, None], x, 0.0)\n"),
     cause="NaN or infinity in a query, key, value or gradient of the output",
     place="biased_attention on every backend",

@@ -165,6 +165,39 @@ def pack(tensor: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([tensor[index, :, :length].transpose(0, 1) for index, length in enumerate(lengths)])
 
 
+def raw_arguments(namespace: str, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Arguments of a raw operator by name, none of them left out, with what its forward pass left if it is a backward one."""
+    packed, generator = "varlen" in name, torch.Generator().manual_seed(0)
+
+    def random(heads: int, rows: int) -> Tensor:
+        shape = (rows, heads, 8) if packed else (3, heads, rows, 8)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    query, key, value = random(4, 5), random(2, 7), random(2, 7)
+    keys = (7,) if packed else (3, 7)
+    arguments: dict[str, Any] = {"query": query, "key": key, "value": value}
+    cause = torch.rand((4, 7) if packed else (3, 7), generator=generator)
+    arguments |= {"cause": cause, "strength": 1.0, "head_strength": torch.rand(4, generator=generator)}
+    arguments |= {"key_mask": torch.ones(keys, dtype=torch.bool)}
+    if packed:
+        sums = (torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 3, 7], dtype=torch.int32))
+        arguments |= {"cu_seqlens_q": sums[0], "cu_seqlens_k": sums[1], "max_seqlen_q": 3, "max_seqlen_k": 4}
+    arguments |= {
+        "causal": True,
+        "scale": 0.5,
+        "dropout_p": 0.1,
+        "seed": torch.tensor(3),
+        "query_offset": torch.tensor(2),
+    }
+    arguments = {name: move(value, device) for name, value in arguments.items()}
+    if not name.endswith("backward"):
+        return arguments | {"for_backward": True}
+    operators = getattr(torch.ops, namespace)
+    results = getattr(operators, name.removesuffix("_backward"))(**arguments, for_backward=True)
+    left = dict(zip(("output", "rounding", "statistics"), results, strict=True))
+    return {"grad_output": torch.ones_like(left["output"]), **arguments, **left, "cause_grad": True}
+
+
 __all__ = [
     "Case",
     "assert_close",
@@ -175,4 +208,5 @@ __all__ = [
     "move",
     "pack",
     "plain_torch",
+    "raw_arguments",
 ]

@@ -1,14 +1,16 @@
-"""What every backend for GPUs is tested for. Each has a class that derives from this one, and cases of its own: tests/kernels for
-Triton, tests/csrc for CUDA C++."""
+"""What every backend with kernels is tested for, and what those for GPUs are. Each has a class that derives from one here, and
+cases of its own: test_cpu.py, tests/kernels for Triton, tests/csrc for CUDA C++."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from ops.cases import Case, assert_close, exact, gradients, measured, move, pack
+from ops.cases import Case, assert_close, exact, gradients, measured, move, pack, raw_arguments
 
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.philox import dropout_keep_mask
+from empcause.ops.reference import biased_attention_reference
+from empcause.ops.registration import OPERATORS
 
 NOT_FINITE = "cause must be finite with 1 \\+ strength \\* cause >= 0 wherever key_mask is True"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -40,21 +42,178 @@ def packed_case(lengths_q, lengths_k, dim=12, dtype=torch.float32, heads=2):
     }
 
 
-class Contract:
-    """Tests with CPU tensors, which go to `device` and back.
+# Of each tensor, and of what it has to fit, so that either may be named.
+FITS = {
+    "query": "query|key",
+    "key": "key|value",
+    "value": "value",
+    "cu_seqlens_q": "cu_seqlens_q|cu_seqlens_k",
+}
+OTHER_DTYPE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bool: torch.uint8,
+    torch.int16: torch.int32,
+    torch.int32: torch.int64,
+    torch.int64: torch.int32,
+}
+READ_AS_THEY_LIE = ("cause", "head_strength", "key_mask", "cu_seqlens_q", "cu_seqlens_k", "statistics")
+WRONG_NUMBERS = [
+    ("dropout_p", -0.1, r"dropout_p must be in \[0, 1\)"),
+    ("dropout_p", 1.0, r"dropout_p must be in \[0, 1\)"),
+    ("dropout_p", float("nan"), r"dropout_p must be in \[0, 1\)"),
+    ("seed", None, "dropout needs a seed"),
+    ("scale", float("inf"), "scale must be finite in fp32"),
+    ("scale", float("nan"), "scale must be finite in fp32"),
+    ("scale", 1e39, "scale must be finite in fp32"),
+    ("max_seqlen_q", -1, "max_seqlen_q and max_seqlen_k must not be negative"),
+    ("max_seqlen_k", -1, "max_seqlen_q and max_seqlen_k must not be negative"),
+    ("cu_seqlens_q", torch.zeros(0, dtype=torch.int32), "cu_seqlens_q must have a number per sequence and one more"),
+    ("cause", None, "cause_grad without cause"),
+]
+
+
+def wrong_shapes(tensor):
+    """The tensor with one dimension more, and one element fewer in each that it has."""
+    yield tensor[None]
+    if tensor.dim() == 0:
+        yield tensor.expand(2)
+    for axis, size in enumerate(tensor.shape):
+        if size > 0:
+            yield tensor.narrow(axis, 0, size - 1).contiguous()
+
+
+class EveryBackend:
+    """Tests of every backend with kernels, the CPU's too; tensors go to `device` and back."""
+
+    backend: str
+    device: str
+
+    def raw_arguments(self, name, dtype=torch.float32):
+        return raw_arguments(f"empcause_{self.backend}", name, self.device, dtype)
+
+    def refused(self, name, arguments, message):
+        """The raw operator refuses these arguments in these words, on whatever devices the tensors are."""
+        operator = getattr(getattr(torch.ops, f"empcause_{self.backend}"), name).default
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA if self.device == "cuda" else torch._C.DispatchKey.CPU)
+        with pytest.raises(RuntimeError, match=f"empcause: {message}"):
+            operator.redispatch(keys, *(arguments[argument.name] for argument in operator._schema.arguments))
+
+    @pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", OPERATORS)
+    def test_raw_operators_refuse_every_tensor_that_does_not_fit(self, name, kept):
+        """Of another dtype or shape, with gaps where it is read as it lies, or on another device."""
+        arguments = self.raw_arguments(name, kept)
+        tensors = {argument: value for argument, value in arguments.items() if isinstance(value, torch.Tensor)}
+        assert len(tensors) == 8 + 2 * ("varlen" in name) + 4 * name.endswith("backward")
+        row_axis = 0 if "varlen" in name else 2
+        for argument, tensor in tensors.items():
+            message = f"({FITS.get(argument, argument)}) must be"
+            wrong = [tensor.to(OTHER_DTYPE[tensor.dtype]), *wrong_shapes(tensor)]
+            if argument == "query":  # any number of them is right, until gradients of another number come back
+                wrong = [
+                    other
+                    for other in wrong
+                    if other.dim() != tensor.dim() or other.shape[row_axis] == tensor.shape[row_axis]
+                ]
+            else:
+                wrong.append(tensor.to("meta"))
+            for other in wrong:
+                self.refused(name, arguments | {argument: other}, message)
+            if argument in READ_AS_THEY_LIE:
+                apart = torch.stack([tensor, tensor], -1)[..., 0]
+                self.refused(name, arguments | {argument: apart}, f"{argument} must be contiguous")
+
+    @pytest.mark.parametrize("name", OPERATORS)
+    def test_raw_operators_refuse_numbers_out_of_range(self, name):
+        arguments = self.raw_arguments(name)
+        for argument, value, message in WRONG_NUMBERS:
+            if argument in arguments and ("cause_grad" in arguments or argument != "cause"):
+                self.refused(name, arguments | {argument: move(value, self.device)}, message)
+
+    def test_raw_operators_refuse_sizes_that_no_kernel_takes(self):
+        def rows(*sizes):
+            return torch.zeros(1, 1, 1, 1, device=self.device).expand(sizes)
+
+        arguments = self.raw_arguments("attention")
+        for sizes in ((3, 4, 5, 257), (3, 4, 5, 0)):
+            self.refused("attention", arguments | {"query": rows(*sizes)}, "query must be .* head sizes up to 256")
+        key = rows(3, 3, 7, 8)
+        self.refused("attention", arguments | {"key": key, "value": key}, "key must be .* with Hkv a divisor of 4")
+        key = rows(2**30, 1, 2**15, 8)
+        many = {"query": rows(2**30, 2**15, 1, 8), "key": key, "value": key}
+        many |= {"cause": None, "head_strength": None, "key_mask": None}
+        self.refused("attention", arguments | many, "there are too many rows")
+
+    def test_a_gradient_of_any_strides_is_read_as_it_is(self):
+        """Expanded, so that all its elements are one, and with rows that are columns."""
+        arguments = self.raw_arguments("attention_backward")
+        operator = getattr(torch.ops, f"empcause_{self.backend}").attention_backward
+        expected = operator(**arguments)
+        one = torch.ones(1, 1, 1, 1, device=self.device).expand(arguments["grad_output"].shape)
+        for grad_output in (one, one.mT.contiguous().mT):
+            for ours, theirs in zip(operator(**arguments | {"grad_output": grad_output}), expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+    def against_fp64(self, tensors, options, tolerance, names="oqkvc"):
+        """Output and gradients, all finite, against the reference in fp64: errors relative to the largest of each."""
+        doubles = tuple(tensor.double() for tensor in tensors)
+        truth = gradients(lambda *leaves: biased_attention_reference(*leaves, **options)[0], doubles)
+        for backend, device in ((self.backend, self.device), ("reference", "cpu")):
+
+            def call(*leaves, backend=backend, device=device):
+                return biased_attention(*(move(leaf, device) for leaf in leaves), **options, backend=backend).cpu()
+
+            for name, expected, got in zip(names, truth, gradients(call, tensors), strict=False):
+                assert got.isfinite().all(), (backend, name)
+                error = float((got.double() - expected).abs().max() / expected.abs().max())
+                assert error < tolerance, (backend, name, error)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    @pytest.mark.parametrize("largest", [1e6, 1e30, 3.4e38])
+    def test_large_causes(self, largest, queries):
+        """Some weights are so large that their sum is beyond fp32; rows that see none of them do not lose their digits."""
+        (query, key, value, cause), _ = Case(batch=2, queries=queries, causal=True).make()
+        cause[0, 6::3] = largest * torch.linspace(0.1, 1, 9)
+        cause[1] = largest
+        # Beside weights of 1e38 a gradient of the cause is subnormal.
+        names = "oqkvc" if largest < 1e38 else "oqkv"
+        self.against_fp64((query, key, value, cause), {}, 1e-4, names)
+        self.against_fp64((query, key, value, (cause / largest).clamp(min=0.0)), {"strength": largest}, 1e-4, names)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    def test_large_logits(self, queries):
+        """fp16 at its extremes: rows are one-hot, and finite."""
+        (query, key, value, _), _ = Case(queries=queries, dtype=torch.float16).make()
+        query, key = query.sign() * 49152, key.sign() * 49152  # whose products fp32 holds
+        self.against_fp64((query, key, value / 64), {}, 2e-3)
+
+    @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
+    def test_the_gradient_of_a_weight_of_0_is_capped_as_in_the_reference(self, queries):
+        """Its logit is far beyond what the other keys add up to: x - LSE counts as 80."""
+        (query, key, value, cause), _ = Case(batch=1, queries=queries).make()
+        query, key = query.abs(), key.abs()
+        key[:, :, 2] *= 500
+        cause[0, 2] = -1.0
+        self.against_fp64((query, key, value, cause), {}, 1e-3)
+
+
+class Contract(EveryBackend):
+    """Tests of the backends for GPUs, with CPU tensors.
 
     A few queries are decoded, by kernels of their own; tests that are run twice, "decoding" and "general", meet both.
     """
 
-    backend: str
-    device: str
     dtypes: list[torch.dtype]
     assertion: type[Exception] = (
         RuntimeError  # what a failed assertion of the device raises where the host runs the kernels
     )
 
     def pytest_generate_tests(self, metafunc):
-        if "dtype" in metafunc.fixturenames:
+        given = {
+            name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")
+        }
+        if "dtype" in metafunc.fixturenames and "dtype" not in given:
             metafunc.parametrize("dtype", self.dtypes, ids=str)
 
     @pytest.fixture(autouse=True)

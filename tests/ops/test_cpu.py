@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.accuracy import against_torch
 from ops.cases import Case, assert_close, exact, gradients, measured, pack
+from ops.contract import EveryBackend
 
 import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
@@ -18,6 +20,10 @@ from empcause.ops.philox import dropout_keep_mask
 CPU = empcause.info()["cpu"]
 if not CPU.runs and os.environ.get("EMPCAUSE_REQUIRE_CPU") != "1":
     pytest.skip(f"no CPU kernels: {CPU.reason}", allow_module_level=True)
+
+
+class TestCpu(EveryBackend):
+    backend = device = "cpu"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -245,6 +251,14 @@ def test_varlen_equals_sequences_one_by_one(backend, dropout_p):
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
     for index, lengths in zip(range(1, 5), (lengths_q, lengths_k, lengths_k, lengths_k), strict=True):
         torch.testing.assert_close(got[index], pack(expected[index], lengths), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_beside_those_of_torch(dtype, scale):
+    """Queries times 16 make rows that are nearly one-hot."""
+    against_torch(dtype, scale, range(100))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])

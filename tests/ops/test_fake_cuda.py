@@ -81,7 +81,7 @@ def test_shapes_and_devices(fake_cuda, dtype):
     assert_like(output, query)
     assert output.transpose(1, 2).is_contiguous()
     assert output.requires_grad
-    saved = (output, query, key, value, output, torch.empty(2, 4, 7))
+    saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), torch.empty(2, 4, 2, 7))
     grads = torch.ops.empcause_triton.attention_backward(
         *saved, cause, 0.5, None, None, True, 0.25, 0.0, None, None, True
     )
@@ -96,7 +96,7 @@ def test_packed_shapes_and_devices(fake_cuda):
         query, key, value, cause, cu_seqlens_q=sums, cu_seqlens_k=sums, max_seqlen_q=20, max_seqlen_k=20, dropout_p=0.2
     )
     assert_like(output, query)
-    saved = (output, query, key, value, output, torch.empty(4, 30))
+    saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), torch.empty(4, 2, 30))
     grads = torch.ops.empcause_triton.attention_varlen_backward(
         *saved, cause, 0.5, None, None, sums, sums, 20, 20, True, 0.25, 0.0, None, None, True
     )

@@ -125,14 +125,14 @@ def test_opcheck(requires_grad):
     query, key, value, cause = (tensor.detach().requires_grad_(requires_grad) for tensor in tensors(queries=7, keys=9))
     mask = torch.rand(2, 9) > 0.2
     seed = torch.tensor(3)
-    options = (0.7, None, mask, True, 0.25, 0.1, seed, None)
+    options = (0.7, None, mask, True, 0.25, 0.1, seed, None, True)
     torch.library.opcheck(torch.ops.empcause_cpu.attention, (query, key, value, cause, *options))
     sums = torch.tensor([0, 3, 7], dtype=torch.int32)
     packed = [torch.randn(7, heads, 16).requires_grad_(requires_grad) for heads in (4, 2, 2)]
     packed_cause = torch.rand(7).requires_grad_(requires_grad)
     torch.library.opcheck(
         torch.ops.empcause_cpu.attention_varlen,
-        (*packed, packed_cause, 0.7, None, None, sums, sums, 4, 4, True, 0.25, 0.0, None, None),
+        (*packed, packed_cause, 0.7, None, None, sums, sums, 4, 4, True, 0.25, 0.0, None, None, True),
     )
 
 
@@ -214,7 +214,7 @@ import torch
 from empcause.ops.backends import info
 assert info()["cpu"].runs
 query = torch.empty(2, 3, 5, 4, device="meta")
-weights, options = (None, 1.0, None, None), (True, 1.0, 0.0, None, None)
+weights, options = (None, 1.0, None, None), (True, 1.0, 0.0, None, None, True)
 assert torch.ops.empcause_cpu.attention(query, query, query, *weights, *options)[0].shape == query.shape
 """
     subprocess.run([sys.executable, "-c", code], check=True)
