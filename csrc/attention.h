@@ -5,7 +5,8 @@
 //   o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
 //
 // The forward pass leaves LSE in two parts, each with all its digits: 2^maximum, which a row's terms are relative to, and their sum.
-// The backward pass makes the same terms of the same numbers, so its probabilities sum to 1 however large the logits are.
+// The backward pass makes the same terms of the same numbers, so its probabilities sum to 1 however large the logits are. On a GPU
+// LSE has the form of cuda/logsumexp.h.
 #pragma once
 
 #include <cstdint>

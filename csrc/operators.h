@@ -6,7 +6,8 @@
 // A Device is made for one call and has
 //   takes(tensor)                          whether its kernels can read it
 //   kName                                  for messages
-//   kLeavesRounding                        whether its forward pass leaves what rounding takes from an output in 16 bits
+//   kLeavesAllDigits                       whether its forward pass leaves of rows in 16 bits, too, two parts of LSE, and what rounding
+//                                          took from the output
 //   Device(like)                           a tensor of the call
 //   borrow(tensor)                         told of every tensor whose memory the kernels will use
 //   check_packing(attention, packing)      of packed sequences; sets the longest ones
@@ -237,10 +238,10 @@ class Operators {
   // `for_backward`: the results are for a backward pass too, which is more exact with `rounding`.
   std::tuple<Tensor, Tensor, Tensor> forward(bool for_backward) {
     Tensor output = new_matrices(rows_, a_.num_heads, dtype_);
-    Tensor rounding = for_backward && leaves_rounding() ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
+    Tensor rounding = for_backward && leaves_all_digits() && a_.dtype != DType::kFloat32 ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
                                                         : empty<1>(query_, {0}, ScalarType::Short);
-    Tensor statistics = packed_ ? empty<3>(query_, {a_.num_heads, 2, rows_}, ScalarType::Float)
-                                : empty<4>(query_, {outer_, a_.num_heads, 2, rows_}, ScalarType::Float);
+    Tensor statistics = packed_ ? empty<3>(query_, {a_.num_heads, parts(), rows_}, ScalarType::Float)
+                                : empty<4>(query_, {outer_, a_.num_heads, parts(), rows_}, ScalarType::Float);
     set_results(output, rounding, statistics);
     device_.forward(a_, query_);
     return {output, rounding, statistics};
@@ -250,15 +251,15 @@ class Operators {
                                                       const Tensor& statistics, bool cause_grad) {
     check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
     check_rows("output", output, dtype_, rows_, a_.num_heads);
-    if (leaves_rounding() && rounding.dim() != 1) {
+    if (leaves_all_digits() && a_.dtype != DType::kFloat32 && rounding.dim() != 1) {
       check_rows("rounding", rounding, ScalarType::Short, rows_, a_.num_heads);
     } else {
       arguments_.check("rounding", rounding, ScalarType::Short, {0});
     }
     if (packed_) {
-      arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {a_.num_heads, 2, rows_});
+      arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {a_.num_heads, parts(), rows_});
     } else {
-      arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, 2, rows_});
+      arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, parts(), rows_});
     }
     require(!cause_grad || bias_.cause.has_value(), "cause_grad without cause");
     set_results(output, rounding, statistics);
@@ -288,7 +289,7 @@ class Operators {
     a_.output = matrices(output);
     if (rounding.dim() != 1) a_.rounding = matrices(rounding);
     float* maximum = data<float>(statistics);
-    const int64_t head = 2 * rows_, batch = packed_ ? 0 : a_.num_heads * head;
+    const int64_t head = parts() * rows_, batch = packed_ ? 0 : a_.num_heads * head;
     a_.maximum = {maximum, batch, head};
     a_.total = {maximum + rows_, batch, head};
   }
@@ -319,7 +320,8 @@ class Operators {
     }
   }
 
-  bool leaves_rounding() const { return Device::kLeavesRounding && a_.dtype != DType::kFloat32; }
+  bool leaves_all_digits() const { return Device::kLeavesAllDigits || a_.dtype == DType::kFloat32; }
+  int64_t parts() const { return leaves_all_digits() ? 2 : 1; }  // of LSE
 
   // The kernels read any strides but need whole rows; only other layouts are copied.
   Matrices matrices(const Tensor& tensor) {

@@ -4,9 +4,10 @@
     b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
     o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
 
-The forward pass leaves LSE in two parts, each with all its digits: `maximum`, the power of two that a row's terms are relative
-to, and `total`, their sum, 0 in a row that sees no key. The backward pass makes the same terms of the same numbers, so its
-probabilities sum to 1 however large the logits are.
+The forward pass leaves LSE as a power of two. Where rows are of fp32 it has two parts, each with all its digits: `maximum`, which
+a row's terms are relative to, infinite in a row that sees no key, and `log_total`, that of their sum. The backward pass makes the
+same terms of the same numbers, so its probabilities sum to 1 however large the logits are. Where rows have 16 bits, the last
+digits of LSE are nothing beside those that the rows lack, and the first part is all of it.
 
 Kernels take a tensor `[batch, heads, rows, head_dim]` as a pointer and its first three strides; the last one is 1. Packed
 tensors have one batch, whose stride is 0. What a kernel writes is laid out `[batch, rows, heads, head_dim]`,
@@ -152,9 +153,32 @@ def store_rows(pointer, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl
 
 
 @triton.jit
-def row_maximum(statistics, outer, head, row, num_rows, num_heads):
-    """Where the maximum of a row stands in statistics `[batch, heads, 2, rows]`; its total stands num_rows further."""
-    return statistics + (tl.cast(outer, tl.int64) * num_heads + head) * 2 * num_rows + row
+def logsumexp_pointer(statistics, outer, head, row, num_rows, num_heads, dtype: tl.constexpr):
+    """Where LSE of a row stands in statistics `[batch, heads, parts, rows]`: two parts where rows are of fp32, else one."""
+    parts: tl.constexpr = 2 if dtype == tl.float32 else 1
+    return statistics + (tl.cast(outer, tl.int64) * num_heads + head) * parts * num_rows + row
+
+
+@triton.jit
+def store_logsumexp(pointers, num_rows, maximum, total, inside, dtype: tl.constexpr):
+    """LSE of some rows from the powers of two that their terms are relative to, and the sums of these, 0 where no key is seen."""
+    dead = total == 0.0
+    log_total = tl.log2(tl.where(dead, 1.0, total))
+    if dtype == tl.float32:
+        tl.store(pointers + num_rows, log_total, mask=inside)
+    else:
+        maximum += log_total
+    tl.store(pointers, tl.where(dead, float("inf"), maximum), mask=inside)
+
+
+@triton.jit
+def load_logsumexp(pointers, num_rows, inside, dtype: tl.constexpr):
+    """LSE of some rows in two parts, `maximum` and `log_total`; the first is infinite where no key is seen."""
+    maximum = tl.load(pointers, mask=inside, other=float("inf"))
+    log_total = tl.zeros_like(maximum)
+    if dtype == tl.float32:
+        log_total = tl.load(pointers + num_rows, mask=inside, other=0.0)
+    return maximum, log_total
 
 
 @triton.jit

@@ -21,10 +21,11 @@ import triton.language as tl
 from empcause.kernels.attention import (
     LOG2E,
     UNSPECIALIZED,
+    load_logsumexp,
     load_rows,
+    logsumexp_pointer,
     result_index,
     row_index,
-    row_maximum,
     row_pointer,
     seen_keys,
     sequence,
@@ -36,19 +37,6 @@ from empcause.kernels.dropout import kept
 # e may overflow for a key whose weight is 0, where only dw uses it: x - LSE is capped at 80 there, as on every backend; here as a
 # power of two.
 LARGEST_EXPONENT: tl.constexpr = tl.constexpr(80.0 * 1.4426950408889634)
-
-
-@triton.jit
-def load_statistics(maximum, num_rows, inside):
-    """log2 of LSE of some rows in two parts, the first infinite where no key is seen, and whether one is.
-
-    Args:
-        maximum: pointers into statistics; the totals stand num_rows further.
-    """
-    total = tl.load(maximum + num_rows, mask=inside, other=0.0)
-    alive = total != 0.0
-    largest = tl.load(maximum, mask=inside, other=0.0)
-    return tl.where(alive, largest, float("inf")), tl.log2(tl.where(alive, total, 1.0)), alive
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -74,13 +62,14 @@ def delta_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < total_queries
     index = row_index(outer, head, rows, total_queries, num_heads)
-    maximum = row_maximum(statistics, outer, head, rows, total_queries, num_heads)
-    alive = tl.load(maximum + total_queries, mask=inside, other=0.0) != 0.0
+    lse = logsumexp_pointer(statistics, outer, head, rows, total_queries, num_heads, output.dtype.element_ty)
+    alive = tl.load(lse, mask=inside, other=float("inf")) != float("inf")
     output = row_pointer(output, output_strides, outer, head, first_row)
     grad_output = row_pointer(grad_output, grad_output_strides, outer, head, first_row)
-    o = load_rows(output, output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
-    do = load_rows(grad_output, grad_output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
-    tl.store(delta + index, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=inside)
+    o = load_rows(output, output_strides[2], inside, BLOCK_M, HEAD_DIM, BLOCK_D)
+    do = load_rows(grad_output, grad_output_strides[2], inside, BLOCK_M, HEAD_DIM, BLOCK_D)
+    sums = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + index, tl.where(alive, sums, 0.0), mask=inside)
 
 
 @triton.jit
@@ -93,7 +82,7 @@ def accumulate_keys(
     bias,
     query,
     grad_output,
-    maximum,
+    lse,
     delta,
     total_queries,
     query_stride,
@@ -121,7 +110,7 @@ def accumulate_keys(
     Args:
         grad_key, grad_value, grad_weight: running sums; the first two in units of z, grad_key also without the scale, and
             grad_weight times the weight where a key has one.
-        query, grad_output, maximum, delta: pointers to row 0.
+        query, grad_output, lse, delta: pointers to row 0.
         first_rows: the first row that sees each key; looked at if BOUNDED, where a row may not see every key.
     """
     present = (bias > float("-inf"))[:, None]
@@ -132,7 +121,8 @@ def accumulate_keys(
         inside = columns < num_queries - start
         # Rows that see no key take no part, whatever stands in them, nor do rows beyond the end: they are zeros, and so is all
         # they add.
-        largest, log_total, alive = load_statistics(maximum + start + columns, total_queries, inside)
+        maximum, log_total = load_logsumexp(lse + start + columns, total_queries, inside, k.dtype)
+        alive = maximum != float("inf")
         d = tl.load(delta + start + columns, mask=inside, other=0.0) / kept_factor
         q = load_rows(shifted(query, start, query_stride), query_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
         do = load_rows(
@@ -140,8 +130,8 @@ def accumulate_keys(
         )
 
         logits = tl.fma(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, bias)
-        exponent = logits - largest[None, :] - log_total[None, :]
-        e = tl.exp2(tl.minimum(exponent, LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
+        exponent = logits - maximum[None, :] - log_total[None, :]
+        e = tl.exp2(tl.where(exponent > LARGEST_EXPONENT, LARGEST_EXPONENT, exponent))  # NaN stays
         if BOUNDED:
             e = tl.where((first_rows - start)[:, None] <= columns[None, :], e, 0.0)
         b = tl.where(present, e, 0.0)
@@ -244,7 +234,7 @@ def keys_kernel(
                 bias,
                 row_pointer(query, query_strides, outer, head, query_begin),
                 row_pointer(grad_output, grad_output_strides, outer, head, query_begin),
-                row_maximum(statistics, outer, head, query_begin, total_queries, num_heads),
+                logsumexp_pointer(statistics, outer, head, query_begin, total_queries, num_heads, k.dtype),
                 delta + row_index(outer, head, query_begin, total_queries, num_heads),
                 total_queries,
                 query_strides[2],
@@ -292,7 +282,7 @@ def accumulate_queries(
     grad_query,
     q,
     do,
-    largest,
+    maximum,
     log_total,
     d,
     key,
@@ -320,7 +310,7 @@ def accumulate_queries(
 
     Args:
         grad_query: running sum, in units of z and without the scale.
-        largest, log_total: of LSE, in powers of two; d: D / z.
+        maximum, log_total: of LSE, in powers of two; d: D / z.
         key, value, log2_weight: pointers to key 0.
         last_keys: the last key that each row sees.
         BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
@@ -339,7 +329,7 @@ def accumulate_queries(
         k = load_rows(shifted(key, start, key_stride), key_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         logits = tl.fma(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
-        b = tl.exp2(logits - largest[:, None] - log_total[:, None])
+        b = tl.exp2(logits - maximum[:, None] - log_total[:, None])
         grad_probability = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             keep = kept(seed, batch_head, first_row, start, threshold, BLOCK_M, BLOCK_N)
@@ -401,8 +391,10 @@ def queries_kernel(
     inside = rows < num_queries
 
     index = row_index(outer, head, query_begin + rows, total_queries, num_heads)
-    maximum = row_maximum(statistics, outer, head, query_begin + rows, total_queries, num_heads)
-    largest, log_total, alive = load_statistics(maximum, total_queries, inside)
+    dtype: tl.constexpr = query.dtype.element_ty
+    lse = logsumexp_pointer(statistics, outer, head, query_begin + rows, total_queries, num_heads, dtype)
+    maximum, log_total = load_logsumexp(lse, total_queries, inside, dtype)
+    alive = maximum != float("inf")
     d = tl.load(delta + index, mask=inside, other=0.0) / kept_factor
     query = row_pointer(query, query_strides, outer, head, query_begin + first_row)
     grad_output = row_pointer(grad_output, grad_output_strides, outer, head, query_begin + first_row)
@@ -416,7 +408,7 @@ def queries_kernel(
             query_sum,
             q,
             do,
-            largest,
+            maximum,
             log_total,
             d,
             row_pointer(key, key_strides, outer, head // group, key_begin),

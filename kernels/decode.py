@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 from empcause.kernels.attention import (
     UNSPECIALIZED,
+    logsumexp_pointer,
     result_index,
     row_index,
-    row_maximum,
     row_pointer,
     sequence,
+    store_logsumexp,
 )
 from empcause.kernels.forward import attend
 
@@ -171,6 +172,6 @@ def merge_kernel(
     columns = tl.arange(0, BLOCK_D)
     place = place * HEAD_DIM + columns
     tl.store(output + place, result.to(output.dtype.element_ty), mask=columns < HEAD_DIM)
-    maximum = row_maximum(statistics, outer, head, row, total_queries, num_heads)
-    tl.store(maximum, shift)
-    tl.store(maximum + total_queries, total)
+    dtype: tl.constexpr = output.dtype.element_ty
+    lse = logsumexp_pointer(statistics, outer, head, row, total_queries, num_heads, dtype)
+    store_logsumexp(lse, total_queries, shift, total, None, dtype)

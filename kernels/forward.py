@@ -5,12 +5,13 @@ import triton.language as tl
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     load_rows,
+    logsumexp_pointer,
     result_index,
-    row_maximum,
     row_pointer,
     seen_keys,
     sequence,
     shifted,
+    store_logsumexp,
     store_rows,
 )
 from empcause.kernels.dropout import kept
@@ -183,6 +184,6 @@ def forward_kernel(
     result = tl.where(dead[:, None], 0.0, accumulator * factor[:, None])
     place = result_index(outer, head, query_begin + first_row, total_queries, num_heads) * HEAD_DIM
     store_rows(output + place, num_heads * HEAD_DIM, result, inside, BLOCK_M, HEAD_DIM, BLOCK_D)
-    maximum = row_maximum(statistics, outer, head, query_begin + rows, total_queries, num_heads)
-    tl.store(maximum, row_max, mask=inside)
-    tl.store(maximum + total_queries, row_sum, mask=inside)
+    dtype: tl.constexpr = query.dtype.element_ty
+    lse = logsumexp_pointer(statistics, outer, head, query_begin + rows, total_queries, num_heads, dtype)
+    store_logsumexp(lse, total_queries, row_max, row_sum, inside, dtype)

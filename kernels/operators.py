@@ -39,8 +39,8 @@ def attention(
     query_offset: Tensor | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, H, Q, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; maximum and total of rows
-    `[B, H, 2, Q]` (see `attention.py`). Arguments as `torch.ops.empcause_cpu.attention`."""
+    """Output `[B, H, Q, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; LSE of
+    rows in one or two parts `[B, H, 1 or 2, Q]` (see `attention.py`). Arguments as `torch.ops.empcause_cpu.attention`."""
     bias = (cause, strength, head_strength, key_mask)
     return Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset).forward()
 
@@ -89,7 +89,7 @@ def attention_varlen(
     query_offset: Tensor | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed sequences: output `[N, H, D]`, an empty tensor, maximum and total `[H, 2, N]`."""
+    """Packed sequences: output `[N, H, D]`, an empty tensor, LSE of rows `[H, 1 or 2, N]`."""
     bias = (cause, strength, head_strength, key_mask)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset).forward()
@@ -497,7 +497,7 @@ class Call:
         return self.query.new_empty((self.outer, rows, heads, self.head_dim)).transpose(1, 2)
 
     def statistics_shape(self) -> tuple[int, ...]:
-        shape = (self.num_heads, 2, self.num_queries)
+        shape = (self.num_heads, 2 if self.dtype == torch.float32 else 1, self.num_queries)
         return shape if self.packed else (self.outer, *shape)
 
 

@@ -57,7 +57,7 @@ inline float sum(Vec v) {
   return total;
 }
 
-// 2^x for x < 128, relative error below 1e-7; exactly 0 below -126, so for -infinity; NaN for NaN.
+// 2^x for x < 128, relative error below 1.1e-7; exactly 0 below -126, so for -infinity; NaN for NaN.
 inline Vec exp2(Vec x) {
   // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer. The polynomial is minimax for 2^r there (2e-9;
   // the rest is rounding).

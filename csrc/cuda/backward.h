@@ -9,6 +9,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "logsumexp.h"
 #include "matmul.h"
 #include "pipeline.h"
 #include "tiling.h"
@@ -25,27 +26,18 @@ struct BackwardArguments {
 // e may overflow for a key of weight 0, where only the gradient of the weight uses it: x - LSE is capped there, as on every backend.
 constexpr float kLargestExponent = 80.0f * kLog2E;
 
-// LSE of a row in base 2, in two parts. In a row that sees no key `maximum` is infinity, and every e 0.
-struct LogSumExp {
-  float maximum, log_total;
-
-  static EMPCAUSE_DEVICE LogSumExp none() { return {kInfinity, 0.0f}; }
-  static EMPCAUSE_DEVICE LogSumExp load(const Attention& a, int batch, int head, int row) {
-    const float total = load_global(row_of(a.total, batch, head, row));
-    return total == 0.0f ? none() : LogSumExp{load_global(row_of(a.maximum, batch, head, row)), log2(total)};
-  }
-
-  // exp(x - LSE): first the forward pass' terms, bit by bit. `bias` is log2 of the weight.
-  EMPCAUSE_DEVICE float exponential(float product, float scale, float bias) const {
-    const float exponent = fused(product, scale, bias) - maximum - log_total;
-    return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
-  }
-};
+// exp(x - LSE). `bias` is log2 of the weight.
+template <class T>
+EMPCAUSE_DEVICE float exponential(float product, float scale, float bias, LogSumExp<T> lse) {
+  const float exponent = lse.taken_from(fused(product, scale, bias));
+  return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
+}
 
 // What the rows of keys need of a query.
-struct alignas(16) QueryValues {
-  LogSumExp lse;
-  float delta, unused;
+template <class T>
+struct alignas(4 * sizeof(T)) QueryValues {
+  LogSumExp<T> lse;
+  float delta;
 };
 
 template <class T>
@@ -74,7 +66,7 @@ struct DeltaKernel {
       delta = fused(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
     }
     delta = warp_sum(delta);
-    const bool dead = load_global(row_of(a.total, batch, head, row)) == 0.0f;
+    const bool dead = !LogSumExp<T>::load(a, batch, head, row).sees_a_key();
     if (lane() == 0) {
       store_global(row_of(f.delta, batch, head, row), dead ? 0.0f : delta);
     }
@@ -131,14 +123,14 @@ class GradKeyBlock {
     finish();
   }
 
-  EMPCAUSE_DEVICE QueryValues fetch(int tile) const {
+  EMPCAUSE_DEVICE QueryValues<T> fetch(int tile) const {
     const int query = first_query(tile) + thread();
-    if (tile >= tiles || thread() >= kColumns || query >= num_queries) return {LogSumExp::none(), 0.0f, 0.0f};
+    if (tile >= tiles || thread() >= kColumns || query >= num_queries) return {LogSumExp<T>::none(), 0.0f};
     const int row = query_begin + query;
-    return {LogSumExp::load(a, batch, head, row), load_global(row_of(f.delta, batch, head, row)), 0.0f};
+    return {LogSumExp<T>::load(a, batch, head, row), load_global(row_of(f.delta, batch, head, row))};
   }
 
-  EMPCAUSE_DEVICE void publish(int tile, QueryValues value) const {
+  EMPCAUSE_DEVICE void publish(int tile, QueryValues<T> value) const {
     if (thread() < kColumns) store_shared(query_values(tile, thread()), value);
   }
 
@@ -166,7 +158,7 @@ class GradKeyBlock {
   using RowTile = Tile<T, kHeadDim>;
   static constexpr int kThreads = Shape::kThreads, kSliceColumns = kHeadDim / kSlices;
   static constexpr uint32_t kKeyBytes = kRows * RowTile::kRowBytes, kQueryBytes = kColumns * RowTile::kRowBytes;
-  static constexpr uint32_t kValueBytes = kColumns * sizeof(QueryValues);
+  static constexpr uint32_t kValueBytes = kColumns * sizeof(QueryValues<T>);
   static constexpr uint32_t kValues = 2 * kKeyBytes + 2 * kTileStages * kQueryBytes;
 
  public:
@@ -181,7 +173,7 @@ class GradKeyBlock {
   EMPCAUSE_DEVICE RowTile grad_output_tile(int tile) const { return {query_tile(tile).start + kQueryBytes}; }
   EMPCAUSE_DEVICE Shared query_values(int tile, int query) const {
     return shared_memory() + (kValues + static_cast<uint32_t>(tile % kValueStages) * kValueBytes +
-                              static_cast<uint32_t>(query) * static_cast<uint32_t>(sizeof(QueryValues)));
+                              static_cast<uint32_t>(query) * static_cast<uint32_t>(sizeof(QueryValues<T>)));
   }
 
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
@@ -238,10 +230,10 @@ class GradKeyBlock {
       EMPCAUSE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int column = n * 8 + lane_column() + i % 2, half = i / 2;
-        const QueryValues values = load_shared<QueryValues>(query_values(tile, column));
+        const QueryValues<T> values = load_shared<QueryValues<T>>(query_values(tile, column));
         EMPCAUSE_UNROLL
         for (int m = 0; m < Shape::kRowTiles; ++m) {
-          float e = values.lse.exponential(p.at[m][n][i], scale, bias[m][half]);
+          float e = exponential(p.at[m][n][i], scale, bias[m][half], values.lse);
           float gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           float centred = gradient - values.delta;
@@ -357,7 +349,7 @@ class GradQueryBlock {
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
         const int query = query_begin + first_query + row;
-        lse[m][half] = row < rows ? LogSumExp::load(a, batch, head, query) : LogSumExp::none();
+        lse[m][half] = row < rows ? LogSumExp<T>::load(a, batch, head, query) : LogSumExp<T>::none();
         delta[m][half] =
             row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
       }
@@ -370,7 +362,7 @@ class GradQueryBlock {
     const Matrices& grad_output = f.g.grad_output;
     copy_rows<kRows, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int query) { return query < rows && LogSumExp::load(a, batch, head, row + query).maximum != kInfinity; },
+        [&](int query) { return query < rows && LogSumExp<T>::load(a, batch, head, row + query).sees_a_key(); },
         Copy<T, kHeadDim>{query_tile(), row_of<T>(a.query, batch, head, row), a.query.row},
         Copy<T, kHeadDim>{grad_output_tile(), row_of<T>(grad_output, batch, head, row), grad_output.row});
     pipeline(tiles, *this);
@@ -458,7 +450,7 @@ class GradQueryBlock {
           float& gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           // The rows of an absent key were copied as zeros, so that its bias of -infinity meets finite numbers.
-          const float b = lse[m][half].exponential(logit.at[m][n][i], scale, biases.at[i % 2]);
+          const float b = exponential(logit.at[m][n][i], scale, biases.at[i % 2], lse[m][half]);
           const bool hidden = kMasked && tile * kColumns + column > reach + fragment_row(m, half);
           gradient = hidden ? 0.0f : b * (gradient - delta[m][half]);
         }
@@ -475,7 +467,7 @@ class GradQueryBlock {
   int tiles;
 
   Fragment<Shape::kRowTiles, kHeadDim / 8> grad_query;
-  LogSumExp lse[Shape::kRowTiles][2];
+  LogSumExp<T> lse[Shape::kRowTiles][2];
   float delta[Shape::kRowTiles][2];
 };
 

@@ -65,10 +65,7 @@ struct CombineKernel {
       }
       store_global(output + column, from_float<T>(dead ? 0.0f : total / sum));
     }
-    if (lane() == 0) {
-      store_global(row_of(a.maximum, batch, head, query_row), maximum);
-      store_global(row_of(a.total, batch, head, query_row), sum);
-    }
+    if (lane() == 0) LogSumExp<T>::of(maximum, sum).store(a, batch, head, query_row);
   }
 };
 

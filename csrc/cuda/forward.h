@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "logsumexp.h"
 #include "matmul.h"
 #include "pipeline.h"
 #include "tiling.h"
@@ -239,8 +240,7 @@ class ForwardBlock {
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
         if (row < rows && lane_column() == 0) {
-          store_global(row_of(a.maximum, batch, head(row), query_row(row)), maximum[m][half]);
-          store_global(row_of(a.total, batch, head(row), query_row(row)), sum[m][half]);
+          LogSumExp<T>::of(maximum[m][half], sum[m][half]).store(a, batch, head(row), query_row(row));
         }
       }
     }

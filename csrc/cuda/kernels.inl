@@ -74,7 +74,8 @@ void launch_backward(const BackwardArguments& f, Stream stream) {
 
 void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
   const Attention& a = g.forward;
-  BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, a.total.batch / 2, a.total.head / 2}};
+  const int64_t batch = a.cu_queries == nullptr ? a.num_heads * a.total_queries : 0;
+  BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, batch, a.total_queries}};
   for (const Matrices* m : {&a.query, &a.key, &a.value, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
     f.whole_chunks = f.whole_chunks && in_chunks(a, *m);
   }

@@ -57,7 +57,7 @@ class Context {
 class Cuda {
  public:
   static constexpr const char* kName = "cuda";
-  static constexpr bool kLeavesRounding = false;
+  static constexpr bool kLeavesAllDigits = false;
 
 #if defined(EMPCAUSE_CUDA_EMULATION)
   static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }

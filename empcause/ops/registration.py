@@ -29,10 +29,13 @@ def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _make_forward_shapes(namespace: str) -> Callable:
     def forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         *batch, heads, rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-        # The CPU's kernels leave what rounding takes from an output in 16 bits, if the last argument says that a backward pass follows.
-        leaves_rounding = namespace == "empcause_cpu" and query.dtype != torch.float32 and others[-1]
-        rounding = _by_rows(query, torch.int16) if leaves_rounding else query.new_empty(0, dtype=torch.int16)
-        return _by_rows(query), rounding, query.new_empty((*batch, heads, 2, rows), dtype=torch.float32)
+        # Of rows in 16 bits only the CPU's kernels leave all digits: two parts of LSE, and, if the last argument says that a
+        # backward pass follows, what rounding took from the output.
+        full, on_cpu = query.dtype == torch.float32, namespace == "empcause_cpu"
+        rounds = on_cpu and not full and others[-1]
+        rounding = _by_rows(query, torch.int16) if rounds else query.new_empty(0, dtype=torch.int16)
+        parts = 2 if full or on_cpu else 1
+        return _by_rows(query), rounding, query.new_empty((*batch, heads, parts, rows), dtype=torch.float32)
 
     return forward_shapes
 

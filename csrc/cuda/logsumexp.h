@@ -1,0 +1,50 @@
+// What the forward pass leaves of a row for the backward pass: LSE in base 2, infinite in a row that sees no key, whose
+// probabilities then are 0.
+#pragma once
+
+#include "tile.h"
+
+namespace empcause::cuda {
+
+// Of rows in 16 bits it is one number: the last digits of a sum are nothing beside those that the rows lack.
+template <class T>
+struct LogSumExp {
+  float value;
+
+  static EMPCAUSE_DEVICE LogSumExp none() { return {kInfinity}; }
+  static EMPCAUSE_DEVICE LogSumExp of(float maximum, float sum) {
+    return sum == 0.0f ? none() : LogSumExp{maximum + log2(sum)};
+  }
+  static EMPCAUSE_DEVICE LogSumExp load(const Attention& a, int batch, int head, int row) {
+    return {load_global(row_of(a.maximum, batch, head, row))};
+  }
+  EMPCAUSE_DEVICE void store(const Attention& a, int batch, int head, int row) const {
+    store_global(row_of(a.maximum, batch, head, row), value);
+  }
+
+  EMPCAUSE_DEVICE bool sees_a_key() const { return value != kInfinity; }
+  EMPCAUSE_DEVICE float taken_from(float logit) const { return logit - value; }
+};
+
+// In fp32 it has two parts, so that the terms of the backward pass are those of the forward pass, bit by bit.
+template <>
+struct LogSumExp<float> {
+  float maximum, log_total;
+
+  static EMPCAUSE_DEVICE LogSumExp none() { return {kInfinity, 0.0f}; }
+  static EMPCAUSE_DEVICE LogSumExp of(float maximum, float sum) {
+    return sum == 0.0f ? none() : LogSumExp{maximum, log2(sum)};
+  }
+  static EMPCAUSE_DEVICE LogSumExp load(const Attention& a, int batch, int head, int row) {
+    return {load_global(row_of(a.maximum, batch, head, row)), load_global(row_of(a.total, batch, head, row))};
+  }
+  EMPCAUSE_DEVICE void store(const Attention& a, int batch, int head, int row) const {
+    store_global(row_of(a.maximum, batch, head, row), maximum);
+    store_global(row_of(a.total, batch, head, row), log_total);
+  }
+
+  EMPCAUSE_DEVICE bool sees_a_key() const { return maximum != kInfinity; }
+  EMPCAUSE_DEVICE float taken_from(float logit) const { return logit - maximum - log_total; }
+};
+
+}  // namespace empcause::cuda
