@@ -114,7 +114,12 @@ class Operators {
   // Checks the arguments, describes the problem in `a` and computes its weights.
   Operators(const Tensor& query, const Tensor& key, const Tensor& value, const Bias& bias,
             const std::optional<Packing>& packing, const Options& options)
-      : arguments_(query), device_(on_device(query)), query_(query), dtype_(query.scalar_type()), packed_(packing.has_value()), bias_(bias) {
+      : arguments_(query),
+        device_(on_device(query)),
+        query_(query),
+        dtype_(query.scalar_type()),
+        packed_(packing.has_value()),
+        bias_(bias) {
     check_shapes(key, value);
     a_.query = matrices(query);
     a_.key = matrices(key);
@@ -238,7 +243,7 @@ class Operators {
   // `for_backward`: the results are for a backward pass too, which is more exact with `rounding`.
   std::tuple<Tensor, Tensor, Tensor> forward(bool for_backward) {
     Tensor output = new_matrices(rows_, a_.num_heads, dtype_);
-    Tensor rounding = for_backward && leaves_all_digits() && a_.dtype != DType::kFloat32 ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
+    Tensor rounding = for_backward && leaves_rounding() ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
                                                         : empty<1>(query_, {0}, ScalarType::Short);
     Tensor statistics = packed_ ? empty<3>(query_, {a_.num_heads, parts(), rows_}, ScalarType::Float)
                                 : empty<4>(query_, {outer_, a_.num_heads, parts(), rows_}, ScalarType::Float);
@@ -251,7 +256,7 @@ class Operators {
                                                       const Tensor& statistics, bool cause_grad) {
     check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
     check_rows("output", output, dtype_, rows_, a_.num_heads);
-    if (leaves_all_digits() && a_.dtype != DType::kFloat32 && rounding.dim() != 1) {
+    if (leaves_rounding() && rounding.dim() != 1) {
       check_rows("rounding", rounding, ScalarType::Short, rows_, a_.num_heads);
     } else {
       arguments_.check("rounding", rounding, ScalarType::Short, {0});
@@ -291,7 +296,7 @@ class Operators {
     float* maximum = data<float>(statistics);
     const int64_t head = parts() * rows_, batch = packed_ ? 0 : a_.num_heads * head;
     a_.maximum = {maximum, batch, head};
-    a_.total = {maximum + rows_, batch, head};
+    a_.total = {parts() == 2 ? maximum + rows_ : nullptr, batch, head};
   }
 
   // Gradient of cause from the gradient of the weights, summed over what was broadcast.
@@ -320,8 +325,8 @@ class Operators {
     }
   }
 
-  bool leaves_all_digits() const { return Device::kLeavesAllDigits || a_.dtype == DType::kFloat32; }
-  int64_t parts() const { return leaves_all_digits() ? 2 : 1; }  // of LSE
+  bool leaves_rounding() const { return Device::kLeavesAllDigits && a_.dtype != DType::kFloat32; }
+  int64_t parts() const { return Device::kLeavesAllDigits || a_.dtype == DType::kFloat32 ? 2 : 1; }  // of LSE
 
   // The kernels read any strides but need whole rows; only other layouts are copied.
   Matrices matrices(const Tensor& tensor) {
