@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils.output_capturing import _active_collector
 
 from empcause.errors import UserError
 from empcause.integration.classes import require
@@ -51,6 +52,13 @@ def layer_strength(module: nn.Module, gamma: float) -> float:
             f"{type(module).__name__} has no layer_idx and config, which the strength of a layer depends on."
         )
     return gamma * (layer_idx + 1) / config.num_hidden_layers
+
+
+def _refusal(name: str, module: nn.Module) -> UserError:
+    what = f"{_FEATURES[name]} ({name})" if name in _FEATURES else name
+    return UserError(
+        f'attn_implementation="empcause" does not do {what}, which {type(module).__name__} asks for; "eager" does.'
+    )
 
 
 def empcause_attention(
@@ -99,10 +107,12 @@ def empcause_attention(
     require(module)
     for name, given in kwargs.items():
         if given is not None and name not in _HARMLESS and not (given is False and name == "output_attentions"):
-            what = f"{_FEATURES[name]} ({name})" if name in _FEATURES else name
-            raise UserError(
-                f'attn_implementation="empcause" does not do {what}, which {type(module).__name__} asks for; "eager" does.'
-            )
+            raise _refusal(name, module)
+    # Most models do not hand output_attentions to their attention: transformers collects what it returns, and would find nothing.
+    # (A compiler sees a variable without context.)
+    collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
+    if any(name.endswith("attentions") for name in collected or ()):
+        raise _refusal("output_attentions", module)
     if key.shape[-1] != value.shape[-1]:
         raise UserError(
             f'attn_implementation="empcause" needs keys and values of one head size; those of {type(module).__name__} are '

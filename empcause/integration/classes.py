@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from empcause.errors import UserError
@@ -61,7 +62,9 @@ def require(asked: object, derived: bool = False) -> None:
     Raises:
         UserError: with the reason where the table knows one, otherwise with the call that checks the class.
     """
-    if type(asked) not in _admitted:
+    cls = type(asked)
+    # A compiler cannot follow the look-up; in a model's first call it meets the attention modules before anything admitted them.
+    if cls not in _admitted and not (torch.compiler.is_compiling() and name_of(cls) in _runs):
         _look_up(asked, derived)
 
 

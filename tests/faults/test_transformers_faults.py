@@ -13,6 +13,8 @@ from transformers import (
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -239,6 +241,26 @@ def test_unknown_arguments(asked):
     output, _ = empcause_attention(module, states, states, states, None, **harmless | {name: None})
     expected = torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True)
     assert_close(output, expected.transpose(1, 2))
+
+
+@fault(
+    Guard(ATTENTION, "    if any(name.endswith(\"attentions\") for name in collected or ()):", "    if False:"),
+    cause="attention weights are asked of a model whose attention is not told so (output_attentions, GPT-2)",
+    place="the forward pass and generate",
+    promise="refused by the argument's name, where transformers would hand out an empty tuple; hidden states are those of eager",
+)
+def test_weights_that_are_never_formed(tokens):
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=99, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="empcause").eval()
+    asked = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    for call in (lambda: model(tokens, output_attentions=True), lambda: model.generate(tokens, **asked)):
+        with pytest.raises(UserError, match=r"\(output_attentions\)"):
+            call()
+    got = model(tokens, output_hidden_states=True).hidden_states
+    model.set_attn_implementation("eager")
+    for ours, theirs in zip(got, model(tokens, output_hidden_states=True).hidden_states, strict=True):
+        assert_close(ours, theirs)
 
 
 @fault(

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import empcause
 from empcause.errors import UserError
+from empcause.integration import classes
 from empcause.integration.__main__ import judge
 from empcause.integration.classes import TABLE
 
@@ -123,7 +124,8 @@ def test_nothing_deprecated_is_used(config):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_compiled_models(padded):
+def test_compiled_models(padded, monkeypatch):
+    monkeypatch.setattr(classes, "_admitted", set())  # as in a process whose first call is a compiled one
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 99}
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(
