@@ -111,7 +111,7 @@ _FULL = {
     },
     "keys": {
         64: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
-        128: (_C(16, 32, 8, num_stages=1), _C(16, 16, 8)),
+        128: (_C(16, 32, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
         256: (_C(16, 16, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
     },
     "queries": {

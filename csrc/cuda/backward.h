@@ -8,6 +8,8 @@
 // the gradient of the weight needs.
 #pragma once
 
+#include <cstring>
+
 #include "dropout.h"
 #include "logsumexp.h"
 #include "matmul.h"
@@ -31,6 +33,15 @@ template <class T>
 EMPCAUSE_DEVICE float exponential(float product, float scale, float bias, LogSumExp<T> lse) {
   const float exponent = lse.taken_from(fused(product, scale, bias));
   return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
+}
+
+// log2 of no weight is left out of the exponent, as 0 is, and is told from 0 by its sign: a flag would take a register.
+constexpr float kNoWeight = -0.0f;
+
+EMPCAUSE_DEVICE bool has_weight(float bias) {
+  uint32_t bits;
+  memcpy(&bits, &bias, sizeof bits);
+  return bits != 0x80000000u;
 }
 
 // What the rows of keys need of a query.
@@ -191,8 +202,7 @@ class GradKeyBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float weight = weight_of(head, fragment_row(m, half));
-        has_weight[m][half] = weight > 0.0f;
-        bias[m][half] = weight > 0.0f ? log2(weight) : 0.0f;
+        bias[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
         grad_weight[m][half] = 0.0f;
       }
     }
@@ -239,7 +249,7 @@ class GradKeyBlock {
           float centred = gradient - values.delta;
           if (kMasked && first_query(tile) + column < reach + fragment_row(m, half)) e = centred = 0.0f;
           grad_weight[m][half] = fused(e, centred, grad_weight[m][half]);
-          const float b = has_weight[m][half] ? e : 0.0f;
+          const float b = has_weight(bias[m][half]) ? e : 0.0f;
           p.at[m][n][i] = !kDropout || kept.at(m, n, i) ? b : 0.0f;
           grad_logit.at[m][n][i] = b * centred;
         }
@@ -293,7 +303,6 @@ class GradKeyBlock {
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
   // Of the present head. grad_weight is that of the weight's logarithm where the key has a weight.
-  bool has_weight[Shape::kRowTiles][2];
   float bias[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];
 };
 
