@@ -243,6 +243,10 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
     )
 
 
+# What `bench` writes: a table and two plots.
+FILES = ("cpu.csv", "cpu_ratios.png", "cpu_roofline.png")
+
+
 def bench(
     suites: Sequence[str],
     dtypes: Sequence[str],
@@ -251,7 +255,7 @@ def bench(
     seconds: float = 1.5,
     console: Console | None = None,
 ) -> list[Row]:
-    """Measure, print and, given a folder, write `cpu.csv`, `cpu_ratios.png` and `cpu_roofline.png`.
+    """Measure, print and, given a folder, write FILES there.
 
     Args:
         suites: of SUITES, and "memory".
@@ -275,9 +279,10 @@ def bench(
     print_table(rows, limits, console)
     if output is not None:
         facts = machine(limits)
-        write_csv(rows, facts, output / "cpu.csv")
-        plot_ratios(rows, facts, output / "cpu_ratios.png")
-        plot_roofline(rows, {*limits.gflops.values()}, limits.gigabytes, facts, output / "cpu_roofline.png")
+        table, ratios, roofline = (output / name for name in FILES)
+        write_csv(rows, facts, table)
+        plot_ratios(rows, facts, ratios)
+        plot_roofline(rows, {*limits.gflops.values()}, limits.gigabytes, facts, roofline)
         console.print(f"Results are in {output}{os.sep}.")
     return rows
 

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from empcause.benchmarks import cpu
+from empcause.benchmarks.shapes import Case
 from kinds import ROOT, Guard, fault
 from small_training import At, arguments, in_a_process, start, train, weights
 from transformers import AutoConfig, AutoTokenizer
@@ -31,6 +33,7 @@ OUTPUTS = "empcause/outputs.py"
 FOLDER = "empcause/training/folder.py"
 ITEMS = "empcause/evaluation/items.py"
 DEMO = "empcause/cli/demo.py"
+BENCH = "empcause/cli/bench.py"
 
 
 @pytest.fixture(autouse=True)
@@ -611,3 +614,27 @@ def test_killed_while_causes_are_extracted(models, tmp_path, monkeypatch):
     for one, other in zip(found, CauseCache(models / "extractor", tmp_path / "b").get(texts), strict=True):
         assert one.spans.tolist() == other.spans.tolist()
         assert one.probs.tolist() == other.probs.tolist()
+
+
+@fault(
+    Guard(BENCH, "        if path.exists() and not overwrite:", "        if False:"),
+    Guard(BENCH, "        if path.is_symlink():", "        if False:"),
+    cause="the results of an earlier run, or a link of that name, are in the folder",
+    place="empcause bench --output FOLDER",
+    promise="refused before anything is timed; --overwrite_output_dir replaces the table and the plots, and nothing else",
+)
+def test_results_of_an_earlier_benchmark(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "SUITES", {"lengths": [Case("GPT-2 2x2x16x8", 2, 2, 2, 16, 16, 8)]})
+    monkeypatch.setattr(cpu, "Limits", partial(cpu.Limits, rounds=1000, bytes_read=2**16, repeats=2))
+    bench = ("bench", "--seconds", "0", "--dtypes", "fp32", "--output", tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "cpu.csv").write_text("a night's figures")
+    before = content(tmp_path)
+    assert "--overwrite_output_dir" in refuse(*bench, capsys=capsys)
+    assert content(tmp_path) == before
+    assert main([*map(str, bench), "--overwrite_output_dir"]) == 0
+    assert sorted(content(tmp_path)) == sorted((*cpu.FILES, "notes"))
+    (tmp_path / "cpu.csv").unlink()
+    (tmp_path / "cpu.csv").symlink_to("notes")
+    assert "is a link" in refuse(*bench, "--overwrite_output_dir", capsys=capsys)
+    assert (tmp_path / "notes").read_text() == "mine"

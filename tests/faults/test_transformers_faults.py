@@ -244,7 +244,7 @@ def test_unknown_arguments(asked):
 
 
 @fault(
-    Guard(ATTENTION, "    if any(name.endswith(\"attentions\") for name in collected or ()):", "    if False:"),
+    Guard(ATTENTION, '    if any(name.endswith("attentions") for name in collected or ()):', "    if False:"),
     cause="attention weights are asked of a model whose attention is not told so (output_attentions, GPT-2)",
     place="the forward pass and generate",
     promise="refused by the argument's name, where transformers would hand out an empty tuple; hidden states are those of eager",
