@@ -2,6 +2,7 @@
 
     python benchmarks/resources.py                 compiles everything, rewrites benchmarks/results/resources.csv and resources.md
     python benchmarks/resources.py --check         compiles everything; exit code 1 if a limit is broken or a figure got worse
+    python benchmarks/resources.py --check --dtypes bf16 fp32  without fp16, whose kernels differ from those of bf16 by little
     python benchmarks/resources.py --check --fast  a part, in about half a minute
 
 Limits: no local memory (spills, stacks), matrix instructions in every kernel with products of 16-bit numbers, and registers and
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, fields
 from functools import cache
@@ -396,22 +397,25 @@ FAST_CUDA = (
 )
 
 
-def triton_tasks(fast: bool) -> Iterator[Task]:
+def triton_tasks(fast: bool, dtypes: Collection[str]) -> Iterator[Task]:
     """All variants for all architectures, or the fast part."""
     for variant in aot.shipped():
+        if variant.dtype not in dtypes:
+            continue
         chosen = (variant.dtype, variant.head_dim) == ("bf16", 64) and (variant.kernel, variant.options) in FAST
         if chosen or not fast:
             yield from ((triton_figures, (variant, arch)) for arch in aot.ARCHITECTURES)
 
 
-def cuda_tasks(fast: bool) -> Iterator[Task]:
+def cuda_tasks(fast: bool, dtypes: Collection[str]) -> Iterator[Task]:
     """All units for all architectures, or the fast part: a few kernels for sm_80."""
     if fast:
         for kernel in FAST_CUDA:
             kind = f"run<{kernel}>(const __grid_constant__ {kernel}::Arguments)"
             yield cuda_figures, (f"{headers()}\nnamespace empcause::cuda {{ template __global__ void {kind}; }}\n", 80)
     else:
-        units = sorted(SOURCES.glob("*.cu"))
+        left_out = {f"kernels_{dtype}" for dtype in aot.DTYPES if dtype not in dtypes}
+        units = sorted(unit for unit in SOURCES.glob("*.cu") if unit.stem not in left_out)
         yield from ((cuda_figures, (f'#include "{unit}"\n', arch)) for unit in units for arch in SHARED_BYTES)
 
 
@@ -441,19 +445,23 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the table in place of writing it")
     parser.add_argument("--fast", action="store_true", help="a part only")
     parser.add_argument("--backend", choices=TASKS, help="one backend only")
+    parser.add_argument("--dtypes", choices=aot.DTYPES, nargs="+", default=list(aot.DTYPES), help="these only")
     options = parser.parse_args()
-    if not options.check and (options.fast or options.backend):
-        parser.error("a part makes no table: --fast and --backend go with --check")
+    part = options.fast or len(set(options.dtypes)) < len(aot.DTYPES)
+    if not options.check and (part or options.backend):
+        parser.error("a part makes no table: --fast, --backend and --dtypes go with --check")
     backends = [options.backend] if options.backend else list(TASKS)
     for reason in filter(None, map(why_not, backends)):
         if not options.check:
             parser.error(reason)
         print(f"Left out: {reason}.")
-    rows = compile_all([task for name in backends if not why_not(name) for task in TASKS[name](options.fast)])
+    rows = compile_all(
+        [task for name in backends if not why_not(name) for task in TASKS[name](options.fast, options.dtypes)]
+    )
     if not options.check:
         write_table(rows, TABLE)
         TABLE.with_suffix(".md").write_text(summary(rows))
-    wrong, skipped = judge(rows, read_table(TABLE), everything=not options.fast)
+    wrong, skipped = judge(rows, read_table(TABLE), everything=not part)
     for line in (*skipped, *wrong):
         print(line)
     print(f"{len(rows)} kernels compiled, {len(wrong)} complaints")

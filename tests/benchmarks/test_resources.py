@@ -157,7 +157,7 @@ def test_kernels_that_train_gpt2(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", resources.TASKS)
 def test_every_shipped_kernel(backend):
-    check(backend)
+    check(backend, "--dtypes", "bf16", "fp32")
 
 
 def test_a_missing_compiler_is_said(monkeypatch):
