@@ -371,18 +371,25 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
 }
 
 // What the forward pass leaves of few rows, made anew in memory that is returned: decoding adds logits up in another order than this
-// pass, and terms that are not the same do not sum to what they are divided by.
+// pass, and terms that are not the same do not sum to what they are divided by. Where products are of pairs of bf16, decoding's output
+// stays, as it does not round probabilities.
 template <class T>
 inline std::unique_ptr<float[]> few_rows_anew(Attention& a, ParallelFor parallel_for) {
   const bool packed = a.cu_queries != nullptr;
   const int64_t dim = a.head_dim, head = a.total_queries, batch = packed ? 0 : a.num_heads * head;
   const int64_t rows = (packed ? 1 : a.batch) * a.num_heads * head;
   std::unique_ptr<float[]> memory(new float[static_cast<size_t>(rows * (2 * dim + 2))]);
-  a.output = {memory.get(), batch * dim, head * dim, dim};
-  if (a.dtype != DType::kFloat32) a.rounding = {memory.get() + rows * dim, batch * dim, head * dim, dim};
-  a.maximum = {memory.get() + 2 * rows * dim, batch, head};
-  a.total = {a.maximum.data + rows, batch, head};
-  forward_as<T>(a, parallel_for);
+  Attention anew = a;
+  anew.output = {memory.get(), batch * dim, head * dim, dim};
+  if (a.dtype != DType::kFloat32) anew.rounding = {memory.get() + rows * dim, batch * dim, head * dim, dim};
+  anew.maximum = {memory.get() + 2 * rows * dim, batch, head};
+  anew.total = {anew.maximum.data + rows, batch, head};
+  forward_as<T>(anew, parallel_for);
+  if (kValues<T> > 1) {
+    anew.output = a.output;
+    anew.rounding = a.rounding;
+  }
+  a = anew;
   return memory;
 }
 
