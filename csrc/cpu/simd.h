@@ -16,7 +16,7 @@ typedef uint32_t UnsignedVec __attribute__((vector_size(kWidth * 4)));
 typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));  // half as many lanes
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }

@@ -22,7 +22,7 @@ namespace empcause::cuda {
 
 constexpr int kWarp = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // kRowTiles by kColumnTiles tiles of one warp.
 template <int kRowTiles, int kColumnTiles>

@@ -234,9 +234,3 @@ class TestCuda(Contract):
     )
     def test_decoding_in_several_parts(self, case):
         self.assert_close(case)
-
-    def test_the_raw_operator_refuses_wider_heads(self):
-        wide = self.moved(torch.randn(1, 1, 3, 257))
-        options = (None, 1.0, None, None, True, 1.0, 0.0, None, None, False)
-        with pytest.raises(RuntimeError, match="head sizes up to 256"):
-            torch.ops.empcause_cuda.attention(wide, wide, wide, *options)
