@@ -11,11 +11,11 @@
 
 #include <cstdint>
 
-// Functions of this header are static: units built for different instruction sets must not share one.
+// Of every function of this header, which every unit has for itself: the CPU's units must not share one (cpu/isa.h).
 #if defined(__CUDACC__)
 #define EMPCAUSE_EVERYWHERE __host__ __device__
 #else
-#define EMPCAUSE_EVERYWHERE
+#define EMPCAUSE_EVERYWHERE [[gnu::always_inline]]
 #endif
 
 namespace empcause {

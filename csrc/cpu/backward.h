@@ -1,7 +1,11 @@
 // Backward pass: probabilities are computed again from what the forward pass left of each row. A task owns some tiles of keys of a key head,
 // and all query heads that share it, so every sum runs in a fixed order and nothing is shared between threads. grad_query
 // is summed over tiles in memory of the task's own; where few heads are cut into several tasks, their sums are added in order.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "forward.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 // e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it: x - LSE is capped there, as
 // on every backend.
@@ -265,7 +269,8 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
         grad_weight = g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + s.key_begin + first;
         for (int64_t j = 0; j < keys; ++j) grad_weight[j] = 0.0f;
       }
-      for (const bool removed : {false, true}) {
+      constexpr bool kPasses[] = {false, true};
+      for (const bool removed : kPasses) {
         if (removed && grad_weight == nullptr) continue;
         const KeyTile tile(weight, first, keys, [&](int64_t j, float w) {
           return removed ? w == 0.0f && (key_mask == nullptr || key_mask[j]) : w > 0.0f;
@@ -333,12 +338,9 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
   const int64_t heads = a.batch * a.num_key_heads, tiles = (a.num_keys + kKeyTile - 1) / kKeyTile;
   if (heads == 0) return;
   BackwardPlan plan{g, clamped(kTasks / heads, 1, tiles < kFewestTiles ? 1 : tiles / kFewestTiles), nullptr, 0};
-  std::unique_ptr<float[]> partial;
-  if (plan.splits > 1) {
-    plan.partial_size = round_up(a.num_queries) * a.head_dim;
-    partial.reset(new float[static_cast<size_t>(a.batch * a.num_heads * plan.splits * plan.partial_size)]);
-    plan.partial = partial.get();
-  }
+  if (plan.splits > 1) plan.partial_size = round_up(a.num_queries) * a.head_dim;
+  const Memory partial(a.batch * a.num_heads * plan.splits * plan.partial_size);
+  plan.partial = partial.data;
   parallel_for(
       heads * plan.splits,
       [](void* pointer, int64_t index, int64_t next) {
@@ -350,12 +352,10 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
           const int64_t batch = next_pair / f.num_key_heads, key_head = next_pair % f.num_key_heads;
           const int64_t head = key_head * (f.num_heads / f.num_key_heads);
           const Sequence s = sequence(f, batch);
-          for (const Matrices& m : {f.query, f.output, p.g.grad_output, p.g.grad_query}) {
-            upcoming.add(m, batch, head, s.query_begin, s.num_queries);
-          }
-          for (const Matrices& m : {f.key, f.value, p.g.grad_key, p.g.grad_value}) {
-            upcoming.add(m, batch, key_head, s.key_begin, s.num_keys);
-          }
+          const Matrices* const of_queries[] = {&f.query, &f.output, &p.g.grad_output, &p.g.grad_query};
+          const Matrices* const of_keys[] = {&f.key, &f.value, &p.g.grad_key, &p.g.grad_value};
+          for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin, s.num_queries);
+          for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin, s.num_keys);
         }
         backward_key_head<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.splits, upcoming);
       },
@@ -370,34 +370,41 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
       &plan);
 }
 
-// What the forward pass leaves of few rows, made anew in memory that is returned: decoding adds logits up in another order than this
+// Rows of queries of all heads, and the floats that the forward pass leaves of each of them in few_rows_anew.
+inline int64_t rows_of_heads(const Attention& a) {
+  return (a.cu_queries != nullptr ? 1 : a.batch) * a.num_heads * a.total_queries;
+}
+inline int64_t floats_per_row(const Attention& a) { return 2 * a.head_dim + 2; }
+
+// The problem with what the forward pass leaves of few rows made anew, in `memory`: decoding adds logits up in another order than this
 // pass, and terms that are not the same do not sum to what they are divided by. Where products are of pairs of bf16, decoding's output
 // stays, as it does not round probabilities.
 template <class T>
-inline std::unique_ptr<float[]> few_rows_anew(Attention& a, ParallelFor parallel_for) {
-  const bool packed = a.cu_queries != nullptr;
-  const int64_t dim = a.head_dim, head = a.total_queries, batch = packed ? 0 : a.num_heads * head;
-  const int64_t rows = (packed ? 1 : a.batch) * a.num_heads * head;
-  std::unique_ptr<float[]> memory(new float[static_cast<size_t>(rows * (2 * dim + 2))]);
+inline Attention few_rows_anew(const Attention& a, float* memory, ParallelFor parallel_for) {
+  const int64_t rows = rows_of_heads(a), dim = a.head_dim;
+  const int64_t head = a.total_queries, batch = a.cu_queries != nullptr ? 0 : a.num_heads * head;
   Attention anew = a;
-  anew.output = {memory.get(), batch * dim, head * dim, dim};
-  if (a.dtype != DType::kFloat32) anew.rounding = {memory.get() + rows * dim, batch * dim, head * dim, dim};
-  anew.maximum = {memory.get() + 2 * rows * dim, batch, head};
+  anew.output = {memory, batch * dim, head * dim, dim};
+  if (a.dtype != DType::kFloat32) anew.rounding = {memory + rows * dim, batch * dim, head * dim, dim};
+  anew.maximum = {memory + 2 * rows * dim, batch, head};
   anew.total = {anew.maximum.data + rows, batch, head};
   forward_as<T>(anew, parallel_for);
   if (kValues<T> > 1) {
     anew.output = a.output;
     anew.rounding = a.rounding;
   }
-  a = anew;
-  return memory;
+  return anew;
 }
 
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
-  with_operands(g.forward.dtype, [&]<class T>() {
-    if (!decodes(g.forward)) return backward_as<T>(g, parallel_for);
+  const Attention& a = g.forward;
+  with_operands(a.dtype, [&]<class T>() {
+    if (!decodes(a)) return backward_as<T>(g, parallel_for);
+    const Memory memory(rows_of_heads(a) * floats_per_row(a));
     AttentionBackward anew = g;
-    const std::unique_ptr<float[]> memory = few_rows_anew<T>(anew.forward, parallel_for);
+    anew.forward = few_rows_anew<T>(a, memory.data, parallel_for);
     backward_as<T>(anew, parallel_for);
   });
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

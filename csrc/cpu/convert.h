@@ -1,6 +1,10 @@
 // Rows of fp32, bf16 and fp16 in and out of scratch memory, as operands of products and as sums in fp32, zero-padded to whole
 // vectors.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "operands.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
@@ -140,7 +144,7 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
-// Rows that the thread works on next, to be read or written: called for, some at a time, while it multiplies.
+// Rows of tensors that the thread works on next, to be read or written: called for, some at a time, while it multiplies.
 class Upcoming {
  public:
   explicit Upcoming(const Attention& a) : dtype_(a.dtype), head_dim_(a.head_dim) {}
@@ -149,22 +153,22 @@ class Upcoming {
   void add(const Matrices& m, int64_t batch, int64_t head, int64_t row, int64_t rows) {
     constexpr int64_t kMostValues = 1 << 14;  // what is called for too early is displaced again
     const int64_t most = kMostValues / head_dim_;
-    if (rows > 0) parts_[count_++] = {m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
+    if (rows > 0) parts_[count_++] = {&m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
   }
 
   void call() {
     constexpr int kRowsAtOnce = kWidth / 4;  // the wider the tiles of products, the fewer they are
     for (int i = 0; i < kRowsAtOnce && next_ < count_; ++i) {
       Part& part = parts_[next_];
-      prefetch_row(part.m, dtype_, part.offset, head_dim_);
-      part.offset += part.m.row;
+      prefetch_row(*part.m, dtype_, part.offset, head_dim_);
+      part.offset += part.m->row;
       if (--part.rows == 0) ++next_;
     }
   }
 
  private:
   struct Part {
-    Matrices m;
+    const Matrices* m;
     int64_t offset, rows;
   };
 
@@ -271,3 +275,5 @@ inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int
     }
   });
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,6 +1,12 @@
 // Decoding: a few queries over many keys, bound by reading these. All heads that share keys are served while a tile of them is
 // at hand; where few heads have keys of their own, the keys are cut into parts, whose sums are put together in their order.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "kernels.h"
+#include "matmul.h"
+#include "tile.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 // Of what a part, or all of them, have seen: the output is relative to 2^maximum and not yet divided by the sum.
 struct PartialRow {
@@ -248,9 +254,8 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
   const int64_t most = (a.num_keys + kSmallestPart - 1) / kSmallestPart;
   DecodePlan plan{a, clamped((kTasks + heads - 1) / heads, 1, most > 0 ? most : 1), 0, nullptr};
   plan.part_keys = ((a.num_keys + plan.parts - 1) / plan.parts + kKeyTile - 1) / kKeyTile * kKeyTile;
-  const std::unique_ptr<float[]> memory(
-      new float[static_cast<size_t>(a.batch * a.num_heads * a.num_queries * plan.parts * DecodePlan::row_size(a))]);
-  plan.memory = memory.get();
+  const Memory memory(a.batch * a.num_heads * a.num_queries * plan.parts * DecodePlan::row_size(a));
+  plan.memory = memory.data;
   parallel_for(
       heads * plan.parts,
       [](void* pointer, int64_t index, int64_t) {
@@ -261,3 +266,5 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
       &plan);
   for (int64_t i = 0; i < a.batch * a.num_heads; ++i) combine_parts(plan, i / a.num_heads, i % a.num_heads);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,7 +1,12 @@
 // Dropout factors from Philox4x32-10 (Salmon et al., 2011): key = seed, counter = (batch * heads + head, query row,
 // key / 8, 0). The eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word first; a
 // probability is dropped where its lane is below round(p * 65536).
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "../attention.h"
+#include "simd.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 struct Dropout {
   uint32_t threshold;
@@ -58,3 +63,5 @@ struct Dropout {
     c[3] = p0;
   }
 };
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,5 +1,9 @@
 // Forward pass: online softmax over tiles of keys, each row's keys always in the same order.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "decode.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 constexpr int64_t kBand = 192;  // query rows that are worked on together: with a tile of keys they fit the second-level cache
 
@@ -176,8 +180,10 @@ inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, i
   const int64_t last = clamped(begin + kBand, 0, end < s.num_queries ? end : s.num_queries);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads), keys = keys_seen(a, s, last);
   Upcoming upcoming(a);
-  for (const Matrices& m : {a.query, a.output}) upcoming.add(m, batch, head, s.query_begin + begin, last - begin);
-  for (const Matrices& m : {a.key, a.value}) upcoming.add(m, batch, key_head, s.key_begin + known, keys - known);
+  const Matrices* const of_queries[] = {&a.query, &a.output};
+  const Matrices* const of_keys[] = {&a.key, &a.value};
+  for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin + begin, last - begin);
+  for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin + known, keys - known);
   return upcoming;
 }
 
@@ -237,3 +243,5 @@ inline void forward(const Attention& a, ParallelFor parallel_for) {
   if (decodes(a)) return decode(a, parallel_for);
   with_operands(a.dtype, [&]<class T>() { forward_as<T>(a, parallel_for); });
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,7 +1,11 @@
 // C[M, lanes] = or += A[M, K] B[K, lanes] in registers. A is read operand by operand with any two strides (so its transpose
 // costs nothing), B and C along rows of whole vectors; K counts operands. What is added to C is summed by itself first, so that rounding errors of
 // long sums grow with the number of products, not with that of all terms.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "convert.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 // Rows of A at once beside three or two vectors of columns: so many accumulators hide the latency of a multiply-add, and leave
 // registers for a row of B and a factor of A.
@@ -164,3 +168,5 @@ inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* 
   }
   if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,5 +1,15 @@
 // Vectors of fp32 by the compiler's vector types: one source for every instruction set.
-// Include inside the namespace of an instruction set only, so that no inline function is shared between two of them.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -184,3 +194,5 @@ inline void transpose(Vec (&rows)[kWidth]) {
   }
   transpose_blocks<4>(rows);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

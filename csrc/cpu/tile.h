@@ -1,6 +1,11 @@
 // The tile that both passes work on: up to kKeyTile keys by a block of some vectors of query rows. Queries run along
 // the lanes of vectors, so that the softmax over keys needs no sum across lanes, and keys that are not there are left out.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "convert.h"
+#include "dropout.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 constexpr int64_t kKeyTile = 64;
 constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass sums over them, so the more the better
@@ -173,3 +178,5 @@ inline void dropout_factors(const Dropout& dropout, const KeyTile& tile, int64_t
     dropout.block(query, lanes, tile.first / 8 + block, lanes, factor + block * 8 * lanes);
   }
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

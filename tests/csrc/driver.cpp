@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/kernels.h"
 
 using namespace empcause;
 using namespace empcause::cpu;
