@@ -142,29 +142,29 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
                             const TileScratch<T>& scratch, TileGradients& gradients, Upcoming& upcoming) {
   const Attention& a = g.forward;
   const int64_t query = block.first, rows = block.rows(), dim = a.head_dim, stride = round_up(dim);
-  const Parts parts(tile, a.causal, position, block.vecs);
-  if (parts.count == 0) return;
+  const Staircase stairs(tile, a.causal, position, block.vecs);
+  if (stairs.count == 0) return;
   const auto& [key, key_over_keys, value] = tile_rows;
   const auto& [probability, grad_logits, factor, grad_logits_rows] = scratch;
   const T* query_transposed = packed.query_transposed + query * operands<T>(dim);
   const T* grad_output_transposed = packed.grad_output_transposed + query * operands<T>(dim);
   const Vec scale = splat(a.scale * kLog2E);
   const InRuns depth{{operands<T>(dim)}};
-  if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
-  for (const Part& part : parts) {
-    const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
-    matmul(keys, vecs, depth, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
-           probability + part.begin * rows + lane, rows, upcoming);
-    matmul(keys, vecs, depth, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
-           grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows, upcoming);
-    for (int64_t j = part.begin; j < part.end; ++j) {
+  if (dropout.active()) dropout_factors(dropout, tile, stairs.step[stairs.count - 1].end, query, rows, factor);
+  for (const Step& step : stairs) {
+    const int64_t lane = step.first_vec * kWidth, vecs = block.vecs - step.first_vec, keys = step.end - step.begin;
+    matmul(keys, vecs, depth, Overwrite{}, key.data + step.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
+           probability + step.begin * rows + lane, rows, upcoming);
+    matmul(keys, vecs, depth, Overwrite{}, value.data + step.begin * value.stride, value.stride, 1,
+           grad_output_transposed + lane, rows, grad_logits + step.begin * rows + lane, rows, upcoming);
+    for (int64_t j = step.begin; j < step.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.factor[j]);
       for (int64_t i = lane; i < rows; i += kWidth) {
         const Vec relative = logit(load(p + i), scale, tile.power[j]) - load(packed.maximum + query + i);
         const Vec inverse = load(packed.inverse + query + i);
         Vec e = removed ? exp2(capped(relative + log2(inverse))) : exp2(relative) * inverse;
-        if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
+        if (step.ragged && i == lane) e = seen(tile, j, step, position) ? e : Vec{};
         const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);
         const Vec centred = e * (z * load(grad + i) - load(packed.delta + query + i));
         gradients.weight[j] += centred;
@@ -175,37 +175,37 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     }
   }
   if (removed) return;
-  for (const Part& part : parts) {
-    // Queries before the part's first vector do not see its keys.
-    const int64_t lane = part.first_vec * kWidth, keys = part.end - part.begin, place = part.begin * rows + operands<T>(lane);
+  for (const Step& step : stairs) {
+    // Queries before the step's first vector do not see its keys.
+    const int64_t lane = step.first_vec * kWidth, keys = step.end - step.begin, place = step.begin * rows + operands<T>(lane);
     const T* queries = packed.query + operands<T>(query + lane) * stride;
     const T* grad_output = packed.grad_output + operands<T>(query + lane) * stride;
     const int64_t columns = stride / kWidth;
     const Equal queries_left{operands<T>(rows - lane)};
     const T *p = reinterpret_cast<const T*>(probability) + place, *grad = grad_logits_rows + place;
-    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride,
+    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + step.begin * stride, stride,
            upcoming);
-    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride,
+    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + step.begin * stride, stride,
            upcoming);
   }
   T* grad_logits_over_keys = reinterpret_cast<T*>(grad_logits);
   for (int64_t lane = 0; kValues<T> == 2 && lane < rows; lane += kWidth) {
     const auto values = [&](int64_t j) { return load(grad_logits + j * rows + lane); };
-    store_over_rows(parts.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
+    store_over_rows(stairs.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
   }
-  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride, grad_logits_over_keys, rows,
+  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride, grad_logits_over_keys, rows,
          packed.grad_query + query * dim, rows, upcoming);
 }
 
-// How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.
+// How the work is divided: parts of the tiles of a key head, each with sums of grad_query of its own.
 struct BackwardPlan {
   const AttentionBackward& g;
-  int64_t splits;
-  float* partial;  // [batch, head, split, query rows of the longest sequence, head_dim]; null where splits is 1
+  int64_t parts;
+  float* partial;  // [batch, head, part, query rows of the longest sequence, head_dim]; null where parts is 1
   int64_t partial_size;
 
-  float* partial_at(int64_t batch, int64_t head, int64_t split) const {
-    return partial + ((batch * g.forward.num_heads + head) * splits + split) * partial_size;
+  float* partial_at(int64_t batch, int64_t head, int64_t part) const {
+    return partial + ((batch * g.forward.num_heads + head) * parts + part) * partial_size;
   }
 };
 
@@ -221,9 +221,9 @@ inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int
   }
 }
 
-// Every splits-th tile of a key head.
+// Every parts-th tile of a key head.
 template <class T>
-inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t split,
+inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t part,
                               Upcoming& upcoming) {
   const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
@@ -256,7 +256,7 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
     pack_queries(g, s, batch, first_head + member, blocks, queries(member), grad_key);
   }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
-  for (int64_t first = split * kKeyTile; first < s.num_keys; first += plan.splits * kKeyTile) {
+  for (int64_t first = part * kKeyTile; first < s.num_keys; first += plan.parts * kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
     for (int64_t i = 0; i < keys * stride; ++i) grad_key[i] = grad_value[i] = 0.0f;
     for (int64_t member = 0; member < group; ++member) {
@@ -309,10 +309,10 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
 
   for (int64_t member = 0; member < group; ++member) {
     const float* grad_query = queries(member).grad_query;
-    if (plan.splits == 1) {
+    if (plan.parts == 1) {
       unpack_grad_query(g, s, batch, first_head + member, blocks, grad_query);
     } else {
-      float* partial = plan.partial_at(batch, first_head + member, split);
+      float* partial = plan.partial_at(batch, first_head + member, part);
       for (int64_t i = 0; i < rows * dim; ++i) partial[i] = grad_query[i];
     }
   }
@@ -323,8 +323,8 @@ inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head
   const Sequence s = sequence(a, batch);
   const Blocks blocks(s.num_queries);
   float* total = plan.partial_at(batch, head, 0);
-  for (int64_t split = 1; split < plan.splits; ++split) {
-    const float* other = plan.partial_at(batch, head, split);
+  for (int64_t part = 1; part < plan.parts; ++part) {
+    const float* other = plan.partial_at(batch, head, part);
     for (int64_t i = 0; i < blocks.rows() * a.head_dim; ++i) total[i] += other[i];
   }
   unpack_grad_query(plan.g, s, batch, head, blocks, total);
@@ -338,15 +338,15 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
   const int64_t heads = a.batch * a.num_key_heads, tiles = (a.num_keys + kKeyTile - 1) / kKeyTile;
   if (heads == 0) return;
   BackwardPlan plan{g, clamped(kTasks / heads, 1, tiles < kFewestTiles ? 1 : tiles / kFewestTiles), nullptr, 0};
-  if (plan.splits > 1) plan.partial_size = round_up(a.num_queries) * a.head_dim;
-  const Memory partial(a.batch * a.num_heads * plan.splits * plan.partial_size);
+  if (plan.parts > 1) plan.partial_size = round_up(a.num_queries) * a.head_dim;
+  const Memory partial(a.batch * a.num_heads * plan.parts * plan.partial_size);
   plan.partial = partial.data;
   parallel_for(
-      heads * plan.splits,
+      heads * plan.parts,
       [](void* pointer, int64_t index, int64_t next) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
         const Attention& f = p.g.forward;
-        const int64_t pair = index / p.splits, next_pair = next < 0 ? -1 : next / p.splits;
+        const int64_t pair = index / p.parts, next_pair = next < 0 ? -1 : next / p.parts;
         Upcoming upcoming(f);
         if (next_pair >= 0) {
           const int64_t batch = next_pair / f.num_key_heads, key_head = next_pair % f.num_key_heads;
@@ -357,10 +357,10 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
           for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin, s.num_queries);
           for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin, s.num_keys);
         }
-        backward_key_head<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.splits, upcoming);
+        backward_keys<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.parts, upcoming);
       },
       &plan);
-  if (plan.splits == 1) return;
+  if (plan.parts == 1) return;
   parallel_for(
       a.batch * a.num_heads,
       [](void* pointer, int64_t index, int64_t) {

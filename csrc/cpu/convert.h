@@ -153,28 +153,28 @@ class Upcoming {
   void add(const Matrices& m, int64_t batch, int64_t head, int64_t row, int64_t rows) {
     constexpr int64_t kMostValues = 1 << 14;  // what is called for too early is displaced again
     const int64_t most = kMostValues / head_dim_;
-    if (rows > 0) parts_[count_++] = {&m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
+    if (rows > 0) ranges_[count_++] = {&m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
   }
 
   void call() {
     constexpr int kRowsAtOnce = kWidth / 4;  // the wider the tiles of products, the fewer they are
     for (int i = 0; i < kRowsAtOnce && next_ < count_; ++i) {
-      Part& part = parts_[next_];
-      prefetch_row(*part.m, dtype_, part.offset, head_dim_);
-      part.offset += part.m->row;
-      if (--part.rows == 0) ++next_;
+      Range& range = ranges_[next_];
+      prefetch_row(*range.m, dtype_, range.offset, head_dim_);
+      range.offset += range.m->row;
+      if (--range.rows == 0) ++next_;
     }
   }
 
  private:
-  struct Part {
+  struct Range {
     const Matrices* m;
     int64_t offset, rows;
   };
 
   DType dtype_;
   int64_t head_dim_;
-  Part parts_[8];
+  Range ranges_[8];
   int count_ = 0, next_ = 0;
 };
 

@@ -10,7 +10,7 @@ namespace empcause::cpu::EMPCAUSE_ISA {
 
 // Of what a part, or all of them, have seen: the output is relative to 2^maximum and not yet divided by the sum.
 struct PartialRow {
-  float *output, *maximum, *sum;
+  float *output, *maximum, *total;
 };
 
 struct DecodePlan {
@@ -154,7 +154,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
     total += p;
   }
   *row.maximum = new_maximum;
-  *row.sum = *row.sum * correction[0] + sum(total);
+  *row.total = *row.total * correction[0] + sum(total);
   int64_t d = 0;
   for (; d + 8 * kWidth <= stride; d += 8 * kWidth) add_values<8>(logits, value, keys, d, correction, row.output + d);
   for (; d + 4 * kWidth <= stride; d += 4 * kWidth) add_values<4>(logits, value, keys, d, correction, row.output + d);
@@ -179,7 +179,7 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
     const PartialRow partial = plan.row(batch, head, row, part);
     for (int64_t d = 0; d < stride; ++d) partial.output[d] = 0.0f;
     *partial.maximum = -kInfinity;
-    *partial.sum = 0.0f;
+    *partial.total = 0.0f;
   }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
   const int64_t begin = part * plan.part_keys;
@@ -215,31 +215,31 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   }
 }
 
-inline void combine_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
+inline void merge_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
   const Attention& a = plan.a;
   const Sequence s = sequence(a, batch);
   for (int64_t query = 0; query < s.num_queries; ++query) {
-    const PartialRow total = plan.row(batch, head, query, 0);
-    float maximum = *total.maximum;
+    const PartialRow merged = plan.row(batch, head, query, 0);
+    float maximum = *merged.maximum;
     for (int64_t part = 1; part < plan.parts; ++part) {
       const float other = *plan.row(batch, head, query, part).maximum;
       maximum = other > maximum ? other : maximum;
     }
     const float shift = maximum == -kInfinity ? 0.0f : maximum;
-    float sum = 0.0f;
+    float total = 0.0f;
     for (int64_t part = 0; part < plan.parts; ++part) {
       const PartialRow row = plan.row(batch, head, query, part);
       const float factor = exp2(splat(*row.maximum - shift))[0];
-      sum += *row.sum * factor;
+      total += *row.total * factor;
       for (int64_t d = 0; d < a.head_dim; ++d) {
-        total.output[d] = part == 0 ? row.output[d] * factor : total.output[d] + row.output[d] * factor;
+        merged.output[d] = part == 0 ? row.output[d] * factor : merged.output[d] + row.output[d] * factor;
       }
     }
     const int64_t row = s.query_begin + query;
-    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum, total.output,
+    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, total == 0.0f ? 0.0f : 1.0f / total, merged.output,
               a.rounding, a.rounding.offset(batch, head, row));
     a.maximum.of(batch, head)[row] = maximum;
-    a.total.of(batch, head)[row] = sum;
+    a.total.of(batch, head)[row] = total;
   }
 }
 
@@ -264,7 +264,7 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
         decode_part(p, pair / p.a.num_key_heads, pair % p.a.num_key_heads, index % p.parts);
       },
       &plan);
-  for (int64_t i = 0; i < a.batch * a.num_heads; ++i) combine_parts(plan, i / a.num_heads, i % a.num_heads);
+  for (int64_t i = 0; i < a.batch * a.num_heads; ++i) merge_parts(plan, i / a.num_heads, i % a.num_heads);
 }
 
 }  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -17,7 +17,7 @@ struct RunningBlock {
   T* query;          // [head_dim in operands, rows]
   float* output;     // [head_dim, rows], unnormalised
   float* reference;  // [rows], what logits are relative to, in powers of two
-  float* row_sum;
+  float* total;
 };
 
 // One tile of keys, the values as operands of sums over keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised
@@ -27,38 +27,38 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
                    int64_t position, Block block, const RunningBlock<T>& running, float* logits, float* factor,
                    Upcoming& upcoming) {
   const int64_t rows = block.rows(), dim = a.head_dim;
-  const Parts parts(tile, a.causal, position, block.vecs);
-  if (parts.count == 0) return;
+  const Staircase stairs(tile, a.causal, position, block.vecs);
+  if (stairs.count == 0) return;
 
   const Vec scale = splat(a.scale * kLog2E);
   Vec best[kMostVecs];
   for (int64_t v = 0; v < block.vecs; ++v) best[v] = splat(-kInfinity);
-  for (const Part& part : parts) {
-    const int64_t lane = part.first_vec * kWidth;
-    const Vec others = best[part.first_vec];
-    matmul(part.end - part.begin, block.vecs - part.first_vec, InRuns{{operands<T>(dim)}},
-           LogitsAndLargest{scale, tile.power + part.begin, best + part.first_vec},
-           key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows,
+  for (const Step& step : stairs) {
+    const int64_t lane = step.first_vec * kWidth;
+    const Vec others = best[step.first_vec];
+    matmul(step.end - step.begin, block.vecs - step.first_vec, InRuns{{operands<T>(dim)}},
+           LogitsAndLargest{scale, tile.power + step.begin, best + step.first_vec},
+           key.data + step.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + step.begin * rows + lane, rows,
            upcoming);
-    if (!part.ragged) continue;
+    if (!step.ragged) continue;
     Vec most = others;  // what a query does not see does not count
-    for (int64_t j = part.begin; j < part.end; ++j) {
+    for (int64_t j = step.begin; j < step.end; ++j) {
       float* row = logits + j * rows + lane;
-      const Vec x = seen(tile, j, part, position) ? load(row) : splat(-kInfinity);
+      const Vec x = seen(tile, j, step, position) ? load(row) : splat(-kInfinity);
       store(row, x);
       most = maximum(x, most);
     }
-    best[part.first_vec] = most;
+    best[step.first_vec] = most;
   }
 
   T* probability = reinterpret_cast<T*>(logits);
-  if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
+  if (dropout.active()) dropout_factors(dropout, tile, stairs.step[stairs.count - 1].end, query, rows, factor);
   for (int64_t v = 0; v < block.vecs; ++v) {
     const int64_t lane = v * kWidth;
     const Vec before = load(running.reference + lane);
     const Vec after = best[v] > before + splat(kSlack) ? best[v] : before;
     const Vec shift = after == splat(-kInfinity) ? Vec{} : after;
-    Vec total = load(running.row_sum + lane);
+    Vec total = load(running.total + lane);
     if (!all(after == before)) {
       store(running.reference + lane, after);
       if (!all(before == splat(-kInfinity))) {
@@ -76,10 +76,10 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
       tile_total += p;
       return dropout.active() ? p * load(factor + tile.place[j] * rows + lane) : p;
     };
-    store_over_rows(parts.keys[v], weighted, probability + lane, rows);
-    store(running.row_sum + lane, total + tile_total);
+    store_over_rows(stairs.keys[v], weighted, probability + lane, rows);
+    store(running.total + lane, total + tile_total);
   }
-  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
+  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
          upcoming);
 }
 
@@ -111,12 +111,12 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   T* query = reinterpret_cast<T*>(scratch);
   float* output = scratch + dim * rows;
   float* reference = output + dim * rows;
-  float* row_sum = reference + rows;
-  float* logits = row_sum + rows;
+  float* total = reference + rows;
+  float* logits = total + rows;
   float* factor = logits + kKeyTile * kMostVecs * kWidth;
 
   const auto running = [&](Block block) {
-    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first, row_sum + block.first};
+    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first, total + block.first};
   };
   const int64_t first_query = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
@@ -127,7 +127,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     reference[i] = -kInfinity;
-    row_sum[i] = 0.0f;
+    total[i] = 0.0f;
   }
 
   const int64_t first_key = batch * a.key.batch + key_head * a.key.head + s.key_begin * a.key.row;
@@ -155,16 +155,16 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
     const RunningBlock<T> done = running(block);
     const int64_t row = begin + block.first, block_rows = end - row < block.rows() ? end - row : block.rows();
     const auto normaliser = [&](int64_t r) {
-      const Vec total = load(done.row_sum + r);
-      const Vec inverse = total > Vec{} ? splat(1.0f) / total : Vec{};  // a row without a key has output 0
-      return total == total ? inverse : total;
+      const Vec divisor = load(done.total + r);
+      const Vec inverse = divisor > Vec{} ? splat(1.0f) / divisor : Vec{};  // a row without a key has output 0
+      return divisor == divisor ? inverse : divisor;
     };
     const int64_t at = s.query_begin + row;
     unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype, a.output.offset(batch, head, at),
                       a.rounding, a.rounding.offset(batch, head, at));
     for (int64_t r = 0; r < block_rows; r += kWidth) {
       store_values<DType::kFloat32>(a.maximum.of(batch, head), at + r, block_rows - r, load(done.reference + r));
-      store_values<DType::kFloat32>(a.total.of(batch, head), at + r, block_rows - r, load(done.row_sum + r));
+      store_values<DType::kFloat32>(a.total.of(batch, head), at + r, block_rows - r, load(done.total + r));
     }
   }
 }

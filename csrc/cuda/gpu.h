@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "device.h"
+
 // What assert() calls, in release builds too.
 extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line, const char* function,
                                         size_t character_size) noexcept;

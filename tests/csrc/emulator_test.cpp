@@ -521,7 +521,7 @@ std::vector<float> run(const std::vector<float>& in, uint32_t out_count, Index3 
   float *const first = memory[1].at, *const out = memory[in_chunks + 2].at;
   std::copy(in.begin(), in.end(), first);
   std::fill(out, out + out_count, -1.0f);
-#if defined(EMPCAUSE_CUDA_EMULATION)
+#if !defined(__CUDACC__)
   emulator::forbid_all();
   emulator::allow(nullptr, 0);
   emulator::allow(first, in.size() * sizeof(float));
