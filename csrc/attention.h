@@ -53,7 +53,8 @@ struct Attention {
   const int64_t* seed = nullptr;  // null without dropout
   DType dtype;
   Matrices query, key, value, output;
-  Matrices rounding;    // int16: the output before it was rounded to bf16 or fp16, less the output, in units of fp32's last place; may be null
+  // int16: the output before it was rounded to bf16 or fp16, less the output, in units of fp32's last place; may be null.
+  Matrices rounding;
   Rows weight;          // w_j; 0 takes the key out
   Rows maximum, total;  // LSE_i = ln 2 * maximum_i + log total_i; a row without a key has total 0
 };

@@ -3,13 +3,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+
+#include "cpu/simd.h"
 
 namespace {
 
-#include "cpu/simd.h"
+using namespace empcause::cpu::EMPCAUSE_ISA;
 
 // The largest relative error over every 97th float from `first` bits on, as far as `in_range` holds.
 template <class Function, class Exact, class InRange>
