@@ -70,9 +70,9 @@ struct AttentionBackward {
 
 // Key weights w_j = key_mask_j * (1 + strength * cause_j) to be computed, contiguous [batch, heads, keys].
 struct KeyWeights {
-  int64_t batch, heads, keys;       // of the result
-  const float* cause = nullptr;     // null: all weights are 0 or 1
-  int64_t cause_batch, cause_head;  // strides; keys are contiguous
+  int64_t batch, heads, keys;            // of the result
+  const float* cause = nullptr;          // null: all weights are 0 or 1
+  int64_t cause_batch, cause_head;       // strides; keys are contiguous
   const float* head_strength = nullptr;  // [heads], or null: `strength` for all
   float strength;
   const bool* key_mask = nullptr;  // [batch, keys], or null: all keys

@@ -38,8 +38,8 @@ struct QueryRows {
 
 // `scratch` holds rows of a block as they stand, [2, block rows, stride].
 template <class T>
-inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                         const QueryRows<T>& packed, float* scratch) {
+inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head,
+                         const Blocks& blocks, const QueryRows<T>& packed, float* scratch) {
   const Attention& a = g.forward;
   const int64_t dim = a.head_dim, stride = round_up(dim), row_stride = round_up(operands<T>(dim)), rows = blocks.rows();
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
@@ -55,7 +55,8 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
     const Block block = blocks[i];
     // Rows as they stand are operands of sums over rows too, if they are of fp32.
     T* query_rows = kValues<T> == 1 ? packed.query + block.first * stride : reinterpret_cast<T*>(scratch);
-    T* grad_output_rows = kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
+    T* grad_output_rows =
+        kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
     // kWidth rows, and their deltas: summed in the order of the products grad_output . value, so that where one key has all the weight
     // the rounding of both is the same.
     const auto pack = [&]<DType kType>(int64_t first) {
@@ -153,8 +154,8 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   if (dropout.active()) dropout_factors(dropout, tile, stairs.step[stairs.count - 1].end, query, rows, factor);
   for (const Step& step : stairs) {
     const int64_t lane = step.first_vec * kWidth, vecs = block.vecs - step.first_vec, keys = step.end - step.begin;
-    matmul(keys, vecs, depth, Overwrite{}, key.data + step.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
-           probability + step.begin * rows + lane, rows, upcoming);
+    matmul(keys, vecs, depth, Overwrite{}, key.data + step.begin * key.stride, key.stride, 1, query_transposed + lane,
+           rows, probability + step.begin * rows + lane, rows, upcoming);
     matmul(keys, vecs, depth, Overwrite{}, value.data + step.begin * value.stride, value.stride, 1,
            grad_output_transposed + lane, rows, grad_logits + step.begin * rows + lane, rows, upcoming);
     for (int64_t j = step.begin; j < step.end; ++j) {
@@ -177,24 +178,25 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   if (removed) return;
   for (const Step& step : stairs) {
     // Queries before the step's first vector do not see its keys.
-    const int64_t lane = step.first_vec * kWidth, keys = step.end - step.begin, place = step.begin * rows + operands<T>(lane);
+    const int64_t lane = step.first_vec * kWidth, keys = step.end - step.begin;
+    const int64_t place = step.begin * rows + operands<T>(lane);
     const T* queries = packed.query + operands<T>(query + lane) * stride;
     const T* grad_output = packed.grad_output + operands<T>(query + lane) * stride;
     const int64_t columns = stride / kWidth;
     const Equal queries_left{operands<T>(rows - lane)};
     const T *p = reinterpret_cast<const T*>(probability) + place, *grad = grad_logits_rows + place;
-    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + step.begin * stride, stride,
-           upcoming);
-    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + step.begin * stride, stride,
-           upcoming);
+    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + step.begin * stride,
+           stride, upcoming);
+    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + step.begin * stride,
+           stride, upcoming);
   }
   T* grad_logits_over_keys = reinterpret_cast<T*>(grad_logits);
   for (int64_t lane = 0; kValues<T> == 2 && lane < rows; lane += kWidth) {
     const auto values = [&](int64_t j) { return load(grad_logits + j * rows + lane); };
     store_over_rows(stairs.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
   }
-  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride, grad_logits_over_keys, rows,
-         packed.grad_query + query * dim, rows, upcoming);
+  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride,
+         grad_logits_over_keys, rows, packed.grad_query + query * dim, rows, upcoming);
 }
 
 // How the work is divided: parts of the tiles of a key head, each with sums of grad_query of its own.
@@ -209,22 +211,22 @@ struct BackwardPlan {
   }
 };
 
-inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                              const float* grad_query) {
+inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head,
+                              const Blocks& blocks, const float* grad_query) {
   const Attention& a = g.forward;
   const int64_t offset = batch * g.grad_query.batch + head * g.grad_query.head + s.query_begin * g.grad_query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
     const int64_t left = s.num_queries - block.first, rows = left < block.rows() ? left : block.rows();
-    unpack_transposed(grad_query + block.first * a.head_dim, block.rows(), rows, a.head_dim,
-                      [&](int64_t) { return splat(a.scale); }, g.grad_query, a.dtype, offset + block.first * g.grad_query.row);
+    unpack_transposed(
+        grad_query + block.first * a.head_dim, block.rows(), rows, a.head_dim, [&](int64_t) { return splat(a.scale); },
+        g.grad_query, a.dtype, offset + block.first * g.grad_query.row);
   }
 }
 
 // Every parts-th tile of a key head.
 template <class T>
-inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t part,
-                              Upcoming& upcoming) {
+inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t part, Upcoming& upcoming) {
   const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
   const Sequence s = sequence(a, batch);
@@ -239,9 +241,10 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
   const auto queries = [&](int64_t member) { return QueryRows<T>(scratch + member * size, rows, dim); };
   T* key = reinterpret_cast<T*>(scratch + group * size);
   T* value = key + kKeyTile * stride;
-  float* grad_key = reinterpret_cast<float*>(value + kKeyTile * stride);  // of all keys of a tile's range, and of all heads
+  // Of all keys of a tile's range and of all heads, and of those keys alone that take part.
+  float* grad_key = reinterpret_cast<float*>(value + kKeyTile * stride);
   float* grad_value = grad_key + kKeyTile * stride;
-  float* some_grad_key = grad_value + kKeyTile * stride;  // of those keys alone that take part
+  float* some_grad_key = grad_value + kKeyTile * stride;
   float* some_grad_value = some_grad_key + kKeyTile * stride;
   constexpr int64_t kTileSize = kKeyTile * kMostVecs * kWidth;
   float* probability = some_grad_value + kKeyTile * stride;
@@ -251,7 +254,8 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
   const TileScratch<T> tile_scratch{probability, grad_logits, factor, grad_logits_rows};
   T* key_over_keys = reinterpret_cast<T*>(factor + (1 + kPairs) * kTileSize);
 
-  static_assert(2 * kMostVecs * kWidth <= 4 * kKeyTile);  // the gradients' memory, not yet in use, holds rows of a block
+  // The gradients' memory, not yet in use, holds rows of a block.
+  static_assert(2 * kMostVecs * kWidth <= 4 * kKeyTile);
   for (int64_t member = 0; member < group; ++member) {
     pack_queries(g, s, batch, first_head + member, blocks, queries(member), grad_key);
   }
@@ -263,10 +267,12 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
       const int64_t head = first_head + member;
       const Dropout dropout(a, batch, head);
       const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
-      const bool* key_mask = g.key_mask == nullptr ? nullptr : g.key_mask + batch * g.key_mask_batch + s.key_begin + first;
+      const bool* key_mask =
+          g.key_mask == nullptr ? nullptr : g.key_mask + batch * g.key_mask_batch + s.key_begin + first;
       float* grad_weight = nullptr;
       if (g.grad_weight.data != nullptr) {
-        grad_weight = g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + s.key_begin + first;
+        grad_weight =
+            g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + s.key_begin + first;
         for (int64_t j = 0; j < keys; ++j) grad_weight[j] = 0.0f;
       }
       constexpr bool kPasses[] = {false, true};
@@ -278,16 +284,18 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
         if (tile.count == 0) continue;
         const bool every = tile.count == keys;
         const int64_t readers = blocks.count * group;
-        TileRows<T> tile_rows{tile.rows<SumOver::kHeadDim>(a.key, a.dtype, offset(a.key), dim, readers, key), {},
+        TileRows<T> tile_rows{tile.rows<SumOver::kHeadDim>(a.key, a.dtype, offset(a.key), dim, readers, key),
+                              {},
                               tile.rows<SumOver::kHeadDim>(a.value, a.dtype, offset(a.value), dim, readers, value)};
-        tile_rows.key_over_keys =
-            kValues<T> == 1 ? tile_rows.key : tile.pack<SumOver::kKeys>(a.key, a.dtype, offset(a.key), dim, key_over_keys);
+        tile_rows.key_over_keys = kValues<T> == 1
+                                      ? tile_rows.key
+                                      : tile.pack<SumOver::kKeys>(a.key, a.dtype, offset(a.key), dim, key_over_keys);
         TileGradients gradients{every ? grad_key : some_grad_key, every ? grad_value : some_grad_value, {}};
         for (int64_t i = 0; !every && i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
         for (int64_t i = 0; i < blocks.count; ++i) {
           const Block block = blocks[i];
-          attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member), tile_scratch,
-                          gradients, upcoming);
+          attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member),
+                          tile_scratch, gradients, upcoming);
         }
         for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) {
           grad_weight[tile.place[j]] = __builtin_ldexpf(sum(gradients.weight[j]), -static_cast<int>(tile.power[j]));
@@ -302,8 +310,10 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
       }
     }
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, a.scale, grad_key + j * stride);
-      store_row(g.grad_value, a.dtype, offset(g.grad_value) + (first + j) * g.grad_value.row, dim, 1.0f, grad_value + j * stride);
+      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, a.scale,
+                grad_key + j * stride);
+      store_row(g.grad_value, a.dtype, offset(g.grad_value) + (first + j) * g.grad_value.row, dim, 1.0f,
+                grad_value + j * stride);
     }
   }
 
@@ -397,12 +407,11 @@ inline Attention few_rows_anew(const Attention& a, float* memory, ParallelFor pa
 }
 
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
-  const Attention& a = g.forward;
-  with_operands(a.dtype, [&]<class T>() {
-    if (!decodes(a)) return backward_as<T>(g, parallel_for);
-    const Memory memory(rows_of_heads(a) * floats_per_row(a));
+  with_operands(g.forward.dtype, [&]<class T>() {
+    if (!decodes(g.forward)) return backward_as<T>(g, parallel_for);
+    const Memory memory(rows_of_heads(g.forward) * floats_per_row(g.forward));
     AttentionBackward anew = g;
-    anew.forward = few_rows_anew<T>(a, memory.data, parallel_for);
+    anew.forward = few_rows_anew<T>(g.forward, memory.data, parallel_for);
     backward_as<T>(anew, parallel_for);
   });
 }

@@ -75,7 +75,8 @@ constexpr int64_t kAheadKeys = 32;
 
 // logits[j] = query . key_j, kWidth keys at a time; what stands beyond the last key is undefined. Calls for the values too.
 template <class Rows>
-inline void logits_of_row(const float* query, const Rows& key, const Rows& value, int64_t keys, int64_t stride, float* logits) {
+inline void logits_of_row(const float* query, const Rows& key, const Rows& value, int64_t keys, int64_t stride,
+                          float* logits) {
   for (int64_t first = 0; first < keys; first += kWidth) {
     const int64_t last = keys - first - 1;
     for (int64_t j = first; j < first + kWidth; ++j) {
@@ -107,7 +108,8 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
 
 // Some vectors of the output, from dimension d on: corrected, plus the values of some keys times their probabilities.
 template <int kVecs, class Rows>
-inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
+inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
+                       float* output) {
   TwoVecs acc[kVecs / 2];
   EMPCAUSE_UNROLLED for (int v = 0; v < kVecs / 2; ++v) {
     acc[v] = load_two<Rows>(output + 2 * v * kWidth);
@@ -127,19 +129,21 @@ inline void add_values(const float* probability, const Rows& value, int64_t keys
 }
 
 template <class Rows>
-inline void add_values_of_one(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
+inline void add_values_of_one(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
+                              float* output) {
   Vec acc = load(output) * correction;
   for (int64_t j = 0; j < keys; ++j) acc += splat(probability[j]) * value.load_at(value.place(j) + d);
   store(output, acc);
 }
 
 template <class Rows>
-inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const Rows& key, const Rows& value, int64_t stride,
-                       float* logits, PartialRow row) {
+inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const Rows& key, const Rows& value,
+                       int64_t stride, float* logits, PartialRow row) {
   logits_of_row(query, key, value, keys, stride, logits);
   Vec best = splat(*row.maximum);
   for (int64_t j = 0; j < keys; j += kWidth) {
-    const Vec x = lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) + load(tile.power + j) : splat(-kInfinity);
+    const Vec x =
+        lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) + load(tile.power + j) : splat(-kInfinity);
     store(logits + j, x);
     best = maximum(x, best);
   }
@@ -174,7 +178,8 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   for (int64_t i = 0; i < group * s.num_queries; ++i) {
     const int64_t head = key_head * group + i / s.num_queries, row = i % s.num_queries;
     float* values = query + i * stride;
-    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim, values);
+    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim,
+             values);
     for (int64_t d = 0; d < stride; ++d) values[d] *= a.scale * kLog2E;
     const PartialRow partial = plan.row(batch, head, row, part);
     for (int64_t d = 0; d < stride; ++d) partial.output[d] = 0.0f;
@@ -183,7 +188,8 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
   const int64_t begin = part * plan.part_keys;
-  const int64_t end = clamped(a.causal ? s.num_queries + s.offset : s.num_keys, begin, clamped(begin + plan.part_keys, begin, s.num_keys));
+  const int64_t end = clamped(a.causal ? s.num_queries + s.offset : s.num_keys, begin,
+                              clamped(begin + plan.part_keys, begin, s.num_keys));
   for (int64_t first = begin; first < end; first += kKeyTile) {
     const int64_t keys = end - first < kKeyTile ? end - first : kKeyTile;
     for (int64_t member = 0; member < group; ++member) {
@@ -194,8 +200,8 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
         for (int64_t row = 0; row < s.num_queries; ++row) {
           const int64_t visible = a.causal ? tile.up_to(row + s.offset) : tile.count;
           if (visible == 0) continue;
-          attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key_rows, value_rows, stride, logits,
-                     plan.row(batch, head, row, part));
+          attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key_rows, value_rows, stride,
+                     logits, plan.row(batch, head, row, part));
         }
       };
       // Rows that are read once are not worth a copy.
@@ -236,8 +242,8 @@ inline void merge_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
       }
     }
     const int64_t row = s.query_begin + query;
-    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, total == 0.0f ? 0.0f : 1.0f / total, merged.output,
-              a.rounding, a.rounding.offset(batch, head, row));
+    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, total == 0.0f ? 0.0f : 1.0f / total,
+              merged.output, a.rounding, a.rounding.offset(batch, head, row));
     a.maximum.of(batch, head)[row] = maximum;
     a.total.of(batch, head)[row] = total;
   }

@@ -56,7 +56,8 @@ struct Dropout {
   }
 
   static void philox_round(LongVec (&c)[4], uint32_t k0, uint32_t k1) {
-    const LongVec p0 = multiply_low_halves(c[0], LongVec{} + 0xD2511F53u), p1 = multiply_low_halves(c[2], LongVec{} + 0xCD9E8D57u);
+    const LongVec p0 = multiply_low_halves(c[0], LongVec{} + 0xD2511F53u);
+    const LongVec p1 = multiply_low_halves(c[2], LongVec{} + 0xCD9E8D57u);
     c[0] = (p1 >> 32) ^ c[1] ^ k0;
     c[1] = p1;
     c[2] = (p0 >> 32) ^ c[3] ^ k1;

@@ -5,7 +5,8 @@
 
 namespace empcause::cpu::EMPCAUSE_ISA {
 
-constexpr int64_t kBand = 192;  // query rows that are worked on together: with a tile of keys they fit the second-level cache
+// Query rows that are worked on together: with a tile of keys they fit the second-level cache.
+constexpr int64_t kBand = 192;
 
 // Rows are relative to a power of two, first that of their largest logit. It follows later ones only when they leave it this far
 // behind, as otherwise all that was summed would be multiplied anew again and again.
@@ -23,9 +24,9 @@ struct RunningBlock {
 // One tile of keys, the values as operands of sums over keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised
 // probabilities, as operands of such sums.
 template <class T>
-inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout, int64_t query,
-                   int64_t position, Block block, const RunningBlock<T>& running, float* logits, float* factor,
-                   Upcoming& upcoming) {
+inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout,
+                   int64_t query, int64_t position, Block block, const RunningBlock<T>& running, float* logits,
+                   float* factor, Upcoming& upcoming) {
   const int64_t rows = block.rows(), dim = a.head_dim;
   const Staircase stairs(tile, a.causal, position, block.vecs);
   if (stairs.count == 0) return;
@@ -37,9 +38,8 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
     const int64_t lane = step.first_vec * kWidth;
     const Vec others = best[step.first_vec];
     matmul(step.end - step.begin, block.vecs - step.first_vec, InRuns{{operands<T>(dim)}},
-           LogitsAndLargest{scale, tile.power + step.begin, best + step.first_vec},
-           key.data + step.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + step.begin * rows + lane, rows,
-           upcoming);
+           LogitsAndLargest{scale, tile.power + step.begin, best + step.first_vec}, key.data + step.begin * key.stride,
+           key.stride, 1, running.query + lane, rows, logits + step.begin * rows + lane, rows, upcoming);
     if (!step.ragged) continue;
     Vec most = others;  // what a query does not see does not count
     for (int64_t j = step.begin; j < step.end; ++j) {
@@ -79,8 +79,8 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
     store_over_rows(stairs.keys[v], weighted, probability + lane, rows);
     store(running.total + lane, total + tile_total);
   }
-  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
-         upcoming);
+  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output,
+         rows, upcoming);
 }
 
 // All keys and values of a key head as operands, tile after tile, copied when they are first needed, if they are.
@@ -103,7 +103,8 @@ template <class T>
 inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const Sequence& s,
                          PackedKeys<T>& packed, float* scratch, Upcoming& upcoming) {
   const int64_t dim = a.head_dim, key_head = head / (a.num_heads / a.num_key_heads);
-  const int64_t key_stride = KeyTile::row_stride<SumOver::kHeadDim, T>(dim), value_stride = KeyTile::row_stride<SumOver::kKeys, T>(dim);
+  const int64_t key_stride = KeyTile::row_stride<SumOver::kHeadDim, T>(dim);
+  const int64_t value_stride = KeyTile::row_stride<SumOver::kKeys, T>(dim);
   const Blocks blocks(end - begin);
   const int64_t rows = blocks.rows();
   const Dropout dropout(a, batch, head);
@@ -116,13 +117,14 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   float* factor = logits + kKeyTile * kMostVecs * kWidth;
 
   const auto running = [&](Block block) {
-    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first, total + block.first};
+    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first,
+                           total + block.first};
   };
   const int64_t first_query = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
-    pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(), dim,
-                    running(block).query);
+    pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(),
+                    dim, running(block).query);
   }
   for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
@@ -160,8 +162,8 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
       return divisor == divisor ? inverse : divisor;
     };
     const int64_t at = s.query_begin + row;
-    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype, a.output.offset(batch, head, at),
-                      a.rounding, a.rounding.offset(batch, head, at));
+    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype,
+                      a.output.offset(batch, head, at), a.rounding, a.rounding.offset(batch, head, at));
     for (int64_t r = 0; r < block_rows; r += kWidth) {
       store_values<DType::kFloat32>(a.maximum.of(batch, head), at + r, block_rows - r, load(done.reference + r));
       store_values<DType::kFloat32>(a.total.of(batch, head), at + r, block_rows - r, load(done.total + r));
@@ -175,7 +177,8 @@ struct ForwardTask {
 };
 
 // What a band of rows from `begin` on needs, of keys those from the first `known` on.
-inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t known) {
+inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                              int64_t known) {
   const Sequence s = sequence(a, batch);
   const int64_t last = clamped(begin + kBand, 0, end < s.num_queries ? end : s.num_queries);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads), keys = keys_seen(a, s, last);
@@ -206,8 +209,9 @@ inline void forward_task(const Attention& a, const ForwardTask& task, const Forw
       const int64_t after = row + kBand < end ? row + kBand : end;
       Upcoming upcoming = after < end        ? upcoming_band(a, task.batch, head, after, end, keys_seen(a, s, after))
                           : head < last_head ? upcoming_band(a, task.batch, head + 1, begin, end, keys_seen(a, s, end))
-                          : next != nullptr  ? upcoming_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
-                                             : Upcoming(a);
+                          : next != nullptr
+                              ? upcoming_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
+                              : Upcoming(a);
       forward_band(a, task.batch, head, row, after, s, packed, scratch + keys_size, upcoming);
     }
   }

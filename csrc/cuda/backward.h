@@ -122,9 +122,10 @@ class BackwardKeysBlock {
   EMPCAUSE_DEVICE void run() {
     if (rows <= 0) return;
     const int row = key_begin + first_key;
-    copy_rows<kRows, kThreads>(head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
-                               Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
-                               Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
+    copy_rows<kRows, kThreads>(
+        head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
+        Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
+        Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
     for (int member = 0; member < group; ++member) {
       begin_head(key_head * group + member);
       pipeline(tiles, *this);
@@ -219,7 +220,9 @@ class BackwardKeysBlock {
         const int key = key_begin + first_key + row;
         const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
         const float weight = weight_of(head, row);
-        store_global(row_of(f.g.grad_weight, batch, head, key), !wanted ? 0.0f : weight > 0.0f ? total / weight : total);
+        store_global(row_of(f.g.grad_weight, batch, head, key), !wanted         ? 0.0f
+                                                                : weight > 0.0f ? total / weight
+                                                                                : total);
       }
     }
   }
@@ -359,8 +362,7 @@ class BackwardQueriesBlock {
         const int row = fragment_row(m, half);
         const int query = query_begin + first_query + row;
         lse[m][half] = row < rows ? LogSumExp<T>::load(a, batch, head, query) : LogSumExp<T>::none();
-        delta[m][half] =
-            row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
+        delta[m][half] = row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
       }
     }
   }

@@ -207,8 +207,7 @@ class ForwardBlock {
     }
   }
 
-  static EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p,
-                                   const Kept<Shape::kRowTiles>& kept) {
+  static EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p, const Kept<Shape::kRowTiles>& kept) {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL

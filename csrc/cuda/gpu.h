@@ -178,8 +178,10 @@ inline int multiprocessors() {
 }
 
 template <class Kernel>
+// clang-format off
 __global__ __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks) void run(
     const __grid_constant__ typename Kernel::Arguments arguments) {
+  // clang-format on
   Kernel::run(arguments);
 }
 

@@ -1,10 +1,9 @@
 // The kernels of one dtype: compiled once for each, with -DEMPCAUSE_DTYPE=fp32, bf16 or fp16 (CMakeLists.txt).
-#include "kernels.h"
-
 #include <type_traits>
 
 #include "backward.h"
 #include "decode.h"
+#include "kernels.h"
 
 #if !defined(EMPCAUSE_DTYPE)
 #define EMPCAUSE_DTYPE fp32
