@@ -167,8 +167,8 @@ def forward(case: Case, backend: str, arch: int) -> Work:
 
 
 def backward(case: Case, backend: str, arch: int) -> Work:
-    """The backward pass: delta, then keys (grad_key, grad_value, grad_cause), then queries (grad_query). Both compute the logits, so that
-    nothing is summed by atomics."""
+    """The backward pass: delta, then `backward_keys`, then `backward_queries`. Both compute the logits, so that nothing is summed
+    by atomics."""
     size, total = case.dtype.itemsize, Work()
     for kernel, instructions in (("backward_keys", KEYS_INSTRUCTIONS), ("backward_queries", QUERIES_INSTRUCTIONS)):
         cut = tile(backend, kernel, case, arch)

@@ -254,8 +254,8 @@ def cuda_figures(source: str, dtype: str, arch: int) -> list[Figures]:
 
 
 def kernel_of(kernel: str) -> tuple[str, int, str]:
-    """Kernel, head size and options by a kernel's C++ type, as in BackwardKeysKernel<T, 64, true>: what knows no head size has 0, and
-    the flag is for dropout."""
+    """Kernel, head size and options by a kernel's C++ type, as in BackwardKeysKernel<T, 64, true>. The flag is for dropout; what
+    knows no head size has 0."""
     name, _, parameters = kernel.removeprefix("empcause::cuda::").partition("<")
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("Kernel")).lower()
     numbers = re.findall(r"\b\d+\b", parameters)

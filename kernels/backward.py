@@ -5,12 +5,12 @@
     grad_value_j = sum_i b_ij Z_ij do_i    dS_ij = b_ij (dP_ij - delta_i)
     grad_weight_j = sum_i e_ij (dP_ij - delta_i)
 
-The weight is part of the exponent, as in the forward pass, and what is summed for grad_weight is w grad_weight. Where a key has
-weight 0, and so no b, it is left out: then e is what grad_weight needs.
+The weight is part of the exponent, as in the forward pass, and what is summed for grad_weight is w grad_weight. Where a key
+has weight 0, and so no b, it is left out: then e is what grad_weight needs.
 
-Three kernels: delta; then grad_key, grad_value and grad_weight, where a program owns a block of keys of a key head and walks through
-the query rows of every head that shares it; then grad_query, where it owns a block of query rows and walks through the keys. Nothing
-is shared between programs, so there are no atomics and every sum has one order.
+Three kernels: delta; then grad_key, grad_value and grad_weight, where a program owns a block of keys of a key head and walks
+through the query rows of every head that shares it; then grad_query, where it owns a block of query rows and walks through the
+keys. Nothing is shared between programs, so there are no atomics and every sum has one order.
 
 Kept probabilities share the factor z = 1 / (1 - p), so dP - delta = z (do . v - delta / z) where kept: the loops compute with
 delta / z, and z is multiplied once, at the end.
@@ -34,8 +34,8 @@ from empcause.kernels.attention import (
 )
 from empcause.kernels.dropout import kept
 
-# e may overflow for a key whose weight is 0, where only grad_weight uses it: x - LSE is capped at 80 there, as on every backend; here as a
-# power of two.
+# e may overflow for a key whose weight is 0, where only grad_weight uses it: x - LSE is capped at 80 there, as on every backend;
+# here as a power of two.
 LARGEST_EXPONENT: tl.constexpr = tl.constexpr(80.0 * 1.4426950408889634)
 
 
@@ -189,7 +189,8 @@ def backward_keys_kernel(
     DROPOUT: tl.constexpr,
     CAUSE_GRAD: tl.constexpr,
 ):
-    """grad_key, grad_value and, if CAUSE_GRAD, grad_weight `[batch, num_heads, total_keys]`: one program per block of keys of a key head."""
+    """grad_key, grad_value and, if CAUSE_GRAD, grad_weight `[batch, num_heads, total_keys]`; one program per block of keys of a
+    key head."""
     num_key_heads = num_heads // group
     pair = tl.program_id(0) // num_blocks
     batch = pair // num_key_heads

@@ -386,9 +386,9 @@ inline int64_t rows_of_heads(const Attention& a) {
 }
 inline int64_t floats_per_row(const Attention& a) { return 2 * a.head_dim + 2; }
 
-// The problem with what the forward pass leaves of few rows made anew, in `memory`: decoding adds logits up in another order than this
-// pass, and terms that are not the same do not sum to what they are divided by. Where products are of pairs of bf16, decoding's output
-// stays, as it does not round probabilities.
+// The problem with what the forward pass leaves of few rows made anew, in `memory`: decoding adds logits up in another
+// order than this pass, and terms that are not the same do not sum to what they are divided by. Where products are of
+// pairs of bf16, decoding's output stays, as it does not round probabilities.
 template <class T>
 inline Attention few_rows_anew(const Attention& a, float* memory, ParallelFor parallel_for) {
   const int64_t rows = rows_of_heads(a), dim = a.head_dim;

@@ -5,7 +5,8 @@
 
 namespace empcause::cpu {
 
-// Runs task(context, index, next) for every index in [0, count). `next` is the task that the thread is likely to take then, or -1.
+// Runs task(context, index, next) for every index in [0, count). `next` is the task that the thread is likely to take
+// then, or -1.
 using Task = void (*)(void* context, int64_t index, int64_t next);
 using ParallelFor = void (*)(int64_t count, Task task, void* context);
 
@@ -29,7 +30,8 @@ const Kernels& select_kernels();
 // Scratch memory of the calling thread, aligned to a large page, kept between calls; contents are undefined.
 float* thread_scratch(int64_t num_floats);
 
-// Memory of one call; contents are undefined. In place of the standard library's, whose functions units would share (isa.h).
+// Memory of one call; contents are undefined. It takes the place of the standard library's, whose functions units would
+// share (isa.h).
 struct Memory {
   float* const data;  // null where there are no floats
 

@@ -7,10 +7,10 @@ namespace empcause::cpu {
 
 // The loops of one instruction set, compiled from limits.cpp.
 struct Limits {
-  // Independent chains of multiply-adds in registers, as many as the matrix products have accumulators and of such operands as theirs
-  // for a dtype; the FLOPs done.
+  // Runs independent chains of multiply-adds in registers, as many as the matrix products have accumulators and of such
+  // operands as theirs for a dtype; returns the FLOPs done.
   int64_t (*multiply_adds)(DType dtype, int64_t rounds);
-  // Reads an array once, as fast as memory gives it, which is from two places at a time; the sum of its values.
+  // Reads an array once, as fast as memory gives it, which is from two places at a time; returns the sum of its values.
   float (*read_all)(const float* data, int64_t count);
 };
 
