@@ -1,6 +1,7 @@
-// Backward pass: probabilities are computed again from what the forward pass left of each row, by two kernels that add up in a fixed
-// order. BackwardKeys owns rows of keys, for all heads that share them, and goes over the queries; BackwardQueries owns rows of
-// queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed first.
+// Backward pass: probabilities are computed again from what the forward pass left of each row, by two kernels that add
+// up in a fixed order. BackwardKeys owns rows of keys, for all heads that share them, and goes over the queries;
+// BackwardQueries owns rows of queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed
+// first.
 //
 //   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
 //

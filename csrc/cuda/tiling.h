@@ -21,8 +21,9 @@ struct Tiling {
 template <bool kFloat32, int kHeadDim>
 struct Tilings;
 
-// Rows of queries, columns of keys: Forward and BackwardQueries. Rows of keys, columns of queries: BackwardKeys, which accumulates
-// two results, of which a block takes one of kSlices parts. Decode is one warp for the few queries there are.
+// Rows of queries, columns of keys: Forward and BackwardQueries. Rows of keys, columns of queries: BackwardKeys, which
+// accumulates two results, of which a block takes one of kSlices slices. Decode is one warp for the few queries there
+// are.
 template <>
 struct Tilings<false, 32> {
   using Forward = Tiling<4, 2, 64, 2>;

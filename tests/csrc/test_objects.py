@@ -119,7 +119,7 @@ def compiled(source: str, unit: str, folder: Path, *flags: str) -> Path:
     path, made = folder / f"{unit}.cpp", folder / f"{unit}.o"
     path.write_text(source)
     compiler = tool(os.environ.get("CXX", "c++"))
-    output(compiler, "-std=c++20", "-O1", f"-DUNIT={unit}", *flags, "-c", path, "-o", made)
+    output(compiler, "-std=c++20", f"-DUNIT={unit}", *flags, "-c", path, "-o", made)
     return made
 
 
