@@ -148,12 +148,12 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
-// Rows of tensors that the thread works on next, to be read or written: called for, some at a time, while it multiplies.
+// Rows that the thread works on next, to be read or written: called for, some at a time, while it multiplies.
 class Upcoming {
  public:
   explicit Upcoming(const Attention& a) : dtype_(a.dtype), head_dim_(a.head_dim) {}
 
-  // So many rows of a tensor from `row` on.
+  // So many rows of a tensor from `row` on. `m` has to outlive this.
   void add(const Matrices& m, int64_t batch, int64_t head, int64_t row, int64_t rows) {
     constexpr int64_t kMostValues = 1 << 14;  // what is called for too early is displaced again
     const int64_t most = kMostValues / head_dim_;
