@@ -9,7 +9,10 @@ TRITON_SPEC ?= triton==3.7.1; platform_system == "Linux"
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[chi]*')
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[ch]*')
+# The sources whose style .clang-format describes; the bindings to torch are still to be formatted.
+BINDINGS := $(addprefix csrc/,arguments.h operators.h library.cpp module.cpp cuda/library.cpp)
+STYLED := $(filter-out $(BINDINGS),$(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'))
 
 .PHONY: setup demo test slow faults guards lint clean
 
@@ -33,6 +36,7 @@ guards: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(STYLED)
 	$(BIN)/mypy
 
 # Built against the torch in .venv: an isolated build would fetch a torch of its own.

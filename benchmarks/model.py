@@ -66,7 +66,7 @@ class Tile:
         queries, keys: rows and columns of a tile of logits.
         shared_rows: rows that share one reading of the other operand from shared memory.
         width: columns of query, key and value that are worked on: the head size, padded.
-        slices: programs that share a block of keys, each with its own columns of dK and dV.
+        slices: programs that share a block of keys, each with its own columns of grad_key and grad_value.
     """
 
     queries: int
@@ -74,10 +74,6 @@ class Tile:
     shared_rows: int
     width: int
     slices: int = 1
-
-
-# Names of the kernels' tilings in csrc/cuda/tiling.h.
-_TILINGS = {"forward": "Forward", "split": "Decode", "queries": "GradQuery", "keys": "GradKey"}
 
 
 @cache
@@ -88,20 +84,21 @@ def _cuda_tilings() -> dict[tuple[bool, int], str]:
 
 
 def tile(backend: str, kernel: str, case: Case, arch: int) -> Tile:
-    """The tile of a kernel: "forward", "split" (decoding), "keys" (dK, dV, dcause) or "queries" (dQ)."""
+    """The tile of a kernel: "forward", "decode", "backward_keys" or "backward_queries"."""
     full = case.dtype == torch.float32
     if backend == "cuda":
         width = min(width for is_full, width in _cuda_tilings() if is_full == full and width >= case.dim)
         text = _cuda_tilings()[full, width]
-        found = re.search(rf"using {_TILINGS[kernel]} = Tiling<(\d+), (\d+), (\d+), \d+>", text)
+        name = kernel.title().replace("_", "")
+        found = re.search(rf"using {name} = Tiling<(\d+), (\d+), (\d+), \d+>", text)
         warps, row_tiles, columns = map(int, found.groups())
         rows = 16 * warps * row_tiles
-        slices = int(re.search(r"kSlices = (\d+)", text).group(1)) if kernel == "keys" else 1
+        slices = int(re.search(r"kSlices = (\d+)", text).group(1)) if kernel == "backward_keys" else 1
         # A warp reads the other operand's tile for its own rows.
-        shape = (columns, rows) if kernel == "keys" else (rows, columns)
+        shape = (columns, rows) if kernel == "backward_keys" else (rows, columns)
         return Tile(*shape, 16 * row_tiles, width, slices)
     chosen = configuration(kernel, case.dim, case.dtype, arch, case.dropout_p > 0)
-    rows = chosen.block_n if kernel == "keys" else chosen.block_m
+    rows = chosen.block_n if kernel == "backward_keys" else chosen.block_m
     # mma is a warp's, wgmma a group's of four warps, tcgen05 a block's.
     units = {80: chosen.num_warps, 90: max(1, chosen.num_warps // 4), 100: 1}[arch]
     return Tile(chosen.block_m, chosen.block_n, max(16, rows // units), block_d(case.dim))
@@ -152,7 +149,7 @@ def _sequences(case: Case) -> list[int]:
 
 def forward(case: Case, backend: str, arch: int) -> Work:
     """The forward pass. Decoding packs a group's heads into the rows of a tile and gives parts of the keys to many programs."""
-    cut = tile(backend, "split" if case.decoding else "forward", case, arch)
+    cut = tile(backend, "decode" if case.decoding else "forward", case, arch)
     size, work = case.dtype.itemsize, Work()
     heads = case.key_heads if case.decoding else case.heads
     for length in _sequences(case):
@@ -170,13 +167,14 @@ def forward(case: Case, backend: str, arch: int) -> Work:
 
 
 def backward(case: Case, backend: str, arch: int) -> Work:
-    """The backward pass: D, then dK, dV and dcause, then dQ. Logits are computed twice, so that nothing is summed by atomics."""
+    """The backward pass: delta, then `backward_keys`, then `backward_queries`. Both compute the logits, so that nothing is summed
+    by atomics."""
     size, total = case.dtype.itemsize, Work()
-    for kernel, instructions in (("keys", KEYS_INSTRUCTIONS), ("queries", QUERIES_INSTRUCTIONS)):
+    for kernel, instructions in (("backward_keys", KEYS_INSTRUCTIONS), ("backward_queries", QUERIES_INSTRUCTIONS)):
         cut = tile(backend, kernel, case, arch)
-        kept, walked = (cut.keys, cut.queries) if kernel == "keys" else (cut.queries, cut.keys)
-        # q k and do v, once per slice; then dv and dk, or dq.
-        products = 2 * cut.slices + (2 if kernel == "keys" else 1)
+        kept, walked = (cut.keys, cut.queries) if kernel == "backward_keys" else (cut.queries, cut.keys)
+        # query key and grad_output value, once per slice; then grad_value and grad_key, or grad_query.
+        products = 2 * cut.slices + (2 if kernel == "backward_keys" else 1)
         programs = 0
         for length in _sequences(case):
             tiles = executed_tiles(length, length, cut) * case.heads
@@ -185,10 +183,10 @@ def backward(case: Case, backend: str, arch: int) -> Work:
             total.exponentials += logits * cut.slices
             total.instructions += (instructions + _dropout(case)) * logits * cut.slices
             total.shared += tiles * walked * cut.width * size * (2 * cut.slices + products * kept / cut.shared_rows)
-            programs += -(-length // kept) * (case.key_heads * cut.slices if kernel == "keys" else case.heads)
+            programs += -(-length // kept) * (case.key_heads * cut.slices if kernel == "backward_keys" else case.heads)
         total.programs = min(total.programs or programs, programs)
     for length in _sequences(case):
-        # D reads two tensors like query, each kernel two like query and two like key; the results are written.
+        # delta reads two tensors like query, each kernel two like query and two like key; the results are written.
         total.hbm += _bytes(case, length, length, query_like=2 + 2 + 2 + 1, key_like=2 + 2 + 2, rows=5)
     return total
 

@@ -40,8 +40,8 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 ASYNC_COPIES = ("LDGSTS", "UBLKCP", "UTMALDG")
 LOCAL_ACCESSES = ("LDL", "STL")
-WITH_PRODUCTS = ("forward", "keys", "queries", "split")
-WITHOUT_PRODUCTS = ("weights", "delta", "merge", "grad_cause")
+WITH_PRODUCTS = ("forward", "decode", "backward_keys", "backward_queries")
+WITHOUT_PRODUCTS = ("weights", "merge", "delta", "grad_cause")
 
 
 @dataclass(frozen=True)
@@ -191,19 +191,6 @@ def triton_figures(variant: aot.Variant, arch: int) -> list[Figures]:
 # --- CUDA.
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-CUDA_DTYPES = {"float": "fp32", "BFloat16": "bf16", "Float16": "fp16"}
-# Of each kernel template: the kernel's name in the table.
-CUDA_KERNELS = {
-    "WeightsKernel": "weights",
-    "ForwardKernel": "forward",
-    "CombineKernel": "merge",
-    "DeltaKernel": "delta",
-    "GradKeyKernel": "keys",
-    "GradQueryKernel": "queries",
-    "GradCauseKernel": "grad_cause",
-}
-# What the template parameters after dtype and head size are for.
-CUDA_OPTIONS = ("dropout", "split")
 
 
 @cache
@@ -241,13 +228,14 @@ int main() {{
     return [tuple(map(int, line.split())) for line in lines]  # type: ignore[misc]
 
 
-def cuda_figures(source: str, arch: int) -> list[Figures]:
-    """Compile C++ and read its kernels."""
+def cuda_figures(source: str, dtype: str, arch: int) -> list[Figures]:
+    """Compile C++ for a dtype and read its kernels."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unit, cubin = folder / "kernels.cu", folder / "kernels.cubin"
         unit.write_text(source)
-        run("nvcc", "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-o", str(cubin), str(unit))
+        flags = ("-std=c++20", "-O3", f"-arch=sm_{arch}", f"-DEMPCAUSE_DTYPE={dtype}")
+        run("nvcc", *flags, "-cubin", "-o", str(cubin), str(unit))
         found = read_code(cubin)
         # void empcause::cuda::run<KERNEL>(KERNEL::Arguments)
         signatures = run("c++filt", *found).splitlines()
@@ -260,21 +248,18 @@ def cuda_figures(source: str, arch: int) -> list[Figures]:
         shared = dynamic + max(0, static - (SHARED_RESERVED if arch >= 90 else 0))
         possible = possible_blocks(arch, registers, threads, shared)
         figures = (registers, local, shared, threads, planned, possible, matrix, copies, cuda_compiler())
-        rows.append(Figures("cuda", *kernel_of(kernel), arch, *figures))
+        name, head_dim, options = kernel_of(kernel)
+        rows.append(Figures("cuda", name, dtype, head_dim, options, arch, *figures))
     return rows
 
 
-def kernel_of(kernel: str) -> tuple[str, str, int, str]:
-    """Kernel, dtype, head size and options by a kernel's C++ type; what knows no dtype computes in fp32, no head size is 0."""
-    name, _, parameters = kernel.removesuffix(">").replace("empcause::cuda::", "").partition("<")
-    words = [word.strip() for word in parameters.split(",") if word]
-    dtype, head_dim, *flags = [*words, *["float", "0"][len(words) :]]
-    chosen = [option for option, flag in zip(CUDA_OPTIONS, flags, strict=False) if flag == "true"]
-    kind = CUDA_KERNELS[name]
-    if "split" in chosen:
-        chosen.remove("split")
-        kind = "split"
-    return kind, CUDA_DTYPES[dtype], int(head_dim), " ".join(chosen)
+def kernel_of(kernel: str) -> tuple[str, int, str]:
+    """Kernel, head size and options by a kernel's C++ type, as in BackwardKeysKernel<T, 64, true>. The flag is for dropout; what
+    knows no head size has 0."""
+    name, _, parameters = kernel.removeprefix("empcause::cuda::").partition("<")
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("Kernel")).lower()
+    numbers = re.findall(r"\b\d+\b", parameters)
+    return name, int(numbers[0]) if numbers else 0, "dropout" if "true" in parameters else ""
 
 
 # --- Judging.
@@ -389,11 +374,16 @@ def perform(task: Task) -> list[Figures]:
 
 
 # What trains GPT-2 in bf16, and decodes.
-FAST = {("forward", "causal"), ("keys", "causal cause_grad"), ("queries", "causal"), ("split", "causal")}
+FAST = {
+    ("forward", "causal"),
+    ("decode", "causal"),
+    ("backward_keys", "causal cause_grad"),
+    ("backward_queries", "causal"),
+}
 FAST_CUDA = (
-    "ForwardKernel<BFloat16, 64, false, false>",
-    "GradKeyKernel<BFloat16, 64, false>",
-    "GradQueryKernel<BFloat16, 64, false>",
+    "ForwardKernel<BFloat16, 64, false>",
+    "BackwardKeysKernel<BFloat16, 64, false>",
+    "BackwardQueriesKernel<BFloat16, 64, false>",
 )
 
 
@@ -412,11 +402,13 @@ def cuda_tasks(fast: bool, dtypes: Collection[str]) -> Iterator[Task]:
     if fast:
         for kernel in FAST_CUDA:
             kind = f"run<{kernel}>(const __grid_constant__ {kernel}::Arguments)"
-            yield cuda_figures, (f"{headers()}\nnamespace empcause::cuda {{ template __global__ void {kind}; }}\n", 80)
+            source = f"{headers()}\nnamespace empcause::cuda {{ template __global__ void {kind}; }}\n"
+            yield cuda_figures, (source, "bf16", 80)
     else:
-        left_out = {f"kernels_{dtype}" for dtype in aot.DTYPES if dtype not in dtypes}
-        units = sorted(unit for unit in SOURCES.glob("*.cu") if unit.stem not in left_out)
-        yield from ((cuda_figures, (f'#include "{unit}"\n', arch)) for unit in units for arch in SHARED_BYTES)
+        # What knows no dtype computes in fp32.
+        units = [("dispatch.cu", "fp32"), *(("kernels.cu", dtype) for dtype in dtypes)]
+        for unit, dtype in units:
+            yield from ((cuda_figures, (f'#include "{SOURCES / unit}"\n', dtype, arch)) for arch in SHARED_BYTES)
 
 
 TASKS = {"cuda": cuda_tasks, "triton": triton_tasks}  # what takes longest first

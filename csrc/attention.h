@@ -11,11 +11,11 @@
 
 #include <cstdint>
 
-// Functions of this header are static: units built for different instruction sets must not share one.
+// Of every function of this header, which every unit has for itself: the CPU's units must not share one (cpu/isa.h).
 #if defined(__CUDACC__)
 #define EMPCAUSE_EVERYWHERE __host__ __device__
 #else
-#define EMPCAUSE_EVERYWHERE
+#define EMPCAUSE_EVERYWHERE [[gnu::always_inline]]
 #endif
 
 namespace empcause {
@@ -53,7 +53,8 @@ struct Attention {
   const int64_t* seed = nullptr;  // null without dropout
   DType dtype;
   Matrices query, key, value, output;
-  Matrices rounding;    // int16: the output before it was rounded to bf16 or fp16, less the output, in units of fp32's last place; may be null
+  // int16: the output before it was rounded to bf16 or fp16, less the output, in units of fp32's last place; may be null.
+  Matrices rounding;
   Rows weight;          // w_j; 0 takes the key out
   Rows maximum, total;  // LSE_i = ln 2 * maximum_i + log total_i; a row without a key has total 0
 };
@@ -69,9 +70,9 @@ struct AttentionBackward {
 
 // Key weights w_j = key_mask_j * (1 + strength * cause_j) to be computed, contiguous [batch, heads, keys].
 struct KeyWeights {
-  int64_t batch, heads, keys;       // of the result
-  const float* cause = nullptr;     // null: all weights are 0 or 1
-  int64_t cause_batch, cause_head;  // strides; keys are contiguous
+  int64_t batch, heads, keys;            // of the result
+  const float* cause = nullptr;          // null: all weights are 0 or 1
+  int64_t cause_batch, cause_head;       // strides; keys are contiguous
   const float* head_strength = nullptr;  // [heads], or null: `strength` for all
   float strength;
   const bool* key_mask = nullptr;  // [batch, keys], or null: all keys

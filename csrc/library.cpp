@@ -1,10 +1,10 @@
 // torch.ops.empcause_cpu: the raw operators on the CPU.
 #include <algorithm>
 
-#include "cpu/attention.h"
+#include "cpu/kernels.h"
 #include "cpu/weights.h"
 #include "operators.h"
-#include "parallel.h"
+#include "torch/parallel.h"
 
 namespace empcause {
 namespace {

@@ -4,8 +4,9 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/limits.h"
+#include "torch/parallel.h"
 
 namespace py = pybind11;
 
@@ -37,7 +38,7 @@ int64_t multiply_adds(int64_t rounds, int64_t tasks, bool bfloat16) {
   } work{bfloat16 ? empcause::DType::kBFloat16 : empcause::DType::kFloat32, rounds, flops.data()};
   const auto task = [](void* pointer, int64_t index, int64_t) {
     const Work& w = *static_cast<const Work*>(pointer);
-    w.flops[index] = empcause::cpu::select_kernels().multiply_adds(w.dtype, w.rounds);
+    w.flops[index] = empcause::cpu::select_limits().multiply_adds(w.dtype, w.rounds);
   };
   empcause::parallel_for(tasks, task, &work);
   return std::accumulate(flops.begin(), flops.end(), int64_t{0});
@@ -54,7 +55,7 @@ float read_all(uintptr_t address, int64_t count, int64_t tasks) {
   const auto task = [](void* pointer, int64_t index, int64_t) {
     const Work& w = *static_cast<const Work*>(pointer);
     const int64_t first = w.count * index / w.tasks, last = w.count * (index + 1) / w.tasks;
-    w.sums[index] = empcause::cpu::select_kernels().read_all(w.data + first, last - first);
+    w.sums[index] = empcause::cpu::select_limits().read_all(w.data + first, last - first);
   };
   empcause::parallel_for(tasks, task, &work);
   return std::accumulate(sums.begin(), sums.end(), 0.0f);

@@ -23,9 +23,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OPTIONS = {
     "forward": ("", "causal", "causal dropout", "causal packed"),
     "delta": ("",),
-    "keys": ("causal", "causal cause_grad", "causal dropout cause_grad", "causal cause_grad packed"),
-    "queries": ("causal", "causal dropout", "causal packed"),
-    "split": ("causal", "causal packed"),
+    "backward_keys": ("causal", "causal cause_grad", "causal dropout cause_grad", "causal cause_grad packed"),
+    "backward_queries": ("causal", "causal dropout", "causal packed"),
+    "decode": ("causal", "causal packed"),
     "merge": ("",),
 }
 
@@ -114,7 +114,7 @@ class _Absent:
 
 @cache
 def _launches(variant: Variant, arch: int) -> dict[str, Launch]:
-    batch, heads, queries, keys = 4, 8, 1 if variant.kernel in ("split", "merge") else 1024, 1024
+    batch, heads, queries, keys = 4, 8, 1 if variant.kernel in ("decode", "merge") else 1024, 1024
     dim, words = variant.head_dim or 64, variant.options.split()
 
     def meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -1,19 +1,19 @@
 """Backward pass: probabilities are computed again from what the forward pass left of each row (compare csrc/cpu/backward.h).
 
-    e_ij = exp(x_ij - LSE_i)            b_ij = w_j e_ij
-    dP_ij = Z_ij (do_i . v_j)           D_i = do_i . o_i
-    dV_j = sum_i b_ij Z_ij do_i         dS_ij = b_ij (dP_ij - D_i)
-    dw_j = sum_i e_ij (dP_ij - D_i)
+    e_ij = exp(x_ij - LSE_i)               b_ij = w_j e_ij
+    dP_ij = Z_ij (do_i . v_j)              delta_i = do_i . o_i
+    grad_value_j = sum_i b_ij Z_ij do_i    dS_ij = b_ij (dP_ij - delta_i)
+    grad_weight_j = sum_i e_ij (dP_ij - delta_i)
 
-The weight is part of the exponent, as in the forward pass, and what is summed for dw is w dw. Where a key has weight 0, and so no
-b, it is left out: then e is what dw needs.
+The weight is part of the exponent, as in the forward pass, and what is summed for grad_weight is w grad_weight. Where a key
+has weight 0, and so no b, it is left out: then e is what grad_weight needs.
 
-Three kernels: D; then dK, dV and dw, where a program owns a block of keys of a key head and walks through the query rows of
-every head that shares it; then dQ, where it owns a block of query rows and walks through the keys. Nothing is shared between
-programs, so there are no atomics and every sum has one order.
+Three kernels: delta; then grad_key, grad_value and grad_weight, where a program owns a block of keys of a key head and walks
+through the query rows of every head that shares it; then grad_query, where it owns a block of query rows and walks through the
+keys. Nothing is shared between programs, so there are no atomics and every sum has one order.
 
-Kept probabilities share the factor z = 1 / (1 - p), so dP - D = z (do . v - D / z) where kept: the loops compute with D / z,
-and z is multiplied once, at the end.
+Kept probabilities share the factor z = 1 / (1 - p), so dP - delta = z (do . v - delta / z) where kept: the loops compute with
+delta / z, and z is multiplied once, at the end.
 """
 
 import triton
@@ -34,8 +34,8 @@ from empcause.kernels.attention import (
 )
 from empcause.kernels.dropout import kept
 
-# e may overflow for a key whose weight is 0, where only dw uses it: x - LSE is capped at 80 there, as on every backend; here as a
-# power of two.
+# e may overflow for a key whose weight is 0, where only grad_weight uses it: x - LSE is capped at 80 there, as on every backend;
+# here as a power of two.
 LARGEST_EXPONENT: tl.constexpr = tl.constexpr(80.0 * 1.4426950408889634)
 
 
@@ -54,7 +54,7 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """D of every row, 0 for dead ones. Packed or not makes no difference here: one batch of all rows."""
+    """delta of every row, 0 for dead ones. Packed or not makes no difference here: one batch of all rows."""
     pair = tl.program_id(0) // num_blocks
     outer = pair // num_heads
     head = pair % num_heads
@@ -73,7 +73,7 @@ def delta_kernel(
 
 
 @triton.jit
-def accumulate_keys(
+def attend_backward_keys(
     grad_key,
     grad_value,
     grad_weight,
@@ -151,7 +151,7 @@ def accumulate_keys(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def keys_kernel(
+def backward_keys_kernel(
     grad_output,
     query,
     key,
@@ -189,7 +189,8 @@ def keys_kernel(
     DROPOUT: tl.constexpr,
     CAUSE_GRAD: tl.constexpr,
 ):
-    """dK, dV and, if CAUSE_GRAD, dw `[batch, num_heads, total_keys]`: one program per block of keys of a key head."""
+    """grad_key, grad_value and, if CAUSE_GRAD, grad_weight `[batch, num_heads, total_keys]`; one program per block of keys of a
+    key head."""
     num_key_heads = num_heads // group
     pair = tl.program_id(0) // num_blocks
     batch = pair // num_key_heads
@@ -225,7 +226,7 @@ def keys_kernel(
         )
         weight_sum = tl.zeros([BLOCK_N], tl.float32)
         for bounded in tl.static_range(1 if CAUSAL else 0, -1, -1):
-            key_sum, value_sum, weight_sum = accumulate_keys(
+            key_sum, value_sum, weight_sum = attend_backward_keys(
                 key_sum,
                 value_sum,
                 weight_sum,
@@ -278,7 +279,7 @@ def keys_kernel(
 
 
 @triton.jit
-def accumulate_queries(
+def attend_backward_queries(
     grad_query,
     q,
     do,
@@ -310,7 +311,7 @@ def accumulate_queries(
 
     Args:
         grad_query: running sum, in units of z and without the scale.
-        maximum, log_total: of LSE, in powers of two; d: D / z.
+        maximum, log_total: of LSE, in powers of two; d: delta / z.
         key, value, log2_weight: pointers to key 0.
         last_keys: the last key that each row sees.
         BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
@@ -342,7 +343,7 @@ def accumulate_queries(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def queries_kernel(
+def backward_queries_kernel(
     grad_output,
     query,
     key,
@@ -376,7 +377,7 @@ def queries_kernel(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """dQ: one program per block of query rows of a head, as in the forward pass."""
+    """grad_query: one program per block of query rows of a head, as in the forward pass."""
     pair = tl.program_id(0) // num_blocks
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
     batch = pair // num_heads
@@ -404,7 +405,7 @@ def queries_kernel(
     full, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
     query_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for bounded in tl.static_range(2):
-        query_sum = accumulate_queries(
+        query_sum = attend_backward_queries(
             query_sum,
             q,
             do,

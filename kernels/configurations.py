@@ -65,7 +65,7 @@ _HALF = {
             256: (_C(128, 32, 8), _C(128, 32, 8)),
         },
     },
-    "keys": {
+    "backward_keys": {
         80: {
             64: (_C(32, 64, 4, 2), _C(16, 128, 8)),
             128: (_C(32, 64, 8), _C(32, 32, 8)),
@@ -82,7 +82,7 @@ _HALF = {
             256: (_C(32, 64, 8), _C(32, 64, 8, num_stages=3)),
         },
     },
-    "queries": {
+    "backward_queries": {
         80: {
             64: (_C(128, 64, 8), _C(64, 32, 4, 2)),
             128: (_C(128, 32, 8), _C(64, 32, 4, 2)),
@@ -109,12 +109,12 @@ _FULL = {
         128: (_C(32, 32, 8, num_stages=1), _C(32, 16, 8)),
         256: (_C(32, 16, 8, num_stages=1), _C(16, 16, 8)),
     },
-    "keys": {
+    "backward_keys": {
         64: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
         128: (_C(16, 32, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
         256: (_C(16, 16, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
     },
-    "queries": {
+    "backward_queries": {
         64: (_C(64, 32, 8), _C(64, 32, 8, num_stages=1)),
         128: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
         256: (_C(16, 16, 8), _C(16, 16, 8)),
@@ -122,8 +122,8 @@ _FULL = {
 }
 
 # Decoding is bound by memory: enough bytes in flight per SM, and rows no more than a matrix instruction's 16.
-_SPLIT = {64: _C(16, 64, 4, 4), 128: _C(16, 64, 4, 2), 256: _C(16, 32, 4, 2)}
-_SPLIT_FULL = {64: _C(16, 64, 8), 128: _C(16, 32, 4, 2, 1), 256: _C(16, 16, 4, 2, 1)}
+_DECODE = {64: _C(16, 64, 4, 4), 128: _C(16, 64, 4, 2), 256: _C(16, 32, 4, 2)}
+_DECODE_FULL = {64: _C(16, 64, 8), 128: _C(16, 32, 4, 2, 1), 256: _C(16, 16, 4, 2, 1)}
 # One pass over rows of output and its gradient; block_n is not used.
 _DELTA = {64: _C(32, 1, 4, 4), 128: _C(16, 1, 4, 4), 256: _C(8, 1, 4, 4)}
 
@@ -137,7 +137,7 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
     """The configuration of a kernel.
 
     Args:
-        kernel: "forward", "keys", "queries", "split" or "delta".
+        kernel: "forward", "backward_keys", "backward_queries", "decode" or "delta".
         head_dim: up to 256.
         arch: compute capability times 10.
         dropout: whether the call drops probabilities.
@@ -146,8 +146,8 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
     full = dtype == torch.float32
     if kernel == "delta":
         return _DELTA[size]
-    if kernel == "split":
-        return (_SPLIT_FULL if full else _SPLIT)[size]
+    if kernel == "decode":
+        return (_DECODE_FULL if full else _DECODE)[size]
     if full:
         return _FULL[kernel][size][dropout]
     # sm_87 has sm_80's shared memory; what has less of it, or is newer than the table, takes sm_80's tiles buffered once.
@@ -155,5 +155,5 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
     chosen = _HALF[kernel][family or 80][size][dropout]
     if family:
         return chosen
-    fewer_rows = kernel == "queries" and size == 256  # two operands of 64 rows alone would take 64 KiB
+    fewer_rows = kernel == "backward_queries" and size == 256  # two operands of 64 rows alone would take 64 KiB
     return replace(chosen, num_stages=3, block_m=32 if fewer_rows else chosen.block_m)

@@ -1,4 +1,4 @@
-"""Decoding: few query rows over many keys. The keys are split between programs, and a second kernel merges the parts.
+"""Decoding: few query rows over many keys. Programs have parts of the keys, and a second kernel merges what they found.
 
 Where the heads that share a key head also share their weights, one tile holds the rows of them all, and keys and values are
 read once for all of them; weights of its own give each head its own tile.
@@ -17,11 +17,11 @@ from empcause.kernels.attention import (
 )
 from empcause.kernels.forward import attend
 
-MAX_SPLITS = 128
+MAX_PARTS = 128
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def split_kernel(
+def decode_kernel(
     query,
     key,
     value,
@@ -44,8 +44,8 @@ def split_kernel(
     total_keys,
     max_queries,
     num_outer,
-    splits,
-    keys_per_split,
+    parts,
+    part_keys,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,13 +53,13 @@ def split_kernel(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One part of the keys: its output `[splits, num_outer, rows, heads, head_dim]`, and the maximum and total of its rows
-    `[splits, num_outer, heads, rows]`, all fp32.
+    """One part of the keys: its output `[parts, num_outer, rows, heads, head_dim]`, and the maximum and total of its rows
+    `[parts, num_outer, heads, rows]`, all fp32.
 
     Row r of the tile is query `r % max_queries` of head `first_head + r // max_queries`; `packed_heads` heads share the tile.
     """
-    split = tl.program_id(0) % splits
-    unit = tl.program_id(0) // splits
+    part = tl.program_id(0) % parts
+    unit = tl.program_id(0) // parts
     batch = unit // (num_heads // packed_heads)
     first_head = unit % (num_heads // packed_heads) * packed_heads
     outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
@@ -75,8 +75,8 @@ def split_kernel(
         row_pointer(query, query_strides, outer, heads, query_begin + rows)[:, None] + columns, mask=mask, other=0.0
     )
 
-    begin = split * keys_per_split
-    end = tl.minimum(begin + keys_per_split, num_keys)
+    begin = part * part_keys
+    end = tl.minimum(begin + part_keys, num_keys)
     seen_by_all = end
     last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
     if CAUSAL:
@@ -85,13 +85,13 @@ def split_kernel(
         seen_by_all = tl.minimum(end, offset + 1)
     full = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_N * BLOCK_N
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     for bounded in tl.static_range(2):
-        accumulator, row_max, row_sum = attend(
+        accumulator, maximum, total = attend(
             accumulator,
-            row_max,
-            row_sum,
+            maximum,
+            total,
             q,
             row_pointer(key, key_strides, outer, first_head // group, key_begin),
             row_pointer(value, value_strides, outer, first_head // group, key_begin),
@@ -115,14 +115,14 @@ def split_kernel(
             False,
         )
 
-    dead = row_sum == 0.0
-    result = tl.where(dead[:, None], 0.0, accumulator / tl.where(dead, 1.0, row_sum)[:, None])
-    part = split * num_outer + outer
-    place = result_index(part, heads, query_begin + rows, total_queries, num_heads)
+    dead = total == 0.0
+    result = tl.where(dead[:, None], 0.0, accumulator / tl.where(dead, 1.0, total)[:, None])
+    part_outer = part * num_outer + outer
+    place = result_index(part_outer, heads, query_begin + rows, total_queries, num_heads)
     tl.store(part_output + place[:, None] * HEAD_DIM + columns, result, mask=mask)
-    index = row_index(part, heads, query_begin + rows, total_queries, num_heads)
-    tl.store(part_maximum + index, row_max, mask=inside)
-    tl.store(part_total + index, row_sum, mask=inside)
+    index = row_index(part_outer, heads, query_begin + rows, total_queries, num_heads)
+    tl.store(part_maximum + index, maximum, mask=inside)
+    tl.store(part_total + index, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -135,11 +135,11 @@ def merge_kernel(
     num_heads,
     total_queries,
     num_outer,
-    splits,
+    parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
 ):
     """Merges the parts in their order; one program per row of a head. Dead rows become 0."""
     head = tl.program_id(0) % num_heads
@@ -152,16 +152,16 @@ def merge_kernel(
     part_total += index
     place = result_index(outer, head, row, total_queries, num_heads)
 
-    every = tl.arange(0, MAX_SPLITS)
-    maxima = tl.load(part_maximum + every * per_part, mask=every < splits, other=float("-inf"))
+    every = tl.arange(0, MAX_PARTS)
+    maxima = tl.load(part_maximum + every * per_part, mask=every < parts, other=float("-inf"))
     shift = tl.max(maxima, 0)
     shift = tl.where(shift == float("-inf"), 0.0, shift)
-    totals = tl.load(part_total + every * per_part, mask=every < splits, other=0.0)
+    totals = tl.load(part_total + every * per_part, mask=every < parts, other=0.0)
     total = tl.sum(totals * tl.exp2(maxima - shift), 0)
     result = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
-        inside = part < splits
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        inside = part < parts
         maximum = tl.load(part_maximum + part * per_part, mask=inside, other=float("-inf"))
         share = tl.load(part_total + part * per_part, mask=inside, other=0.0) * tl.exp2(maximum - shift)
         pointers = part_output + (part * per_part + place)[:, None] * HEAD_DIM + columns

@@ -20,8 +20,8 @@ from empcause.kernels.dropout import kept
 @triton.jit
 def attend(
     accumulator,
-    row_max,
-    row_sum,
+    maximum,
+    total,
     query,
     key,
     value,
@@ -47,7 +47,7 @@ def attend(
     """One block of query rows against the keys [begin, end), tile by tile.
 
     Args:
-        accumulator, row_max, row_sum: running output, unnormalised, with the maximum (in powers of two) it refers to and the
+        accumulator, maximum, total: running output, unnormalised, with the maximum (in powers of two) it refers to and the
             sum of the weighted probabilities.
         query: the rows themselves; `first_row` the number of the first, for dropout.
         key, value, log2_weight: pointers to key 0.
@@ -56,7 +56,7 @@ def attend(
         BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
 
     Returns:
-        accumulator, row_max, row_sum.
+        accumulator, maximum, total.
     """
     columns = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
@@ -78,12 +78,12 @@ def attend(
             seen = seen & (columns[None, :] <= (last_keys - start)[:, None])
         logits = tl.where(seen, logits, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         probability = tl.exp2(logits - shift[:, None])
-        correction = tl.exp2(row_max - shift)
-        row_sum = row_sum * correction + tl.sum(probability, 1)
-        row_max = new_max
+        correction = tl.exp2(maximum - shift)
+        total = total * correction + tl.sum(probability, 1)
+        maximum = new_maximum
         if DROPOUT:
             keep = kept(seed, batch_head, first_row, start, threshold, BLOCK_M, BLOCK_N)
             probability = tl.where(keep, probability, 0.0)
@@ -91,7 +91,7 @@ def attend(
         v = load_rows(shifted(value, start, value_stride), value_stride, present, BLOCK_N, HEAD_DIM, BLOCK_D)
         accumulator = accumulator * correction[:, None]
         accumulator = tl.dot(probability.to(v.dtype), v, accumulator, input_precision="ieee")
-    return accumulator, row_max, row_sum
+    return accumulator, maximum, total
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -149,13 +149,13 @@ def forward_kernel(
 
     full, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     for bounded in tl.static_range(2):
-        accumulator, row_max, row_sum = attend(
+        accumulator, maximum, total = attend(
             accumulator,
-            row_max,
-            row_sum,
+            maximum,
+            total,
             q,
             key,
             value,
@@ -179,11 +179,11 @@ def forward_kernel(
             DROPOUT,
         )
 
-    dead = row_sum == 0.0
-    factor = kept_factor / tl.where(dead, 1.0, row_sum)
+    dead = total == 0.0
+    factor = kept_factor / tl.where(dead, 1.0, total)
     result = tl.where(dead[:, None], 0.0, accumulator * factor[:, None])
     place = result_index(outer, head, query_begin + first_row, total_queries, num_heads) * HEAD_DIM
     store_rows(output + place, num_heads * HEAD_DIM, result, inside, BLOCK_M, HEAD_DIM, BLOCK_D)
     dtype: tl.constexpr = query.dtype.element_ty
     lse = logsumexp_pointer(statistics, outer, head, query_begin + rows, total_queries, num_heads, dtype)
-    store_logsumexp(lse, total_queries, row_max, row_sum, inside, dtype)
+    store_logsumexp(lse, total_queries, maximum, total, inside, dtype)

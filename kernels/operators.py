@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 import triton
 from empcause.kernels import weights
-from empcause.kernels.backward import delta_kernel, keys_kernel, queries_kernel
+from empcause.kernels.backward import backward_keys_kernel, backward_queries_kernel, delta_kernel
 from empcause.kernels.configurations import Configuration, block_d, configuration
-from empcause.kernels.decode import MAX_SPLITS, merge_kernel, split_kernel
+from empcause.kernels.decode import MAX_PARTS, decode_kernel, merge_kernel
 from empcause.kernels.forward import forward_kernel
 from torch import Tensor
 
@@ -308,17 +308,17 @@ class Call:
         )
 
     def decode(self, output: Tensor, statistics: Tensor, packed_heads: int) -> None:
-        tiles = self.configuration("split")
+        tiles = self.configuration("decode")
         units = self.batch * self.num_heads // packed_heads
         wanted = triton.cdiv(2 * _multiprocessors(self.query.device), max(units, 1))
-        splits = max(1, min(wanted, triton.cdiv(self.max_keys, 256), MAX_SPLITS))
-        keys_per_split = triton.cdiv(triton.cdiv(self.max_keys, splits), tiles.block_n) * tiles.block_n
+        parts = max(1, min(wanted, triton.cdiv(self.max_keys, 256), MAX_PARTS))
+        part_keys = triton.cdiv(triton.cdiv(self.max_keys, parts), tiles.block_n) * tiles.block_n
         rows = self.outer * self.num_queries * self.num_heads
-        part_output = self.query.new_empty((splits, rows, self.head_dim), dtype=torch.float32)
-        part_maximum, part_total = self.query.new_empty((2, splits, rows), dtype=torch.float32)
+        part_output = self.query.new_empty((parts, rows, self.head_dim), dtype=torch.float32)
+        part_maximum, part_total = self.query.new_empty((2, parts, rows), dtype=torch.float32)
         self.launch(
-            split_kernel,
-            units * splits,
+            decode_kernel,
+            units * parts,
             self.query,
             self.key,
             self.value,
@@ -340,8 +340,8 @@ class Call:
             self.num_keys,
             max(self.max_queries, 1),
             self.outer,
-            splits,
-            keys_per_split,
+            parts,
+            part_keys,
             self.scale_log2,
             **self.constants(tiles),
         )
@@ -356,11 +356,11 @@ class Call:
             self.num_heads,
             self.num_queries,
             self.outer,
-            splits,
+            parts,
             HEAD_DIM=self.head_dim,
             BLOCK_D=block_d(self.head_dim),
-            BLOCK_S=16,
-            MAX_SPLITS=MAX_SPLITS,
+            BLOCK_P=16,
+            MAX_PARTS=MAX_PARTS,
             num_warps=4,
         )
 
@@ -389,10 +389,10 @@ class Call:
             packing = (self.cu_queries, self.cu_keys, self.query_offset, self.seed)
             sizes = (self.num_heads, self.num_heads // self.num_key_heads, self.num_queries, self.num_keys)
             numbers = (self.scale_log2, self.threshold, self.kept_factor)
-            tiles = self.configuration("keys")
+            tiles = self.configuration("backward_keys")
             blocks = triton.cdiv(self.max_keys, tiles.block_n)
             self.launch(
-                keys_kernel,
+                backward_keys_kernel,
                 self.batch * self.num_key_heads * blocks,
                 *rows,
                 self.log2_weight,
@@ -411,10 +411,10 @@ class Call:
                 DROPOUT=self.threshold != 0,
                 CAUSE_GRAD=cause_grad,
             )
-            tiles = self.configuration("queries")
+            tiles = self.configuration("backward_queries")
             blocks = triton.cdiv(self.max_queries, tiles.block_m)
             self.launch(
-                queries_kernel,
+                backward_queries_kernel,
                 self.batch * self.num_heads * blocks,
                 *rows,
                 self.log2_weight,

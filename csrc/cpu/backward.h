@@ -1,7 +1,11 @@
 // Backward pass: probabilities are computed again from what the forward pass left of each row. A task owns some tiles of keys of a key head,
 // and all query heads that share it, so every sum runs in a fixed order and nothing is shared between threads. grad_query
 // is summed over tiles in memory of the task's own; where few heads are cut into several tasks, their sums are added in order.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "forward.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 // e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it: x - LSE is capped there, as
 // on every backend.
@@ -34,8 +38,8 @@ struct QueryRows {
 
 // `scratch` holds rows of a block as they stand, [2, block rows, stride].
 template <class T>
-inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                         const QueryRows<T>& packed, float* scratch) {
+inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head,
+                         const Blocks& blocks, const QueryRows<T>& packed, float* scratch) {
   const Attention& a = g.forward;
   const int64_t dim = a.head_dim, stride = round_up(dim), row_stride = round_up(operands<T>(dim)), rows = blocks.rows();
   const auto offset = [&](const Matrices& m) { return batch * m.batch + head * m.head + s.query_begin * m.row; };
@@ -51,7 +55,8 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
     const Block block = blocks[i];
     // Rows as they stand are operands of sums over rows too, if they are of fp32.
     T* query_rows = kValues<T> == 1 ? packed.query + block.first * stride : reinterpret_cast<T*>(scratch);
-    T* grad_output_rows = kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
+    T* grad_output_rows =
+        kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
     // kWidth rows, and their deltas: summed in the order of the products grad_output . value, so that where one key has all the weight
     // the rounding of both is the same.
     const auto pack = [&]<DType kType>(int64_t first) {
@@ -138,29 +143,29 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
                             const TileScratch<T>& scratch, TileGradients& gradients, Upcoming& upcoming) {
   const Attention& a = g.forward;
   const int64_t query = block.first, rows = block.rows(), dim = a.head_dim, stride = round_up(dim);
-  const Parts parts(tile, a.causal, position, block.vecs);
-  if (parts.count == 0) return;
+  const Staircase stairs(tile, a.causal, position, block.vecs);
+  if (stairs.count == 0) return;
   const auto& [key, key_over_keys, value] = tile_rows;
   const auto& [probability, grad_logits, factor, grad_logits_rows] = scratch;
   const T* query_transposed = packed.query_transposed + query * operands<T>(dim);
   const T* grad_output_transposed = packed.grad_output_transposed + query * operands<T>(dim);
   const Vec scale = splat(a.scale * kLog2E);
   const InRuns depth{{operands<T>(dim)}};
-  if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
-  for (const Part& part : parts) {
-    const int64_t lane = part.first_vec * kWidth, vecs = block.vecs - part.first_vec, keys = part.end - part.begin;
-    matmul(keys, vecs, depth, Overwrite{}, key.data + part.begin * key.stride, key.stride, 1, query_transposed + lane, rows,
-           probability + part.begin * rows + lane, rows, upcoming);
-    matmul(keys, vecs, depth, Overwrite{}, value.data + part.begin * value.stride, value.stride, 1,
-           grad_output_transposed + lane, rows, grad_logits + part.begin * rows + lane, rows, upcoming);
-    for (int64_t j = part.begin; j < part.end; ++j) {
+  if (dropout.active()) dropout_factors(dropout, tile, stairs.step[stairs.count - 1].end, query, rows, factor);
+  for (const Step& step : stairs) {
+    const int64_t lane = step.first_vec * kWidth, vecs = block.vecs - step.first_vec, keys = step.end - step.begin;
+    matmul(keys, vecs, depth, Overwrite{}, key.data + step.begin * key.stride, key.stride, 1, query_transposed + lane,
+           rows, probability + step.begin * rows + lane, rows, upcoming);
+    matmul(keys, vecs, depth, Overwrite{}, value.data + step.begin * value.stride, value.stride, 1,
+           grad_output_transposed + lane, rows, grad_logits + step.begin * rows + lane, rows, upcoming);
+    for (int64_t j = step.begin; j < step.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.factor[j]);
       for (int64_t i = lane; i < rows; i += kWidth) {
         const Vec relative = logit(load(p + i), scale, tile.power[j]) - load(packed.maximum + query + i);
         const Vec inverse = load(packed.inverse + query + i);
         Vec e = removed ? exp2(capped(relative + log2(inverse))) : exp2(relative) * inverse;
-        if (part.ragged && i == lane) e = seen(tile, j, part, position) ? e : Vec{};
+        if (step.ragged && i == lane) e = seen(tile, j, step, position) ? e : Vec{};
         const Vec z = dropout.active() ? load(factor + tile.place[j] * rows + i) : splat(1.0f);
         const Vec centred = e * (z * load(grad + i) - load(packed.delta + query + i));
         gradients.weight[j] += centred;
@@ -171,56 +176,57 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     }
   }
   if (removed) return;
-  for (const Part& part : parts) {
-    // Queries before the part's first vector do not see its keys.
-    const int64_t lane = part.first_vec * kWidth, keys = part.end - part.begin, place = part.begin * rows + operands<T>(lane);
+  for (const Step& step : stairs) {
+    // Queries before the step's first vector do not see its keys.
+    const int64_t lane = step.first_vec * kWidth, keys = step.end - step.begin;
+    const int64_t place = step.begin * rows + operands<T>(lane);
     const T* queries = packed.query + operands<T>(query + lane) * stride;
     const T* grad_output = packed.grad_output + operands<T>(query + lane) * stride;
     const int64_t columns = stride / kWidth;
     const Equal queries_left{operands<T>(rows - lane)};
     const T *p = reinterpret_cast<const T*>(probability) + place, *grad = grad_logits_rows + place;
-    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + part.begin * stride, stride,
-           upcoming);
-    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + part.begin * stride, stride,
-           upcoming);
+    matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + step.begin * stride,
+           stride, upcoming);
+    matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + step.begin * stride,
+           stride, upcoming);
   }
   T* grad_logits_over_keys = reinterpret_cast<T*>(grad_logits);
   for (int64_t lane = 0; kValues<T> == 2 && lane < rows; lane += kWidth) {
     const auto values = [&](int64_t j) { return load(grad_logits + j * rows + lane); };
-    store_over_rows(parts.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
+    store_over_rows(stairs.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
   }
-  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride, grad_logits_over_keys, rows,
-         packed.grad_query + query * dim, rows, upcoming);
+  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride,
+         grad_logits_over_keys, rows, packed.grad_query + query * dim, rows, upcoming);
 }
 
-// How the work is divided: splits of the tiles of a key head, each with sums of grad_query of its own.
+// How the work is divided: parts of the tiles of a key head, each with sums of grad_query of its own.
 struct BackwardPlan {
   const AttentionBackward& g;
-  int64_t splits;
-  float* partial;  // [batch, head, split, query rows of the longest sequence, head_dim]; null where splits is 1
+  int64_t parts;
+  float* partial;  // [batch, head, part, query rows of the longest sequence, head_dim]; null where parts is 1
   int64_t partial_size;
 
-  float* partial_at(int64_t batch, int64_t head, int64_t split) const {
-    return partial + ((batch * g.forward.num_heads + head) * splits + split) * partial_size;
+  float* partial_at(int64_t batch, int64_t head, int64_t part) const {
+    return partial + ((batch * g.forward.num_heads + head) * parts + part) * partial_size;
   }
 };
 
-inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head, const Blocks& blocks,
-                              const float* grad_query) {
+inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head,
+                              const Blocks& blocks, const float* grad_query) {
   const Attention& a = g.forward;
   const int64_t offset = batch * g.grad_query.batch + head * g.grad_query.head + s.query_begin * g.grad_query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
     const int64_t left = s.num_queries - block.first, rows = left < block.rows() ? left : block.rows();
-    unpack_transposed(grad_query + block.first * a.head_dim, block.rows(), rows, a.head_dim,
-                      [&](int64_t) { return splat(a.scale); }, g.grad_query, a.dtype, offset + block.first * g.grad_query.row);
+    unpack_transposed(
+        grad_query + block.first * a.head_dim, block.rows(), rows, a.head_dim, [&](int64_t) { return splat(a.scale); },
+        g.grad_query, a.dtype, offset + block.first * g.grad_query.row);
   }
 }
 
-// Every splits-th tile of a key head.
+// Every parts-th tile of a key head.
 template <class T>
-inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t split,
-                              Upcoming& upcoming) {
+inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t part, Upcoming& upcoming) {
   const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
   const Sequence s = sequence(a, batch);
@@ -235,9 +241,10 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   const auto queries = [&](int64_t member) { return QueryRows<T>(scratch + member * size, rows, dim); };
   T* key = reinterpret_cast<T*>(scratch + group * size);
   T* value = key + kKeyTile * stride;
-  float* grad_key = reinterpret_cast<float*>(value + kKeyTile * stride);  // of all keys of a tile's range, and of all heads
+  // Of all keys of a tile's range and of all heads, and of those keys alone that take part.
+  float* grad_key = reinterpret_cast<float*>(value + kKeyTile * stride);
   float* grad_value = grad_key + kKeyTile * stride;
-  float* some_grad_key = grad_value + kKeyTile * stride;  // of those keys alone that take part
+  float* some_grad_key = grad_value + kKeyTile * stride;
   float* some_grad_value = some_grad_key + kKeyTile * stride;
   constexpr int64_t kTileSize = kKeyTile * kMostVecs * kWidth;
   float* probability = some_grad_value + kKeyTile * stride;
@@ -247,25 +254,29 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
   const TileScratch<T> tile_scratch{probability, grad_logits, factor, grad_logits_rows};
   T* key_over_keys = reinterpret_cast<T*>(factor + (1 + kPairs) * kTileSize);
 
-  static_assert(2 * kMostVecs * kWidth <= 4 * kKeyTile);  // the gradients' memory, not yet in use, holds rows of a block
+  // The gradients' memory, not yet in use, holds rows of a block.
+  static_assert(2 * kMostVecs * kWidth <= 4 * kKeyTile);
   for (int64_t member = 0; member < group; ++member) {
     pack_queries(g, s, batch, first_head + member, blocks, queries(member), grad_key);
   }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
-  for (int64_t first = split * kKeyTile; first < s.num_keys; first += plan.splits * kKeyTile) {
+  for (int64_t first = part * kKeyTile; first < s.num_keys; first += plan.parts * kKeyTile) {
     const int64_t keys = s.num_keys - first < kKeyTile ? s.num_keys - first : kKeyTile;
     for (int64_t i = 0; i < keys * stride; ++i) grad_key[i] = grad_value[i] = 0.0f;
     for (int64_t member = 0; member < group; ++member) {
       const int64_t head = first_head + member;
       const Dropout dropout(a, batch, head);
       const float* weight = a.weight.data + batch * a.weight.batch + head * a.weight.head + s.key_begin;
-      const bool* key_mask = g.key_mask == nullptr ? nullptr : g.key_mask + batch * g.key_mask_batch + s.key_begin + first;
+      const bool* key_mask =
+          g.key_mask == nullptr ? nullptr : g.key_mask + batch * g.key_mask_batch + s.key_begin + first;
       float* grad_weight = nullptr;
       if (g.grad_weight.data != nullptr) {
-        grad_weight = g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + s.key_begin + first;
+        grad_weight =
+            g.grad_weight.data + batch * g.grad_weight.batch + head * g.grad_weight.head + s.key_begin + first;
         for (int64_t j = 0; j < keys; ++j) grad_weight[j] = 0.0f;
       }
-      for (const bool removed : {false, true}) {
+      constexpr bool kPasses[] = {false, true};
+      for (const bool removed : kPasses) {
         if (removed && grad_weight == nullptr) continue;
         const KeyTile tile(weight, first, keys, [&](int64_t j, float w) {
           return removed ? w == 0.0f && (key_mask == nullptr || key_mask[j]) : w > 0.0f;
@@ -273,16 +284,18 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
         if (tile.count == 0) continue;
         const bool every = tile.count == keys;
         const int64_t readers = blocks.count * group;
-        TileRows<T> tile_rows{tile.rows<SumOver::kHeadDim>(a.key, a.dtype, offset(a.key), dim, readers, key), {},
+        TileRows<T> tile_rows{tile.rows<SumOver::kHeadDim>(a.key, a.dtype, offset(a.key), dim, readers, key),
+                              {},
                               tile.rows<SumOver::kHeadDim>(a.value, a.dtype, offset(a.value), dim, readers, value)};
-        tile_rows.key_over_keys =
-            kValues<T> == 1 ? tile_rows.key : tile.pack<SumOver::kKeys>(a.key, a.dtype, offset(a.key), dim, key_over_keys);
+        tile_rows.key_over_keys = kValues<T> == 1
+                                      ? tile_rows.key
+                                      : tile.pack<SumOver::kKeys>(a.key, a.dtype, offset(a.key), dim, key_over_keys);
         TileGradients gradients{every ? grad_key : some_grad_key, every ? grad_value : some_grad_value, {}};
         for (int64_t i = 0; !every && i < tile.count * stride; ++i) gradients.key[i] = gradients.value[i] = 0.0f;
         for (int64_t i = 0; i < blocks.count; ++i) {
           const Block block = blocks[i];
-          attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member), tile_scratch,
-                          gradients, upcoming);
+          attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member),
+                          tile_scratch, gradients, upcoming);
         }
         for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) {
           grad_weight[tile.place[j]] = __builtin_ldexpf(sum(gradients.weight[j]), -static_cast<int>(tile.power[j]));
@@ -297,17 +310,19 @@ inline void backward_key_head(const BackwardPlan& plan, int64_t batch, int64_t k
       }
     }
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, a.scale, grad_key + j * stride);
-      store_row(g.grad_value, a.dtype, offset(g.grad_value) + (first + j) * g.grad_value.row, dim, 1.0f, grad_value + j * stride);
+      store_row(g.grad_key, a.dtype, offset(g.grad_key) + (first + j) * g.grad_key.row, dim, a.scale,
+                grad_key + j * stride);
+      store_row(g.grad_value, a.dtype, offset(g.grad_value) + (first + j) * g.grad_value.row, dim, 1.0f,
+                grad_value + j * stride);
     }
   }
 
   for (int64_t member = 0; member < group; ++member) {
     const float* grad_query = queries(member).grad_query;
-    if (plan.splits == 1) {
+    if (plan.parts == 1) {
       unpack_grad_query(g, s, batch, first_head + member, blocks, grad_query);
     } else {
-      float* partial = plan.partial_at(batch, first_head + member, split);
+      float* partial = plan.partial_at(batch, first_head + member, part);
       for (int64_t i = 0; i < rows * dim; ++i) partial[i] = grad_query[i];
     }
   }
@@ -318,8 +333,8 @@ inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head
   const Sequence s = sequence(a, batch);
   const Blocks blocks(s.num_queries);
   float* total = plan.partial_at(batch, head, 0);
-  for (int64_t split = 1; split < plan.splits; ++split) {
-    const float* other = plan.partial_at(batch, head, split);
+  for (int64_t part = 1; part < plan.parts; ++part) {
+    const float* other = plan.partial_at(batch, head, part);
     for (int64_t i = 0; i < blocks.rows() * a.head_dim; ++i) total[i] += other[i];
   }
   unpack_grad_query(plan.g, s, batch, head, blocks, total);
@@ -333,34 +348,29 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
   const int64_t heads = a.batch * a.num_key_heads, tiles = (a.num_keys + kKeyTile - 1) / kKeyTile;
   if (heads == 0) return;
   BackwardPlan plan{g, clamped(kTasks / heads, 1, tiles < kFewestTiles ? 1 : tiles / kFewestTiles), nullptr, 0};
-  std::unique_ptr<float[]> partial;
-  if (plan.splits > 1) {
-    plan.partial_size = round_up(a.num_queries) * a.head_dim;
-    partial.reset(new float[static_cast<size_t>(a.batch * a.num_heads * plan.splits * plan.partial_size)]);
-    plan.partial = partial.get();
-  }
+  if (plan.parts > 1) plan.partial_size = round_up(a.num_queries) * a.head_dim;
+  const Memory partial(a.batch * a.num_heads * plan.parts * plan.partial_size);
+  plan.partial = partial.data;
   parallel_for(
-      heads * plan.splits,
+      heads * plan.parts,
       [](void* pointer, int64_t index, int64_t next) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
         const Attention& f = p.g.forward;
-        const int64_t pair = index / p.splits, next_pair = next < 0 ? -1 : next / p.splits;
+        const int64_t pair = index / p.parts, next_pair = next < 0 ? -1 : next / p.parts;
         Upcoming upcoming(f);
         if (next_pair >= 0) {
           const int64_t batch = next_pair / f.num_key_heads, key_head = next_pair % f.num_key_heads;
           const int64_t head = key_head * (f.num_heads / f.num_key_heads);
           const Sequence s = sequence(f, batch);
-          for (const Matrices& m : {f.query, f.output, p.g.grad_output, p.g.grad_query}) {
-            upcoming.add(m, batch, head, s.query_begin, s.num_queries);
-          }
-          for (const Matrices& m : {f.key, f.value, p.g.grad_key, p.g.grad_value}) {
-            upcoming.add(m, batch, key_head, s.key_begin, s.num_keys);
-          }
+          const Matrices* const of_queries[] = {&f.query, &f.output, &p.g.grad_output, &p.g.grad_query};
+          const Matrices* const of_keys[] = {&f.key, &f.value, &p.g.grad_key, &p.g.grad_value};
+          for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin, s.num_queries);
+          for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin, s.num_keys);
         }
-        backward_key_head<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.splits, upcoming);
+        backward_keys<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.parts, upcoming);
       },
       &plan);
-  if (plan.splits == 1) return;
+  if (plan.parts == 1) return;
   parallel_for(
       a.batch * a.num_heads,
       [](void* pointer, int64_t index, int64_t) {
@@ -370,34 +380,40 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
       &plan);
 }
 
-// What the forward pass leaves of few rows, made anew in memory that is returned: decoding adds logits up in another order than this
-// pass, and terms that are not the same do not sum to what they are divided by. Where products are of pairs of bf16, decoding's output
-// stays, as it does not round probabilities.
+// Rows of queries of all heads, and the floats that the forward pass leaves of each of them in few_rows_anew.
+inline int64_t rows_of_heads(const Attention& a) {
+  return (a.cu_queries != nullptr ? 1 : a.batch) * a.num_heads * a.total_queries;
+}
+inline int64_t floats_per_row(const Attention& a) { return 2 * a.head_dim + 2; }
+
+// The problem with what the forward pass leaves of few rows made anew, in `memory`: decoding adds logits up in another
+// order than this pass, and terms that are not the same do not sum to what they are divided by. Where products are of
+// pairs of bf16, decoding's output stays, as it does not round probabilities.
 template <class T>
-inline std::unique_ptr<float[]> few_rows_anew(Attention& a, ParallelFor parallel_for) {
-  const bool packed = a.cu_queries != nullptr;
-  const int64_t dim = a.head_dim, head = a.total_queries, batch = packed ? 0 : a.num_heads * head;
-  const int64_t rows = (packed ? 1 : a.batch) * a.num_heads * head;
-  std::unique_ptr<float[]> memory(new float[static_cast<size_t>(rows * (2 * dim + 2))]);
+inline Attention few_rows_anew(const Attention& a, float* memory, ParallelFor parallel_for) {
+  const int64_t rows = rows_of_heads(a), dim = a.head_dim;
+  const int64_t head = a.total_queries, batch = a.cu_queries != nullptr ? 0 : a.num_heads * head;
   Attention anew = a;
-  anew.output = {memory.get(), batch * dim, head * dim, dim};
-  if (a.dtype != DType::kFloat32) anew.rounding = {memory.get() + rows * dim, batch * dim, head * dim, dim};
-  anew.maximum = {memory.get() + 2 * rows * dim, batch, head};
+  anew.output = {memory, batch * dim, head * dim, dim};
+  if (a.dtype != DType::kFloat32) anew.rounding = {memory + rows * dim, batch * dim, head * dim, dim};
+  anew.maximum = {memory + 2 * rows * dim, batch, head};
   anew.total = {anew.maximum.data + rows, batch, head};
   forward_as<T>(anew, parallel_for);
   if (kValues<T> > 1) {
     anew.output = a.output;
     anew.rounding = a.rounding;
   }
-  a = anew;
-  return memory;
+  return anew;
 }
 
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
   with_operands(g.forward.dtype, [&]<class T>() {
     if (!decodes(g.forward)) return backward_as<T>(g, parallel_for);
+    const Memory memory(rows_of_heads(g.forward) * floats_per_row(g.forward));
     AttentionBackward anew = g;
-    const std::unique_ptr<float[]> memory = few_rows_anew<T>(anew.forward, parallel_for);
+    anew.forward = few_rows_anew<T>(g.forward, memory.data, parallel_for);
     backward_as<T>(anew, parallel_for);
   });
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,13 +1,17 @@
 // Rows of fp32, bf16 and fp16 in and out of scratch memory, as operands of products and as sums in fp32, zero-padded to whole
 // vectors.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "operands.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays one
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                   // to nearest even
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                  // to nearest even
 }
 
 // kWidth neighbouring values of a tensor as fp32.
@@ -28,7 +32,9 @@ inline Vec load_values(const void* data, int64_t index) {
 template <DType kType>
 inline float load_value(const void* data, int64_t index) {
   if constexpr (kType == DType::kFloat32) return static_cast<const float*>(data)[index];
-  if constexpr (kType == DType::kBFloat16) return bits_to_float(uint32_t{static_cast<const uint16_t*>(data)[index]} << 16);
+  if constexpr (kType == DType::kBFloat16) {
+    return bits_to_float(uint32_t{static_cast<const uint16_t*>(data)[index]} << 16);
+  }
   if constexpr (kType == DType::kFloat16) return static_cast<float>(static_cast<const _Float16*>(data)[index]);
 }
 
@@ -71,7 +77,9 @@ inline Vec load_operands(const void* data, int64_t index, int64_t count) {
     const uint16_t* row = static_cast<const uint16_t*>(data) + index;
     UnsignedVec pairs{};
     if (count >= 2 * kWidth) return reinterpret_cast<Vec>(pairs | *reinterpret_cast<const UnalignedPairs*>(row));
-    for (int i = 0; 2 * i < count; ++i) pairs[i] = row[2 * i] | (2 * i + 1 < count ? uint32_t{row[2 * i + 1]} << 16 : 0u);
+    for (int i = 0; 2 * i < count; ++i) {
+      pairs[i] = row[2 * i] | (2 * i + 1 < count ? uint32_t{row[2 * i + 1]} << 16 : 0u);
+    }
     return reinterpret_cast<Vec>(pairs);
   }
 }
@@ -145,32 +153,32 @@ class Upcoming {
  public:
   explicit Upcoming(const Attention& a) : dtype_(a.dtype), head_dim_(a.head_dim) {}
 
-  // So many rows of a tensor from `row` on.
+  // So many rows of a tensor from `row` on. `m` has to outlive this.
   void add(const Matrices& m, int64_t batch, int64_t head, int64_t row, int64_t rows) {
     constexpr int64_t kMostValues = 1 << 14;  // what is called for too early is displaced again
     const int64_t most = kMostValues / head_dim_;
-    if (rows > 0) parts_[count_++] = {m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
+    if (rows > 0) ranges_[count_++] = {&m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
   }
 
   void call() {
     constexpr int kRowsAtOnce = kWidth / 4;  // the wider the tiles of products, the fewer they are
     for (int i = 0; i < kRowsAtOnce && next_ < count_; ++i) {
-      Part& part = parts_[next_];
-      prefetch_row(part.m, dtype_, part.offset, head_dim_);
-      part.offset += part.m.row;
-      if (--part.rows == 0) ++next_;
+      Range& range = ranges_[next_];
+      prefetch_row(*range.m, dtype_, range.offset, head_dim_);
+      range.offset += range.m->row;
+      if (--range.rows == 0) ++next_;
     }
   }
 
  private:
-  struct Part {
-    Matrices m;
+  struct Range {
+    const Matrices* m;
     int64_t offset, rows;
   };
 
   DType dtype_;
   int64_t head_dim_;
-  Part parts_[8];
+  Range ranges_[8];
   int count_ = 0, next_ = 0;
 };
 
@@ -189,7 +197,8 @@ inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t si
                       const Matrices& rounding = {}, int64_t rounding_offset = 0) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t d = 0; d < size; d += kWidth) {
-      store_values<kType>(m.data, offset + d, size - d, load(in + d) * splat(factor), rounding.data, rounding_offset + d);
+      store_values<kType>(m.data, offset + d, size - d, load(in + d) * splat(factor), rounding.data,
+                          rounding_offset + d);
     }
   });
 }
@@ -197,7 +206,8 @@ inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t si
 // Rows to columns of operands: out[i * columns + r] is operand i of row r in [0, rows); columns up to `columns`, whole vectors, are
 // zero.
 template <class T>
-inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns, int64_t head_dim, T* out) {
+inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns,
+                            int64_t head_dim, T* out) {
   with_dtype<T>(dtype, [&]<DType kType>() {
     constexpr int64_t kStep = kValues<T> * kWidth;
     for (int64_t first = 0; first < columns; first += kWidth) {
@@ -242,8 +252,9 @@ inline void transpose_rows(const T* in, int64_t rows, int64_t row_operands, T* o
 // Columns to rows: the way back, into rows [0, rows) of a tensor, and what rounding takes from them into another. factor(r) is that
 // of rows r, ..., r + kWidth - 1.
 template <class Factor>
-inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, Factor factor, const Matrices& m,
-                              DType dtype, int64_t offset, const Matrices& rounding = {}, int64_t rounding_offset = 0) {
+inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, Factor factor,
+                              const Matrices& m, DType dtype, int64_t offset, const Matrices& rounding = {},
+                              int64_t rounding_offset = 0) {
   with_dtype(dtype, [&]<DType kType>() {
     for (int64_t first = 0; first < rows; first += kWidth) {
       const Vec factors = factor(first);
@@ -260,7 +271,8 @@ inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int
         }
         transpose(square);
         const auto store_row_part = [&](int r, int64_t columns) {
-          store_values<kType>(m.data, index + r * m.row, columns, square[r], rounding.data, rounding_index + r * rounding.row);
+          store_values<kType>(m.data, index + r * m.row, columns, square[r], rounding.data,
+                              rounding_index + r * rounding.row);
         };
         if (whole) {
           for (int r = 0; r < kWidth; ++r) store_row_part(r, kWidth);
@@ -271,3 +283,5 @@ inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int
     }
   });
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,10 +1,16 @@
 // Decoding: a few queries over many keys, bound by reading these. All heads that share keys are served while a tile of them is
 // at hand; where few heads have keys of their own, the keys are cut into parts, whose sums are put together in their order.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "kernels.h"
+#include "matmul.h"
+#include "tile.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 // Of what a part, or all of them, have seen: the output is relative to 2^maximum and not yet divided by the sum.
 struct PartialRow {
-  float *output, *maximum, *sum;
+  float *output, *maximum, *total;
 };
 
 struct DecodePlan {
@@ -69,7 +75,8 @@ constexpr int64_t kAheadKeys = 32;
 
 // logits[j] = query . key_j, kWidth keys at a time; what stands beyond the last key is undefined. Calls for the values too.
 template <class Rows>
-inline void logits_of_row(const float* query, const Rows& key, const Rows& value, int64_t keys, int64_t stride, float* logits) {
+inline void logits_of_row(const float* query, const Rows& key, const Rows& value, int64_t keys, int64_t stride,
+                          float* logits) {
   for (int64_t first = 0; first < keys; first += kWidth) {
     const int64_t last = keys - first - 1;
     for (int64_t j = first; j < first + kWidth; ++j) {
@@ -101,7 +108,8 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
 
 // Some vectors of the output, from dimension d on: corrected, plus the values of some keys times their probabilities.
 template <int kVecs, class Rows>
-inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
+inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
+                       float* output) {
   TwoVecs acc[kVecs / 2];
   EMPCAUSE_UNROLLED for (int v = 0; v < kVecs / 2; ++v) {
     acc[v] = load_two<Rows>(output + 2 * v * kWidth);
@@ -121,19 +129,21 @@ inline void add_values(const float* probability, const Rows& value, int64_t keys
 }
 
 template <class Rows>
-inline void add_values_of_one(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction, float* output) {
+inline void add_values_of_one(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
+                              float* output) {
   Vec acc = load(output) * correction;
   for (int64_t j = 0; j < keys; ++j) acc += splat(probability[j]) * value.load_at(value.place(j) + d);
   store(output, acc);
 }
 
 template <class Rows>
-inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const Rows& key, const Rows& value, int64_t stride,
-                       float* logits, PartialRow row) {
+inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const Rows& key, const Rows& value,
+                       int64_t stride, float* logits, PartialRow row) {
   logits_of_row(query, key, value, keys, stride, logits);
   Vec best = splat(*row.maximum);
   for (int64_t j = 0; j < keys; j += kWidth) {
-    const Vec x = lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) + load(tile.power + j) : splat(-kInfinity);
+    const Vec x =
+        lane_index() < static_cast<int32_t>(keys - j) ? load(logits + j) + load(tile.power + j) : splat(-kInfinity);
     store(logits + j, x);
     best = maximum(x, best);
   }
@@ -148,7 +158,7 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
     total += p;
   }
   *row.maximum = new_maximum;
-  *row.sum = *row.sum * correction[0] + sum(total);
+  *row.total = *row.total * correction[0] + sum(total);
   int64_t d = 0;
   for (; d + 8 * kWidth <= stride; d += 8 * kWidth) add_values<8>(logits, value, keys, d, correction, row.output + d);
   for (; d + 4 * kWidth <= stride; d += 4 * kWidth) add_values<4>(logits, value, keys, d, correction, row.output + d);
@@ -168,16 +178,18 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   for (int64_t i = 0; i < group * s.num_queries; ++i) {
     const int64_t head = key_head * group + i / s.num_queries, row = i % s.num_queries;
     float* values = query + i * stride;
-    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim, values);
+    load_row(a.query, a.dtype, batch * a.query.batch + head * a.query.head + (s.query_begin + row) * a.query.row, dim,
+             values);
     for (int64_t d = 0; d < stride; ++d) values[d] *= a.scale * kLog2E;
     const PartialRow partial = plan.row(batch, head, row, part);
     for (int64_t d = 0; d < stride; ++d) partial.output[d] = 0.0f;
     *partial.maximum = -kInfinity;
-    *partial.sum = 0.0f;
+    *partial.total = 0.0f;
   }
   const auto offset = [&](const Matrices& m) { return batch * m.batch + key_head * m.head + s.key_begin * m.row; };
   const int64_t begin = part * plan.part_keys;
-  const int64_t end = clamped(a.causal ? s.num_queries + s.offset : s.num_keys, begin, clamped(begin + plan.part_keys, begin, s.num_keys));
+  const int64_t end = clamped(a.causal ? s.num_queries + s.offset : s.num_keys, begin,
+                              clamped(begin + plan.part_keys, begin, s.num_keys));
   for (int64_t first = begin; first < end; first += kKeyTile) {
     const int64_t keys = end - first < kKeyTile ? end - first : kKeyTile;
     for (int64_t member = 0; member < group; ++member) {
@@ -188,8 +200,8 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
         for (int64_t row = 0; row < s.num_queries; ++row) {
           const int64_t visible = a.causal ? tile.up_to(row + s.offset) : tile.count;
           if (visible == 0) continue;
-          attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key_rows, value_rows, stride, logits,
-                     plan.row(batch, head, row, part));
+          attend_row(tile, visible, query + (member * s.num_queries + row) * stride, key_rows, value_rows, stride,
+                     logits, plan.row(batch, head, row, part));
         }
       };
       // Rows that are read once are not worth a copy.
@@ -209,31 +221,31 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   }
 }
 
-inline void combine_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
+inline void merge_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
   const Attention& a = plan.a;
   const Sequence s = sequence(a, batch);
   for (int64_t query = 0; query < s.num_queries; ++query) {
-    const PartialRow total = plan.row(batch, head, query, 0);
-    float maximum = *total.maximum;
+    const PartialRow merged = plan.row(batch, head, query, 0);
+    float maximum = *merged.maximum;
     for (int64_t part = 1; part < plan.parts; ++part) {
       const float other = *plan.row(batch, head, query, part).maximum;
       maximum = other > maximum ? other : maximum;
     }
     const float shift = maximum == -kInfinity ? 0.0f : maximum;
-    float sum = 0.0f;
+    float total = 0.0f;
     for (int64_t part = 0; part < plan.parts; ++part) {
       const PartialRow row = plan.row(batch, head, query, part);
       const float factor = exp2(splat(*row.maximum - shift))[0];
-      sum += *row.sum * factor;
+      total += *row.total * factor;
       for (int64_t d = 0; d < a.head_dim; ++d) {
-        total.output[d] = part == 0 ? row.output[d] * factor : total.output[d] + row.output[d] * factor;
+        merged.output[d] = part == 0 ? row.output[d] * factor : merged.output[d] + row.output[d] * factor;
       }
     }
     const int64_t row = s.query_begin + query;
-    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum, total.output,
-              a.rounding, a.rounding.offset(batch, head, row));
+    store_row(a.output, a.dtype, a.output.offset(batch, head, row), a.head_dim, total == 0.0f ? 0.0f : 1.0f / total,
+              merged.output, a.rounding, a.rounding.offset(batch, head, row));
     a.maximum.of(batch, head)[row] = maximum;
-    a.total.of(batch, head)[row] = sum;
+    a.total.of(batch, head)[row] = total;
   }
 }
 
@@ -248,9 +260,8 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
   const int64_t most = (a.num_keys + kSmallestPart - 1) / kSmallestPart;
   DecodePlan plan{a, clamped((kTasks + heads - 1) / heads, 1, most > 0 ? most : 1), 0, nullptr};
   plan.part_keys = ((a.num_keys + plan.parts - 1) / plan.parts + kKeyTile - 1) / kKeyTile * kKeyTile;
-  const std::unique_ptr<float[]> memory(
-      new float[static_cast<size_t>(a.batch * a.num_heads * a.num_queries * plan.parts * DecodePlan::row_size(a))]);
-  plan.memory = memory.get();
+  const Memory memory(a.batch * a.num_heads * a.num_queries * plan.parts * DecodePlan::row_size(a));
+  plan.memory = memory.data;
   parallel_for(
       heads * plan.parts,
       [](void* pointer, int64_t index, int64_t) {
@@ -259,5 +270,7 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
         decode_part(p, pair / p.a.num_key_heads, pair % p.a.num_key_heads, index % p.parts);
       },
       &plan);
-  for (int64_t i = 0; i < a.batch * a.num_heads; ++i) combine_parts(plan, i / a.num_heads, i % a.num_heads);
+  for (int64_t i = 0; i < a.batch * a.num_heads; ++i) merge_parts(plan, i / a.num_heads, i % a.num_heads);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,4 +1,4 @@
-// Which kernels run here, and memory for them.
+// Which unit runs here, and memory for the kernels.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -13,52 +13,74 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention.h"
+#include "kernels.h"
+#include "limits.h"
 
 namespace empcause::cpu {
 
 namespace {
 
-bool runs_here(const Kernels& kernels) {
+bool any_processor() { return true; }
+
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (&kernels == &kernels_avx2) return avx2;
-  if (&kernels == &kernels_avx512) return avx512;
-#if defined(EMPCAUSE_BF16_STAND_IN)
-  if (&kernels == &kernels_avx512_bf16) return avx2;
-#else
-  if (&kernels == &kernels_avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-#endif
-  return &kernels == &kernels_baseline;
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// Best first.
-const Kernels* const kAll[] = {
-#if defined(__x86_64__)
-    &kernels_avx512_bf16, &kernels_avx512, &kernels_avx2,
+bool has_avx512_bf16() {
+#if defined(EMPCAUSE_BF16_STAND_IN)
+  return has_avx2();
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
 #endif
-    &kernels_baseline};
+}
+#endif
 
-const Kernels& choose() {
+// What is compiled for one instruction set.
+struct Unit {
+  const Kernels& kernels;
+  const Limits& limits;
+  bool (*runs_here)();
+};
+
+// Best first.
+const Unit kUnits[] = {
+#if defined(__x86_64__)
+    {kernels_avx512_bf16, limits_avx512_bf16, has_avx512_bf16},
+    {kernels_avx512, limits_avx512, has_avx512},
+    {kernels_avx2, limits_avx2, has_avx2},
+#endif
+    {kernels_baseline, limits_baseline, any_processor},
+};
+
+const Unit& choose() {
   const char* wanted = std::getenv("EMPCAUSE_CPU_ISA");
   std::string usable;
-  for (const Kernels* kernels : kAll) {
-    if (!runs_here(*kernels)) continue;
-    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, kernels->isa) == 0) return *kernels;
-    usable += std::string(usable.empty() ? "" : ", ") + kernels->isa;
+  for (const Unit& unit : kUnits) {
+    if (!unit.runs_here()) continue;
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, unit.kernels.isa) == 0) return unit;
+    usable += std::string(usable.empty() ? "" : ", ") + unit.kernels.isa;
   }
   throw std::runtime_error("EMPCAUSE_CPU_ISA is " + std::string(wanted) + "; this processor runs " + usable);
 }
 
+const Unit& selected() {
+  static const Unit& unit = choose();
+  return unit;
+}
+
 }  // namespace
 
-const Kernels& select_kernels() {
-  static const Kernels& selected = choose();
-  return selected;
-}
+const Kernels& select_kernels() { return selected().kernels; }
+
+const Limits& select_limits() { return selected().limits; }
+
+Memory::Memory(int64_t num_floats) : data(num_floats == 0 ? nullptr : new float[static_cast<size_t>(num_floats)]) {}
+
+Memory::~Memory() { delete[] data; }
 
 float* thread_scratch(int64_t num_floats) {
   // Strided rows of tensors lie on many pages and fill the TLB: the scratch memory should need few of its entries.

@@ -1,7 +1,12 @@
 // Dropout factors from Philox4x32-10 (Salmon et al., 2011): key = seed, counter = (batch * heads + head, query row,
 // key / 8, 0). The eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word first; a
 // probability is dropped where its lane is below round(p * 65536).
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "../attention.h"
+#include "simd.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 struct Dropout {
   uint32_t threshold;
@@ -51,10 +56,13 @@ struct Dropout {
   }
 
   static void philox_round(LongVec (&c)[4], uint32_t k0, uint32_t k1) {
-    const LongVec p0 = multiply_low_halves(c[0], LongVec{} + 0xD2511F53u), p1 = multiply_low_halves(c[2], LongVec{} + 0xCD9E8D57u);
+    const LongVec p0 = multiply_low_halves(c[0], LongVec{} + 0xD2511F53u);
+    const LongVec p1 = multiply_low_halves(c[2], LongVec{} + 0xCD9E8D57u);
     c[0] = (p1 >> 32) ^ c[1] ^ k0;
     c[1] = p1;
     c[2] = (p0 >> 32) ^ c[3] ^ k1;
     c[3] = p0;
   }
 };
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

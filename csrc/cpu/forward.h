@@ -1,7 +1,12 @@
 // Forward pass: online softmax over tiles of keys, each row's keys always in the same order.
-// Include inside the namespace of an instruction set only.
+#pragma once
 
-constexpr int64_t kBand = 192;  // query rows that are worked on together: with a tile of keys they fit the second-level cache
+#include "decode.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
+
+// Query rows that are worked on together: with a tile of keys they fit the second-level cache.
+constexpr int64_t kBand = 192;
 
 // Rows are relative to a power of two, first that of their largest logit. It follows later ones only when they leave it this far
 // behind, as otherwise all that was summed would be multiplied anew again and again.
@@ -13,48 +18,47 @@ struct RunningBlock {
   T* query;          // [head_dim in operands, rows]
   float* output;     // [head_dim, rows], unnormalised
   float* reference;  // [rows], what logits are relative to, in powers of two
-  float* row_sum;
+  float* total;
 };
 
 // One tile of keys, the values as operands of sums over keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised
 // probabilities, as operands of such sums.
 template <class T>
-inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout, int64_t query,
-                   int64_t position, Block block, const RunningBlock<T>& running, float* logits, float* factor,
-                   Upcoming& upcoming) {
+inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout,
+                   int64_t query, int64_t position, Block block, const RunningBlock<T>& running, float* logits,
+                   float* factor, Upcoming& upcoming) {
   const int64_t rows = block.rows(), dim = a.head_dim;
-  const Parts parts(tile, a.causal, position, block.vecs);
-  if (parts.count == 0) return;
+  const Staircase stairs(tile, a.causal, position, block.vecs);
+  if (stairs.count == 0) return;
 
   const Vec scale = splat(a.scale * kLog2E);
   Vec best[kMostVecs];
   for (int64_t v = 0; v < block.vecs; ++v) best[v] = splat(-kInfinity);
-  for (const Part& part : parts) {
-    const int64_t lane = part.first_vec * kWidth;
-    const Vec others = best[part.first_vec];
-    matmul(part.end - part.begin, block.vecs - part.first_vec, InRuns{{operands<T>(dim)}},
-           LogitsAndLargest{scale, tile.power + part.begin, best + part.first_vec},
-           key.data + part.begin * key.stride, key.stride, 1, running.query + lane, rows, logits + part.begin * rows + lane, rows,
-           upcoming);
-    if (!part.ragged) continue;
+  for (const Step& step : stairs) {
+    const int64_t lane = step.first_vec * kWidth;
+    const Vec others = best[step.first_vec];
+    matmul(step.end - step.begin, block.vecs - step.first_vec, InRuns{{operands<T>(dim)}},
+           LogitsAndLargest{scale, tile.power + step.begin, best + step.first_vec}, key.data + step.begin * key.stride,
+           key.stride, 1, running.query + lane, rows, logits + step.begin * rows + lane, rows, upcoming);
+    if (!step.ragged) continue;
     Vec most = others;  // what a query does not see does not count
-    for (int64_t j = part.begin; j < part.end; ++j) {
+    for (int64_t j = step.begin; j < step.end; ++j) {
       float* row = logits + j * rows + lane;
-      const Vec x = seen(tile, j, part, position) ? load(row) : splat(-kInfinity);
+      const Vec x = seen(tile, j, step, position) ? load(row) : splat(-kInfinity);
       store(row, x);
       most = maximum(x, most);
     }
-    best[part.first_vec] = most;
+    best[step.first_vec] = most;
   }
 
   T* probability = reinterpret_cast<T*>(logits);
-  if (dropout.active()) dropout_factors(dropout, tile, parts.part[parts.count - 1].end, query, rows, factor);
+  if (dropout.active()) dropout_factors(dropout, tile, stairs.step[stairs.count - 1].end, query, rows, factor);
   for (int64_t v = 0; v < block.vecs; ++v) {
     const int64_t lane = v * kWidth;
     const Vec before = load(running.reference + lane);
     const Vec after = best[v] > before + splat(kSlack) ? best[v] : before;
     const Vec shift = after == splat(-kInfinity) ? Vec{} : after;
-    Vec total = load(running.row_sum + lane);
+    Vec total = load(running.total + lane);
     if (!all(after == before)) {
       store(running.reference + lane, after);
       if (!all(before == splat(-kInfinity))) {
@@ -72,11 +76,11 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
       tile_total += p;
       return dropout.active() ? p * load(factor + tile.place[j] * rows + lane) : p;
     };
-    store_over_rows(parts.keys[v], weighted, probability + lane, rows);
-    store(running.row_sum + lane, total + tile_total);
+    store_over_rows(stairs.keys[v], weighted, probability + lane, rows);
+    store(running.total + lane, total + tile_total);
   }
-  matmul(dim, block.vecs, Rising<T>{parts.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output, rows,
-         upcoming);
+  matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output,
+         rows, upcoming);
 }
 
 // All keys and values of a key head as operands, tile after tile, copied when they are first needed, if they are.
@@ -99,7 +103,8 @@ template <class T>
 inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const Sequence& s,
                          PackedKeys<T>& packed, float* scratch, Upcoming& upcoming) {
   const int64_t dim = a.head_dim, key_head = head / (a.num_heads / a.num_key_heads);
-  const int64_t key_stride = KeyTile::row_stride<SumOver::kHeadDim, T>(dim), value_stride = KeyTile::row_stride<SumOver::kKeys, T>(dim);
+  const int64_t key_stride = KeyTile::row_stride<SumOver::kHeadDim, T>(dim);
+  const int64_t value_stride = KeyTile::row_stride<SumOver::kKeys, T>(dim);
   const Blocks blocks(end - begin);
   const int64_t rows = blocks.rows();
   const Dropout dropout(a, batch, head);
@@ -107,23 +112,24 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
   T* query = reinterpret_cast<T*>(scratch);
   float* output = scratch + dim * rows;
   float* reference = output + dim * rows;
-  float* row_sum = reference + rows;
-  float* logits = row_sum + rows;
+  float* total = reference + rows;
+  float* logits = total + rows;
   float* factor = logits + kKeyTile * kMostVecs * kWidth;
 
   const auto running = [&](Block block) {
-    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first, row_sum + block.first};
+    return RunningBlock<T>{query + dim * block.first, output + dim * block.first, reference + block.first,
+                           total + block.first};
   };
   const int64_t first_query = batch * a.query.batch + head * a.query.head + (s.query_begin + begin) * a.query.row;
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
-    pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(), dim,
-                    running(block).query);
+    pack_transposed(a.query, a.dtype, first_query + block.first * a.query.row, end - begin - block.first, block.rows(),
+                    dim, running(block).query);
   }
   for (int64_t i = 0; i < dim * rows; ++i) output[i] = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     reference[i] = -kInfinity;
-    row_sum[i] = 0.0f;
+    total[i] = 0.0f;
   }
 
   const int64_t first_key = batch * a.key.batch + key_head * a.key.head + s.key_begin * a.key.row;
@@ -151,16 +157,16 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
     const RunningBlock<T> done = running(block);
     const int64_t row = begin + block.first, block_rows = end - row < block.rows() ? end - row : block.rows();
     const auto normaliser = [&](int64_t r) {
-      const Vec total = load(done.row_sum + r);
-      const Vec inverse = total > Vec{} ? splat(1.0f) / total : Vec{};  // a row without a key has output 0
-      return total == total ? inverse : total;
+      const Vec divisor = load(done.total + r);
+      const Vec inverse = divisor > Vec{} ? splat(1.0f) / divisor : Vec{};  // a row without a key has output 0
+      return divisor == divisor ? inverse : divisor;
     };
     const int64_t at = s.query_begin + row;
-    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype, a.output.offset(batch, head, at),
-                      a.rounding, a.rounding.offset(batch, head, at));
+    unpack_transposed(done.output, block.rows(), block_rows, dim, normaliser, a.output, a.dtype,
+                      a.output.offset(batch, head, at), a.rounding, a.rounding.offset(batch, head, at));
     for (int64_t r = 0; r < block_rows; r += kWidth) {
       store_values<DType::kFloat32>(a.maximum.of(batch, head), at + r, block_rows - r, load(done.reference + r));
-      store_values<DType::kFloat32>(a.total.of(batch, head), at + r, block_rows - r, load(done.row_sum + r));
+      store_values<DType::kFloat32>(a.total.of(batch, head), at + r, block_rows - r, load(done.total + r));
     }
   }
 }
@@ -171,13 +177,16 @@ struct ForwardTask {
 };
 
 // What a band of rows from `begin` on needs, of keys those from the first `known` on.
-inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t known) {
+inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                              int64_t known) {
   const Sequence s = sequence(a, batch);
   const int64_t last = clamped(begin + kBand, 0, end < s.num_queries ? end : s.num_queries);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads), keys = keys_seen(a, s, last);
   Upcoming upcoming(a);
-  for (const Matrices& m : {a.query, a.output}) upcoming.add(m, batch, head, s.query_begin + begin, last - begin);
-  for (const Matrices& m : {a.key, a.value}) upcoming.add(m, batch, key_head, s.key_begin + known, keys - known);
+  const Matrices* const of_queries[] = {&a.query, &a.output};
+  const Matrices* const of_keys[] = {&a.key, &a.value};
+  for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin + begin, last - begin);
+  for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin + known, keys - known);
   return upcoming;
 }
 
@@ -200,8 +209,9 @@ inline void forward_task(const Attention& a, const ForwardTask& task, const Forw
       const int64_t after = row + kBand < end ? row + kBand : end;
       Upcoming upcoming = after < end        ? upcoming_band(a, task.batch, head, after, end, keys_seen(a, s, after))
                           : head < last_head ? upcoming_band(a, task.batch, head + 1, begin, end, keys_seen(a, s, end))
-                          : next != nullptr  ? upcoming_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
-                                             : Upcoming(a);
+                          : next != nullptr
+                              ? upcoming_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
+                              : Upcoming(a);
       forward_band(a, task.batch, head, row, after, s, packed, scratch + keys_size, upcoming);
     }
   }
@@ -237,3 +247,5 @@ inline void forward(const Attention& a, ParallelFor parallel_for) {
   if (decodes(a)) return decode(a, parallel_for);
   with_operands(a.dtype, [&]<class T>() { forward_as<T>(a, parallel_for); });
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,42 +1,25 @@
-// What the machine can do at most: the yardsticks that benchmarks hold the kernels against.
-// Include inside the namespace of an instruction set only.
+// What the machine can do at most: the yardsticks that benchmarks hold the kernels against. The operator does without them.
+#pragma once
 
-// Independent chains of multiply-adds in registers, as many as the matrix products have accumulators and of such operands as theirs
-// for a dtype; the FLOPs done.
-inline int64_t multiply_adds(DType dtype, int64_t rounds) {
-  int64_t flops = 0;
-  with_operands(dtype, [&]<class T>() {
-    const volatile uint32_t some = 0x3f803f80u;  // nothing is known to the compiler, nor that two reads give the same
-    const auto factor = [&] { return splat(__builtin_bit_cast(T, uint32_t{some})); };
-    const auto a = factor(), b = factor();
-    Vec acc[kAccumulators];
-    EMPCAUSE_UNROLLED for (Vec& chain : acc) chain = reinterpret_cast<Vec>(factor());
-    for (int64_t round = 0; round < rounds; ++round) {
-      EMPCAUSE_UNROLLED for (int i = 0; i < kAccumulators; ++i) {
-        if constexpr (kValues<T> == 1) acc[i] = multiply_add(a, acc[i], b);
-        if constexpr (kValues<T> == 2) acc[i] = multiply_add(a, b, acc[i]);
-      }
-    }
-    volatile float result = 0.0f;
-    EMPCAUSE_UNROLLED for (int i = 0; i < kAccumulators; ++i) result = result + sum(acc[i]);
-    flops = 2 * kValues<T> * rounds * kAccumulators * kWidth;
-  });
-  return flops;
-}
+#include "../attention.h"
 
-// Reads an array once, as fast as memory gives it, which is from two places at a time; the sum of its values.
-inline float read_all(const float* data, int64_t count) {
-  constexpr int64_t kVecs = 4, kStep = kVecs * kWidth;
-  const int64_t half = count / (2 * kStep) * kStep;
-  Vec first[kVecs]{}, second[kVecs]{};
-  for (int64_t i = 0; i < half; i += kStep) {
-    EMPCAUSE_UNROLLED for (int v = 0; v < kVecs; ++v) {
-      first[v] += load(data + i + v * kWidth);
-      second[v] += load(data + half + i + v * kWidth);
-    }
-  }
-  float total = 0.0f;
-  for (int v = 0; v < kVecs; ++v) total += sum(first[v] + second[v]);
-  for (int64_t i = 2 * half; i < count; ++i) total += data[i];
-  return total;
-}
+namespace empcause::cpu {
+
+// The loops of one instruction set, compiled from limits.cpp.
+struct Limits {
+  // Runs independent chains of multiply-adds in registers, as many as the matrix products have accumulators and of such
+  // operands as theirs for a dtype; returns the FLOPs done.
+  int64_t (*multiply_adds)(DType dtype, int64_t rounds);
+  // Reads an array once, as fast as memory gives it, which is from two places at a time; returns the sum of its values.
+  float (*read_all)(const float* data, int64_t count);
+};
+
+extern const Limits limits_baseline;
+extern const Limits limits_avx2;
+extern const Limits limits_avx512;
+extern const Limits limits_avx512_bf16;
+
+// Those of the instruction set of select_kernels(), which throws what that throws.
+const Limits& select_limits();
+
+}  // namespace empcause::cpu

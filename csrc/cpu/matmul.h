@@ -1,7 +1,11 @@
 // C[M, lanes] = or += A[M, K] B[K, lanes] in registers. A is read operand by operand with any two strides (so its transpose
 // costs nothing), B and C along rows of whole vectors; K counts operands. What is added to C is summed by itself first, so that rounding errors of
 // long sums grow with the number of products, not with that of all terms.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "convert.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 // Rows of A at once beside three or two vectors of columns: so many accumulators hide the latency of a multiply-add, and leave
 // registers for a row of B and a factor of A.
@@ -44,11 +48,10 @@ struct Rising {
 
 // Products k, k + 1, ... of the vectors from kFirst on.
 template <int kFirst, int kRows, int kVecs, class Depth, class T>
-[[gnu::always_inline]] inline void accumulate(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const T* a, int64_t a_row,
-                                              int64_t a_col, const T* b, int64_t b_row) {
+[[gnu::always_inline]] inline void accumulate(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const T* a,
+                                              int64_t a_row, int64_t a_col, const T* b, int64_t b_row) {
   const int64_t end = depth[kFirst];
-  _Pragma("GCC unroll 4")
-  for (; k < end; ++k) {
+  _Pragma("GCC unroll 4") for (; k < end; ++k) {
     decltype(load(b)) row[kVecs];
     EMPCAUSE_UNROLLED for (int v = kFirst; v < kVecs; ++v) row[v] = load(b + k * b_row + v * kWidth);
     EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
@@ -111,8 +114,8 @@ struct LogitsAndLargest {
 };
 
 template <int kRows, int kVecs, class Depth, class Then, class T>
-[[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                                               int64_t b_row, float* c, int64_t c_row) {
+[[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col,
+                                               const T* b, int64_t b_row, float* c, int64_t c_row) {
   Vec acc[kRows][kVecs];
   const auto clear = [&] {
     EMPCAUSE_UNROLLED for (int r = 0; r < kRows; ++r) {
@@ -148,15 +151,17 @@ inline void matmul_rows(int64_t rows, Depth depth, Then then, const T* a, int64_
   }
   if constexpr (kRows > 1) {
     if (m == rows) return;
-    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then.at(m), a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row, upcoming);
+    matmul_rows<kRows / 2, kVecs>(rows - m, depth, then.at(m), a + m * a_row, a_row, a_col, b, b_row, c + m * c_row,
+                                  c_row, upcoming);
   }
 }
 
 // `vecs` vectors of columns, from 1 on. Each tile of products is a time to call for more of what is upcoming.
 template <class Depth, class Then, class T>
-inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                   int64_t b_row, float* c, int64_t c_row, Upcoming& upcoming) {
-  for (; vecs == 3 || vecs > 4; vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3), then = then.from(3)) {
+inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col,
+                   const T* b, int64_t b_row, float* c, int64_t c_row, Upcoming& upcoming) {
+  for (; vecs == 3 || vecs > 4;
+       vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3), then = then.from(3)) {
     matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
   }
   for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth, depth = depth.from(2), then = then.from(2)) {
@@ -164,3 +169,5 @@ inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* 
   }
   if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,6 +1,13 @@
 // What a product multiplies, 32 bits at a time: a value in fp32, or a pair of values in bf16 that are neighbours along the
 // dimension summed over, where the instruction set multiplies and adds such pairs (AVX512-BF16).
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include <type_traits>
+
+#include "../attention.h"
+#include "simd.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 #if defined(__AVX512BF16__) || defined(EMPCAUSE_BF16_STAND_IN)
 constexpr bool kHasPairs = true;
@@ -100,3 +107,5 @@ inline void store_along_row(float* row, int64_t d, Vec values) { store(row + d, 
 inline void store_along_row(Pair* row, int64_t d, Vec values) {
   *reinterpret_cast<UnalignedShortVec*>(reinterpret_cast<uint16_t*>(row) + d) = to_bfloat16(values);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,5 +1,15 @@
 // Vectors of fp32 by the compiler's vector types: one source for every instruction set.
-// Include inside the namespace of an instruction set only, so that no inline function is shared between two of them.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -70,7 +80,8 @@ inline Vec exp2(Vec x) {
   p = p * r + splat(2.40226479e-1f);
   p = p * r + splat(6.93147203e-1f);
   p = p * r + splat(1.0f);
-  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;  // the integer's low bits, added to the exponent of p
+  // The integer's low bits, added to the exponent of p.
+  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
   const Vec power = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);
   return x < splat(-126.0f) ? Vec{} : power;
 }
@@ -96,7 +107,9 @@ inline Vec log2(Vec x) {
 inline Vec shuffle(Vec a, Vec b, IntVec index) {
 #if defined(__clang__)
   Vec result;
-  for (int lane = 0; lane < kWidth; ++lane) result[lane] = index[lane] < kWidth ? a[index[lane]] : b[index[lane] - kWidth];
+  for (int lane = 0; lane < kWidth; ++lane) {
+    result[lane] = index[lane] < kWidth ? a[index[lane]] : b[index[lane] - kWidth];
+  }
   return result;
 #else
   return __builtin_shuffle(a, b, index);
@@ -184,3 +197,5 @@ inline void transpose(Vec (&rows)[kWidth]) {
   }
   transpose_blocks<4>(rows);
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

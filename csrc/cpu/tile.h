@@ -1,6 +1,11 @@
 // The tile that both passes work on: up to kKeyTile keys by a block of some vectors of query rows. Queries run along
 // the lanes of vectors, so that the softmax over keys needs no sum across lanes, and keys that are not there are left out.
-// Include inside the namespace of an instruction set only.
+#pragma once
+
+#include "convert.h"
+#include "dropout.h"
+
+namespace empcause::cpu::EMPCAUSE_ISA {
 
 constexpr int64_t kKeyTile = 64;
 constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass sums over them, so the more the better
@@ -108,37 +113,37 @@ struct KeyTile {
 };
 
 // Keys [begin, end) of a tile that are computed together: by the query vectors from first_vec on, where all lanes but those of
-// a ragged part's first vector see all of its keys. Under causal attention a block on the diagonal is a staircase of parts.
-struct Part {
+// a ragged step's first vector see all of its keys. Under causal attention a block on the diagonal is a staircase.
+struct Step {
   int64_t begin, end, first_vec;
   bool ragged;
 };
 
-struct Parts {
-  Part part[kMostVecs + 1];
+struct Staircase {
+  Step step[kMostVecs + 1];
   int count = 0;
   int64_t keys[kMostVecs];  // that any lane of a vector sees
 
-  // `position` is that of the first query among the keys. The key there belongs to the first ragged part, though all lanes see it:
-  // in a tile without gaps that part then has whole vectors of keys too, for which products have the most accumulators.
-  Parts(const KeyTile& tile, bool causal, int64_t position, int64_t vecs) {
+  // `position` is that of the first query among the keys. The key there belongs to the first ragged step, though all lanes see it:
+  // in a tile without gaps that step then has whole vectors of keys too, for which products have the most accumulators.
+  Staircase(const KeyTile& tile, bool causal, int64_t position, int64_t vecs) {
     int64_t begin = causal ? tile.up_to(position - 1) : tile.count;
-    if (begin > 0) part[count++] = {0, begin, 0, false};
+    if (begin > 0) step[count++] = {0, begin, 0, false};
     for (int64_t v = 0; causal && v < vecs && begin < tile.count; ++v) {
       const int64_t end = tile.up_to(position + (v + 1) * kWidth - 1);
-      if (end > begin) part[count++] = {begin, end, v, true};
+      if (end > begin) step[count++] = {begin, end, v, true};
       begin = end > begin ? end : begin;
     }
     for (int64_t v = 0; v < vecs; ++v) keys[v] = causal ? tile.up_to(position + (v + 1) * kWidth - 1) : tile.count;
   }
 
-  const Part* begin() const { return part; }
-  const Part* end() const { return part + count; }
+  const Step* begin() const { return step; }
+  const Step* end() const { return step + count; }
 };
 
-// Lanes of a ragged part's first vector that see a key.
-inline IntVec seen(const KeyTile& tile, int64_t key, const Part& part, int64_t position) {
-  const int64_t lane = tile.first + tile.place[key] - position - part.first_vec * kWidth;
+// Lanes of a ragged step's first vector that see a key.
+inline IntVec seen(const KeyTile& tile, int64_t key, const Step& step, int64_t position) {
+  const int64_t lane = tile.first + tile.place[key] - position - step.first_vec * kWidth;
   return lane_index() >= static_cast<int32_t>(lane);
 }
 
@@ -173,3 +178,5 @@ inline void dropout_factors(const Dropout& dropout, const KeyTile& tile, int64_t
     dropout.block(query, lanes, tile.first / 8 + block, lanes, factor + block * 8 * lanes);
   }
 }
+
+}  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,7 +1,7 @@
 // Key weights w_j = key_mask_j * (1 + strength * cause_j) with the checks of their values, and the way back to grad_cause.
 #pragma once
 
-#include "attention.h"
+#include "../attention.h"
 
 namespace empcause::cpu {
 

@@ -1,6 +1,7 @@
-// Backward pass: probabilities are computed again from what the forward pass left of each row, by two kernels that add up in a fixed
-// order. GradKey owns rows of keys, for all heads that share them, and goes over the queries; GradQuery owns rows of
-// queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed first.
+// Backward pass: probabilities are computed again from what the forward pass left of each row, by two kernels that add
+// up in a fixed order. BackwardKeys owns rows of keys, for all heads that share them, and goes over the queries;
+// BackwardQueries owns rows of queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed
+// first.
 //
 //   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
 //
@@ -87,16 +88,16 @@ struct DeltaKernel {
 // Rows of keys, tiles of queries: everything is transposed, so that b and dS, as they stand, are left operands of the
 // sums.
 template <class T, int kHeadDim, bool kDropout>
-class GradKeyBlock {
+class BackwardKeysBlock {
  public:
-  using Shape = typename TilingsOf<T, kHeadDim>::GradKey;
+  using Shape = typename TilingsOf<T, kHeadDim>::BackwardKeys;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kSlices = TilingsOf<T, kHeadDim>::kSlices;
 
   static EMPCAUSE_ANYWHERE int row_blocks(const Attention& a) {
     return static_cast<int>((a.num_keys + kRows - 1) / kRows);
   }
 
-  EMPCAUSE_DEVICE GradKeyBlock(const BackwardArguments& arguments, int row_block, int slice_index, int pair)
+  EMPCAUSE_DEVICE BackwardKeysBlock(const BackwardArguments& arguments, int row_block, int slice_index, int pair)
       : f(arguments),
         a(f.g.forward),
         slice(slice_index),
@@ -122,9 +123,10 @@ class GradKeyBlock {
   EMPCAUSE_DEVICE void run() {
     if (rows <= 0) return;
     const int row = key_begin + first_key;
-    copy_rows<kRows, kThreads>(head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
-                               Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
-                               Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
+    copy_rows<kRows, kThreads>(
+        head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
+        Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
+        Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
     for (int member = 0; member < group; ++member) {
       begin_head(key_head * group + member);
       pipeline(tiles, *this);
@@ -159,9 +161,9 @@ class GradKeyBlock {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
     if (first_query(tile) >= reach + warp_row + Shape::kWarpRows - 1) {
-      add_gradients<false>(tile);
+      attend_backward<false>(tile);
     } else if (last_query >= reach + warp_row) {
-      add_gradients<true>(tile);
+      attend_backward<true>(tile);
     }
   }
 
@@ -219,13 +221,15 @@ class GradKeyBlock {
         const int key = key_begin + first_key + row;
         const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
         const float weight = weight_of(head, row);
-        store_global(row_of(f.g.grad_weight, batch, head, key), !wanted ? 0.0f : weight > 0.0f ? total / weight : total);
+        store_global(row_of(f.g.grad_weight, batch, head, key), !wanted         ? 0.0f
+                                                                : weight > 0.0f ? total / weight
+                                                                                : total);
       }
     }
   }
 
   template <bool kMasked>
-  EMPCAUSE_DEVICE void add_gradients(int tile) {
+  EMPCAUSE_DEVICE void attend_backward(int tile) {
     Fragment<Shape::kRowTiles, kColumns / 8> p, grad_logit;
     multiply(p, key_tile(), warp_row, query_tile(tile));
     multiply(grad_logit, value_tile(), warp_row, grad_output_tile(tile));
@@ -307,8 +311,8 @@ class GradKeyBlock {
 };
 
 template <class T, int kHeadDim, bool kDropout>
-struct GradKeyKernel {
-  using Block = GradKeyBlock<T, kHeadDim, kDropout>;
+struct BackwardKeysKernel {
+  using Block = BackwardKeysBlock<T, kHeadDim, kDropout>;
   using Arguments = BackwardArguments;
   static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
   static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
@@ -325,16 +329,16 @@ struct GradKeyKernel {
 };
 
 template <class T, int kHeadDim, bool kDropout>
-class GradQueryBlock {
+class BackwardQueriesBlock {
  public:
-  using Shape = typename TilingsOf<T, kHeadDim>::GradQuery;
+  using Shape = typename TilingsOf<T, kHeadDim>::BackwardQueries;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
 
   static EMPCAUSE_ANYWHERE int row_blocks(const Attention& a) {
     return static_cast<int>((a.num_queries + kRows - 1) / kRows);
   }
 
-  EMPCAUSE_DEVICE GradQueryBlock(const BackwardArguments& arguments, int row_block, int pair)
+  EMPCAUSE_DEVICE BackwardQueriesBlock(const BackwardArguments& arguments, int row_block, int pair)
       : f(arguments),
         a(f.g.forward),
         batch(pair / static_cast<int>(a.num_heads)),
@@ -359,8 +363,7 @@ class GradQueryBlock {
         const int row = fragment_row(m, half);
         const int query = query_begin + first_query + row;
         lse[m][half] = row < rows ? LogSumExp<T>::load(a, batch, head, query) : LogSumExp<T>::none();
-        delta[m][half] =
-            row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
+        delta[m][half] = row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
       }
     }
   }
@@ -390,13 +393,13 @@ class GradQueryBlock {
   }
 
   EMPCAUSE_DEVICE void publish(int tile, float weight) const {
-    if (thread() < kColumns) store_shared(log_weight(tile, thread()), log2(weight));
+    if (thread() < kColumns) store_shared(log2_weight(tile, thread()), log2(weight));
   }
 
   EMPCAUSE_DEVICE void copy(int tile) const {
     const int row = key_begin + tile * kColumns, key_head = head / static_cast<int>(a.num_heads / a.num_key_heads);
     copy_rows<kColumns, kThreads>(
-        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log_weight(tile, key)) > -kInfinity; },
+        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head, row), a.value.row});
   }
@@ -405,9 +408,9 @@ class GradQueryBlock {
     const int first_key = tile * kColumns;
     if (warp_row >= rows || first_key > reach + warp_row + Shape::kWarpRows - 1) return;
     if (first_key + kColumns - 1 <= reach + warp_row) {
-      add_gradient<false>(tile);
+      attend_backward<false>(tile);
     } else {
-      add_gradient<true>(tile);
+      attend_backward<true>(tile);
     }
   }
 
@@ -429,7 +432,7 @@ class GradQueryBlock {
     return {shared_memory() + (2 * kQueryBytes + static_cast<uint32_t>(tile % kTileStages) * 2 * kKeyBytes)};
   }
   EMPCAUSE_DEVICE RowTile value_tile(int tile) const { return {key_tile(tile).start + kKeyBytes}; }
-  EMPCAUSE_DEVICE Shared log_weight(int tile, int key) const {
+  EMPCAUSE_DEVICE Shared log2_weight(int tile, int key) const {
     return shared_memory() + (kWeights + static_cast<uint32_t>(tile % kValueStages) * kWeightBytes +
                               static_cast<uint32_t>(key) * static_cast<uint32_t>(sizeof(float)));
   }
@@ -438,7 +441,7 @@ class GradQueryBlock {
   EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
 
   template <bool kMasked>
-  EMPCAUSE_DEVICE void add_gradient(int tile) {
+  EMPCAUSE_DEVICE void attend_backward(int tile) {
     Fragment<Shape::kRowTiles, kColumns / 8> logit, grad_logit;
     multiply(logit, query_tile(), warp_row, key_tile(tile));
     multiply(grad_logit, grad_output_tile(), warp_row, value_tile(tile));
@@ -450,7 +453,7 @@ class GradQueryBlock {
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const Pair biases = load_shared<Pair>(log_weight(tile, n * 8 + lane_column()));
+      const Pair biases = load_shared<Pair>(log2_weight(tile, n * 8 + lane_column()));
       EMPCAUSE_UNROLL
       for (int m = 0; m < Shape::kRowTiles; ++m) {
         EMPCAUSE_UNROLL
@@ -481,8 +484,8 @@ class GradQueryBlock {
 };
 
 template <class T, int kHeadDim, bool kDropout>
-struct GradQueryKernel {
-  using Block = GradQueryBlock<T, kHeadDim, kDropout>;
+struct BackwardQueriesKernel {
+  using Block = BackwardQueriesBlock<T, kHeadDim, kDropout>;
   using Arguments = BackwardArguments;
   static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
   static constexpr uint32_t kSharedBytes = Block::kSharedBytes;

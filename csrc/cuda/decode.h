@@ -1,5 +1,5 @@
 // Decoding: few queries over many keys. The queries of the heads that share keys are the rows of one warp, so that keys
-// are read once, and the keys are divided into enough parts to occupy the GPU. The parts' sums are combined in their
+// are read once, and the keys are divided into enough parts to occupy the GPU. The parts' sums are merged in their
 // order.
 #pragma once
 
@@ -8,14 +8,14 @@
 namespace empcause::cuda {
 
 // How to decode; heads = 0 where the general kernel is the better one.
-struct Decoding {
+struct DecodePlan {
   int64_t heads = 0, parts = 1;
 };
 
-inline Decoding decoding(const Attention& a) {
+inline DecodePlan decode_plan(const Attention& a) {
   constexpr int64_t kRows = 16, kMostParts = 128, kFewestKeys = 128;  // of a part
   constexpr int64_t kBlocksPerMultiprocessor = 4;
-  Decoding d;
+  DecodePlan d;
   if (a.dropout_p > 0.0 || a.num_queries > kRows || a.num_queries == 0 || a.batch == 0) return d;
   // Heads of one block share their weights, too.
   const int64_t group = a.weight.head == 0 ? a.num_heads / a.num_key_heads : 1;
@@ -25,8 +25,25 @@ inline Decoding decoding(const Attention& a) {
   return d;
 }
 
+template <class T, int kHeadDim>
+struct DecodeKernel {
+  using Block = ForwardBlock<T, kHeadDim, false, true>;
+  using Arguments = ForwardArguments;
+  static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
+  static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
+
+  static int64_t num_blocks(const ForwardArguments& f) {
+    return f.a.batch * (f.a.num_heads / f.parts.heads) * Block::row_blocks(f);
+  }
+
+  static EMPCAUSE_DEVICE void run(const ForwardArguments& f) {
+    const int parts = Block::row_blocks(f), block = static_cast<int>(block_index().x);
+    Block(f, block % parts, block / parts).run();
+  }
+};
+
 template <class T>
-struct CombineKernel {
+struct MergeKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMinBlocks = 1;
   static constexpr uint32_t kSharedBytes = 0;
   using Arguments = ForwardArguments;
@@ -44,28 +61,28 @@ struct CombineKernel {
     const Sequence s = sequence(a, batch);
     if (query >= s.num_queries) return;
 
-    float maximum = -kInfinity, sum = 0.0f;
-    for (int part = 0; part < f.split.parts; ++part) {
-      maximum = fmaxf(maximum, load_global(f.split.maximum + f.split.row(a, part, batch, head, query)));
+    float maximum = -kInfinity, total = 0.0f;
+    for (int part = 0; part < f.parts.count; ++part) {
+      maximum = fmaxf(maximum, load_global(f.parts.maximum + f.parts.row(a, part, batch, head, query)));
     }
     const float shift = maximum == -kInfinity ? 0.0f : maximum;
-    const auto factor = [&](int64_t row) { return exp2(load_global(f.split.maximum + row) - shift); };
-    for (int part = 0; part < f.split.parts; ++part) {
-      const int64_t row = f.split.row(a, part, batch, head, query);
-      sum = fused(load_global(f.split.sum + row), factor(row), sum);
+    const auto factor = [&](int64_t row) { return exp2(load_global(f.parts.maximum + row) - shift); };
+    for (int part = 0; part < f.parts.count; ++part) {
+      const int64_t row = f.parts.row(a, part, batch, head, query);
+      total = fused(load_global(f.parts.total + row), factor(row), total);
     }
-    const bool dead = sum == 0.0f;
+    const bool dead = total == 0.0f;
     const int query_row = static_cast<int>(s.query_begin) + query;
     T* const output = row_of<T>(a.output, batch, head, query_row);
     for (int column = lane(); column < a.head_dim; column += kWarp) {
-      float total = 0.0f;
-      for (int part = 0; part < f.split.parts; ++part) {
-        const int64_t row = f.split.row(a, part, batch, head, query);
-        total = fused(load_global(f.split.output + row * a.head_dim + column), factor(row), total);
+      float sum = 0.0f;
+      for (int part = 0; part < f.parts.count; ++part) {
+        const int64_t row = f.parts.row(a, part, batch, head, query);
+        sum = fused(load_global(f.parts.output + row * a.head_dim + column), factor(row), sum);
       }
-      store_global(output + column, from_float<T>(dead ? 0.0f : total / sum));
+      store_global(output + column, from_float<T>(dead ? 0.0f : sum / total));
     }
-    if (lane() == 0) LogSumExp<T>::of(maximum, sum).store(a, batch, head, query_row);
+    if (lane() == 0) LogSumExp<T>::of(maximum, total).store(a, batch, head, query_row);
   }
 };
 

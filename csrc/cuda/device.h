@@ -1,6 +1,6 @@
 // What the kernels need of the machine, and all they use of it: bodies of kernels are plain C++ over this interface.
-// nvcc compiles it to instructions of the GPU; with EMPCAUSE_CUDA_EMULATION any C++ compiler builds the very same
-// bodies for the host, where emulator/ carries the instructions out and checks them.
+// nvcc compiles it to instructions of the GPU. Any other C++ compiler builds the very same bodies for the host, where
+// emulator/ carries the instructions out and checks them.
 //
 //   thread_index, lane_index, warp_index, block_index     blocks of threads have one dimension, grids up to three
 //   sync_block, sync_warp                                 every thread of the block, lane of the warp, must arrive
@@ -27,14 +27,12 @@
 #include <string>
 #include <type_traits>
 
-#if defined(EMPCAUSE_CUDA_EMULATION)
-#define EMPCAUSE_DEVICE inline
-#define EMPCAUSE_ANYWHERE inline
-#elif defined(__CUDACC__)
+#if defined(__CUDACC__)
 #define EMPCAUSE_DEVICE __device__ __forceinline__
 #define EMPCAUSE_ANYWHERE __host__ __device__ __forceinline__
 #else
-#error "Kernels are compiled by nvcc, or for the host with EMPCAUSE_CUDA_EMULATION"
+#define EMPCAUSE_DEVICE inline
+#define EMPCAUSE_ANYWHERE inline
 #endif
 
 namespace empcause::cuda {
@@ -66,8 +64,8 @@ constexpr bool kOneAccess = sizeof(T) == alignof(T) && sizeof(T) <= 16 && std::i
 
 }  // namespace empcause::cuda
 
-#if defined(EMPCAUSE_CUDA_EMULATION)
-#include "emulator/device.h"
-#else
+#if defined(__CUDACC__)
 #include "gpu.h"
+#else
+#include "emulator/device.h"
 #endif

@@ -36,7 +36,7 @@ void reduce_grad_cause(const GradCause& arguments, Stream stream) {
 }
 
 int64_t forward_scratch(const Attention& a) {
-  const Decoding d = decoding(a);
+  const DecodePlan d = decode_plan(a);
   return d.parts == 1 ? 0 : d.parts * a.batch * a.num_heads * a.num_queries * (a.head_dim + 2);
 }
 

@@ -10,12 +10,12 @@
 
 namespace empcause::cuda {
 
-// How decoding divides the keys. With several parts, each part's sums go to scratch memory [part, batch, head, query].
-struct Split {
-  int parts = 1, heads = 1;  // heads: of a thread block, all with the same keys and weights
+// The parts of the keys in decoding. With several, each part's sums go to scratch memory [part, batch, head, query].
+struct Parts {
+  int count = 1, heads = 1;  // heads: of a thread block, all with the same keys and weights
   float* output = nullptr;   // [..., head_dim], unnormalised
   float* maximum = nullptr;  // of the base-2 logits, -infinity for a part without keys
-  float* sum = nullptr;
+  float* total = nullptr;
 
   EMPCAUSE_DEVICE int64_t row(const Attention& a, int64_t part, int64_t batch, int64_t head, int64_t query) const {
     return ((part * a.batch + batch) * a.num_heads + head) * a.num_queries + query;
@@ -26,26 +26,26 @@ struct ForwardArguments {
   Attention a;
   DropoutRate dropout;
   bool whole_chunks;
-  Split split;
+  Parts parts;
 };
 
-template <class T, int kHeadDim, bool kDropout, bool kSplit>
+template <class T, int kHeadDim, bool kDropout, bool kDecode>
 class ForwardBlock {
  public:
   using Shape =
-      std::conditional_t<kSplit, typename TilingsOf<T, kHeadDim>::Decode, typename TilingsOf<T, kHeadDim>::Forward>;
+      std::conditional_t<kDecode, typename TilingsOf<T, kHeadDim>::Decode, typename TilingsOf<T, kHeadDim>::Forward>;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
 
   static EMPCAUSE_ANYWHERE int row_blocks(const ForwardArguments& f) {
-    return kSplit ? f.split.parts : static_cast<int>((f.a.num_queries + kRows - 1) / kRows);
+    return kDecode ? f.parts.count : static_cast<int>((f.a.num_queries + kRows - 1) / kRows);
   }
 
   EMPCAUSE_DEVICE ForwardBlock(const ForwardArguments& arguments, int row_block, int pair)
       : f(arguments),
         a(f.a),
-        heads(kSplit ? f.split.heads : 1),
-        part(kSplit ? row_block : 0),
-        first_query(kSplit ? 0 : row_block * kRows),
+        heads(kDecode ? f.parts.heads : 1),
+        part(kDecode ? row_block : 0),
+        first_query(kDecode ? 0 : row_block * kRows),
         warp_row(uniform_warp() * Shape::kWarpRows) {
     const int groups = static_cast<int>(a.num_heads) / heads;
     batch = pair / groups;
@@ -61,8 +61,8 @@ class ForwardBlock {
     reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
     const int seen = static_cast<int>(clamped(int64_t{last_key(rows - 1)} + 1, 0, s.num_keys));
     tiles = (seen + kColumns - 1) / kColumns;
-    if (kSplit) {
-      const int share = (tiles + f.split.parts - 1) / f.split.parts;
+    if (kDecode) {
+      const int share = (tiles + f.parts.count - 1) / f.parts.count;
       first_tile = part * share;
       tiles = static_cast<int>(clamped(tiles - first_tile, 0, share));
     }
@@ -73,7 +73,7 @@ class ForwardBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
         maximum[m][half] = -kInfinity;
-        sum[m][half] = 0.0f;
+        total[m][half] = 0.0f;
       }
     }
   }
@@ -95,13 +95,13 @@ class ForwardBlock {
   }
 
   EMPCAUSE_DEVICE void publish(int tile, float weight) const {
-    if (thread() < kColumns) store_shared(log_weight(tile, thread()), log2(weight));
+    if (thread() < kColumns) store_shared(log2_weight(tile, thread()), log2(weight));
   }
 
   EMPCAUSE_DEVICE void copy(int tile) const {
     const int row = key_begin + first_key(tile);
     copy_rows<kColumns, kThreads>(
-        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log_weight(tile, key)) > -kInfinity; },
+        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head(), row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head(), row), a.value.row});
   }
@@ -133,7 +133,7 @@ class ForwardBlock {
     return {shared_memory() + (kQueryBytes + static_cast<uint32_t>(tile % kTileStages) * 2 * kKeyBytes)};
   }
   EMPCAUSE_DEVICE RowTile value_tile(int tile) const { return {key_tile(tile).start + kKeyBytes}; }
-  EMPCAUSE_DEVICE Shared log_weight(int tile, int key) const {
+  EMPCAUSE_DEVICE Shared log2_weight(int tile, int key) const {
     return shared_memory() + (kWeights + static_cast<uint32_t>(tile % kValueStages) * kWeightBytes +
                               static_cast<uint32_t>(key) * static_cast<uint32_t>(sizeof(float)));
   }
@@ -155,16 +155,16 @@ class ForwardBlock {
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const Pair log_weights = load_shared<Pair>(log_weight(tile, n * 8 + lane_column()));
+      const Pair log2_weights = load_shared<Pair>(log2_weight(tile, n * 8 + lane_column()));
       EMPCAUSE_UNROLL
       for (int m = 0; m < Shape::kRowTiles; ++m) {
         EMPCAUSE_UNROLL
         for (int i = 0; i < 4; ++i) {
           // An absent key's logit is chosen, not computed: its query may hold NaN, in a row that sees no key.
-          const float log_weight = log_weights.at[i % 2];
-          bool absent = log_weight == -kInfinity;
+          const float log2_weight = log2_weights.at[i % 2];
+          bool absent = log2_weight == -kInfinity;
           if (kMasked) absent |= first_key(tile) + n * 8 + lane_column() + i % 2 > last_key(fragment_row(m, i / 2));
-          p.at[m][n][i] = absent ? -kInfinity : fused(p.at[m][n][i], scale, log_weight);
+          p.at[m][n][i] = absent ? -kInfinity : fused(p.at[m][n][i], scale, log2_weight);
         }
       }
     }
@@ -190,16 +190,16 @@ class ForwardBlock {
     const float shift = best == -kInfinity ? 0.0f : best;
     const float correction = exp2(maximum[m][half] - shift);
     maximum[m][half] = best;
-    float total = 0.0f;
+    float tile_total = 0.0f;
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
       EMPCAUSE_UNROLL
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         p[n][i] = exp2(p[n][i] - shift);
-        total += p[n][i];
+        tile_total += p[n][i];
       }
     }
-    sum[m][half] = fused(sum[m][half], correction, total);
+    total[m][half] = fused(total[m][half], correction, tile_total);
     EMPCAUSE_UNROLL
     for (int n = 0; n < kHeadDim / 8; ++n) {
       output.at[m][n][2 * half] *= correction;
@@ -207,8 +207,7 @@ class ForwardBlock {
     }
   }
 
-  static EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p,
-                                   const Kept<Shape::kRowTiles>& kept) {
+  static EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p, const Kept<Shape::kRowTiles>& kept) {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
@@ -223,9 +222,9 @@ class ForwardBlock {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
-      for (int half = 0; half < 2; ++half) sum[m][half] = quad_sum(sum[m][half]);
+      for (int half = 0; half < 2; ++half) total[m][half] = quad_sum(total[m][half]);
     }
-    if (kSplit && f.split.parts > 1) {
+    if (kDecode && f.parts.count > 1) {
       store_part();
     } else {
       store_output();
@@ -240,13 +239,13 @@ class ForwardBlock {
       for (int half = 0; half < 2; ++half) {
         const int row = fragment_row(m, half);
         if (row < rows && lane_column() == 0) {
-          LogSumExp<T>::of(maximum[m][half], sum[m][half]).store(a, batch, head(row), query_row(row));
+          LogSumExp<T>::of(maximum[m][half], total[m][half]).store(a, batch, head(row), query_row(row));
         }
       }
     }
     store_rows<T>(
         output, 0, head_dim(), f.whole_chunks,
-        [&](int m, int half) { return sum[m][half] == 0.0f ? 0.0f : kept_factor / sum[m][half]; },
+        [&](int m, int half) { return total[m][half] == 0.0f ? 0.0f : kept_factor / total[m][half]; },
         [&](int m, int half) -> T* {
           const int row = fragment_row(m, half);
           return row < rows ? row_of<T>(a.output, batch, head(row), query_row(row)) : nullptr;
@@ -254,20 +253,20 @@ class ForwardBlock {
   }
 
   EMPCAUSE_DEVICE void store_part() {
-    const auto place = [&](int row) { return f.split.row(a, part, batch, head(row), query(row)); };
+    const auto place = [&](int row) { return f.parts.row(a, part, batch, head(row), query(row)); };
     EMPCAUSE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = fragment_row(0, half);
       if (row < rows && lane_column() == 0) {
-        store_global(f.split.maximum + place(row), maximum[0][half]);
-        store_global(f.split.sum + place(row), sum[0][half]);
+        store_global(f.parts.maximum + place(row), maximum[0][half]);
+        store_global(f.parts.total + place(row), total[0][half]);
       }
     }
     store_rows<float>(
         output, 0, head_dim(), a.head_dim % 4 == 0, [](int, int) { return 1.0f; },
         [&](int, int half) -> float* {
           const int row = fragment_row(0, half);
-          return row < rows ? f.split.output + place(row) * a.head_dim : nullptr;
+          return row < rows ? f.parts.output + place(row) * a.head_dim : nullptr;
         });
   }
 
@@ -282,25 +281,23 @@ class ForwardBlock {
 
   // Of the warp's rows: sums over the keys so far, relative to the largest logit (base 2, weight included) so far.
   Fragment<Shape::kRowTiles, kHeadDim / 8> output;
-  float maximum[Shape::kRowTiles][2], sum[Shape::kRowTiles][2];
+  float maximum[Shape::kRowTiles][2], total[Shape::kRowTiles][2];
 };
 
-template <class T, int kHeadDim, bool kDropout, bool kSplit>
+template <class T, int kHeadDim, bool kDropout>
 struct ForwardKernel {
-  using Block = ForwardBlock<T, kHeadDim, kDropout, kSplit>;
+  using Block = ForwardBlock<T, kHeadDim, kDropout, false>;
   using Arguments = ForwardArguments;
   static constexpr int kThreads = Block::Shape::kThreads, kMinBlocks = Block::Shape::kMinBlocks;
   static constexpr uint32_t kSharedBytes = Block::kSharedBytes;
 
-  static int64_t num_blocks(const ForwardArguments& f) {
-    return f.a.batch * (f.a.num_heads / f.split.heads) * Block::row_blocks(f);
-  }
+  static int64_t num_blocks(const ForwardArguments& f) { return f.a.batch * f.a.num_heads * Block::row_blocks(f); }
 
   static EMPCAUSE_DEVICE void run(const ForwardArguments& f) {
     const int row_blocks = Block::row_blocks(f), block = static_cast<int>(block_index().x);
     const int row_block = block % row_blocks;
     // The longest rows first.
-    Block(f, f.a.causal && !kSplit ? row_blocks - 1 - row_block : row_block, block / row_blocks).run();
+    Block(f, f.a.causal ? row_blocks - 1 - row_block : row_block, block / row_blocks).run();
   }
 };
 

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "device.h"
+
 // What assert() calls, in release builds too.
 extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line, const char* function,
                                         size_t character_size) noexcept;
@@ -176,8 +178,10 @@ inline int multiprocessors() {
 }
 
 template <class Kernel>
+// clang-format off
 __global__ __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks) void run(
     const __grid_constant__ typename Kernel::Arguments arguments) {
+  // clang-format on
   Kernel::run(arguments);
 }
 

@@ -22,7 +22,7 @@ int64_t backward_scratch(const AttentionBackward& arguments);
 // grad_cause from grad_weight.
 void reduce_grad_cause(const GradCause& arguments, Stream stream);
 
-// The kernels of one dtype: one translation unit each.
+// The kernels of one dtype: one unit each, compiled from kernels.cu.
 struct Kernels {
   void (*forward)(const Attention&, float* scratch, Stream);
   void (*backward)(const AttentionBackward&, float* scratch, Stream);

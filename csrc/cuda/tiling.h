@@ -21,46 +21,47 @@ struct Tiling {
 template <bool kFloat32, int kHeadDim>
 struct Tilings;
 
-// Rows of queries, columns of keys: Forward and GradQuery. Rows of keys, columns of queries: GradKey, which accumulates
-// two results, of which a block takes one of kSlices parts. Decode is one warp for the few queries there are.
+// Rows of queries, columns of keys: Forward and BackwardQueries. Rows of keys, columns of queries: BackwardKeys, which
+// accumulates two results, of which a block takes one of kSlices slices. Decode is one warp for the few queries there
+// are.
 template <>
 struct Tilings<false, 32> {
   using Forward = Tiling<4, 2, 64, 2>;
   using Decode = Tiling<1, 1, 32, 8>;
-  using GradQuery = Tiling<4, 2, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using BackwardQueries = Tiling<4, 2, 32, 2>;
+  using BackwardKeys = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<false, 64> {
   using Forward = Tiling<4, 2, 64, 2>;
   using Decode = Tiling<1, 1, 32, 8>;
-  using GradQuery = Tiling<4, 2, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using BackwardQueries = Tiling<4, 2, 32, 2>;
+  using BackwardKeys = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<false, 96> {
   using Forward = Tiling<4, 2, 32, 2>;
   using Decode = Tiling<1, 1, 32, 5>;
-  using GradQuery = Tiling<4, 1, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using BackwardQueries = Tiling<4, 1, 32, 2>;
+  using BackwardKeys = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<false, 128> {
   using Forward = Tiling<4, 1, 64, 2>;
   using Decode = Tiling<1, 1, 32, 4>;
-  using GradQuery = Tiling<4, 1, 32, 2>;
-  using GradKey = Tiling<4, 1, 16, 2>;
+  using BackwardQueries = Tiling<4, 1, 32, 2>;
+  using BackwardKeys = Tiling<4, 1, 16, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<false, 256> {
   using Forward = Tiling<4, 1, 32, 1>;
   using Decode = Tiling<1, 1, 16, 3>;
-  using GradQuery = Tiling<4, 1, 16, 1>;
-  using GradKey = Tiling<4, 1, 16, 1>;
+  using BackwardQueries = Tiling<4, 1, 16, 1>;
+  using BackwardKeys = Tiling<4, 1, 16, 1>;
   static constexpr int kSlices = 2;
 };
 
@@ -68,40 +69,40 @@ template <>
 struct Tilings<true, 32> {
   using Forward = Tiling<4, 2, 32, 2>;
   using Decode = Tiling<1, 1, 32, 8>;
-  using GradQuery = Tiling<4, 1, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using BackwardQueries = Tiling<4, 1, 32, 2>;
+  using BackwardKeys = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<true, 64> {
   using Forward = Tiling<4, 2, 32, 2>;
   using Decode = Tiling<1, 1, 32, 4>;
-  using GradQuery = Tiling<4, 1, 32, 2>;
-  using GradKey = Tiling<4, 1, 32, 2>;
+  using BackwardQueries = Tiling<4, 1, 32, 2>;
+  using BackwardKeys = Tiling<4, 1, 32, 2>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<true, 96> {
   using Forward = Tiling<4, 1, 32, 2>;
   using Decode = Tiling<1, 1, 32, 2>;
-  using GradQuery = Tiling<4, 1, 32, 1>;
-  using GradKey = Tiling<4, 1, 32, 1>;
+  using BackwardQueries = Tiling<4, 1, 32, 1>;
+  using BackwardKeys = Tiling<4, 1, 32, 1>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<true, 128> {
   using Forward = Tiling<4, 1, 32, 1>;
   using Decode = Tiling<1, 1, 32, 2>;
-  using GradQuery = Tiling<4, 1, 16, 1>;
-  using GradKey = Tiling<4, 1, 16, 1>;
+  using BackwardQueries = Tiling<4, 1, 16, 1>;
+  using BackwardKeys = Tiling<4, 1, 16, 1>;
   static constexpr int kSlices = 1;
 };
 template <>
 struct Tilings<true, 256> {
   using Forward = Tiling<2, 1, 16, 1>;
   using Decode = Tiling<1, 1, 16, 2>;
-  using GradQuery = Tiling<1, 1, 16, 1>;
-  using GradKey = Tiling<1, 1, 16, 1>;
+  using BackwardQueries = Tiling<1, 1, 16, 1>;
+  using BackwardKeys = Tiling<1, 1, 16, 1>;
   static constexpr int kSlices = 2;
 };
 

@@ -48,7 +48,8 @@ def test_forward_work_by_hand():
 
 @pytest.mark.usefixtures("tiles_of_64")
 def test_backward_work_by_hand():
-    """Four products for dK and dV, three for dQ, each of which reads a tile of the other operand, after two were written."""
+    """Four products in `backward_keys`, three in `backward_queries`, each of which reads a tile of the other operand, after two
+    were written."""
     forward, backward = (work(SQUARE, "cuda", 80) for work in (model.forward, model.backward))
     assert backward.flops == 7 / 2 * forward.flops
     assert backward.exponentials == 2 * forward.exponentials
@@ -56,7 +57,9 @@ def test_backward_work_by_hand():
 
 
 def test_slices_compute_the_logits_again(monkeypatch):
-    monkeypatch.setattr(model, "tile", lambda backend, kernel, *_: Tile(64, 64, 16, 64, 2 if kernel == "keys" else 1))
+    monkeypatch.setattr(
+        model, "tile", lambda backend, kernel, *_: Tile(64, 64, 16, 64, 2 if kernel == "backward_keys" else 1)
+    )
     assert model.backward(SQUARE, "cuda", 80).flops == 9 / 2 * model.forward(SQUARE, "cuda", 80).flops
 
 
@@ -68,8 +71,8 @@ def test_tiles_are_those_of_the_kernels():
     cut = model.tile("cuda", "forward", SQUARE, 80)
     assert (cut.queries, cut.keys, cut.shared_rows) == (16 * warps * row_tiles, columns, 16 * row_tiles)
     assert model.tile("cuda", "forward", replace(SQUARE, dim=65), 80).width > 64
-    chosen = configuration("keys", 64, torch.bfloat16, 90)
-    cut = model.tile("triton", "keys", SQUARE, 90)
+    chosen = configuration("backward_keys", 64, torch.bfloat16, 90)
+    cut = model.tile("triton", "backward_keys", SQUARE, 90)
     assert (cut.queries, cut.keys) == (chosen.block_m, chosen.block_n)
 
 

@@ -169,14 +169,11 @@ def test_a_missing_compiler_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        (
-            "empcause::cuda::ForwardKernel<empcause::cuda::BFloat16, 64, true, false>",
-            ("forward", "bf16", 64, "dropout"),
-        ),
-        ("empcause::cuda::ForwardKernel<float, 128, false, true>", ("split", "fp32", 128, "")),
-        ("empcause::cuda::GradKeyKernel<empcause::cuda::Float16, 256, false>", ("keys", "fp16", 256, "")),
-        ("empcause::cuda::DeltaKernel<empcause::cuda::BFloat16>", ("delta", "bf16", 0, "")),
-        ("empcause::cuda::WeightsKernel", ("weights", "fp32", 0, "")),
+        ("empcause::cuda::ForwardKernel<empcause::cuda::BFloat16, 64, true>", ("forward", 64, "dropout")),
+        ("empcause::cuda::DecodeKernel<float, 128>", ("decode", 128, "")),
+        ("empcause::cuda::BackwardKeysKernel<empcause::cuda::Float16, 256, false>", ("backward_keys", 256, "")),
+        ("empcause::cuda::DeltaKernel<empcause::cuda::BFloat16>", ("delta", 0, "")),
+        ("empcause::cuda::WeightsKernel", ("weights", 0, "")),
     ],
 )
 def test_names_of_cuda_kernels(kernel, expected):

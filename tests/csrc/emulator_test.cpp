@@ -213,14 +213,14 @@ struct Arithmetic : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const float x = 1.0f + 1.0f / 4096, y = -1.0f - 1.0f / 2048;
     if (thread_index() != 0) return;
-    store_global(b.out, add(multiply(x, x), y));      // the product's last bit is rounded away
-    store_global(b.out + 1, fused(x, x, y));          // and here it is what is left
+    store_global(b.out, add(multiply(x, x), y));  // the product's last bit is rounded away
+    store_global(b.out + 1, fused(x, x, y));      // and here it is what is left
     store_global(b.out + 2, static_cast<float>(multiply_high(0x80000000u, 6u)));
     store_global(b.out + 3, exp2(-3.0f));
     store_global(b.out + 4, exp2(-kInfinity));
     store_global(b.out + 5, log2(0.25f));
     store_global(b.out + 6, log2(0.0f));
-    store_global(b.out + 7, exp2(-130.0f));           // below the smallest normal number
+    store_global(b.out + 7, exp2(-130.0f));  // below the smallest normal number
     store_global(b.out + 8, log2(1e-40f));
   }
 };
@@ -521,7 +521,7 @@ std::vector<float> run(const std::vector<float>& in, uint32_t out_count, Index3 
   float *const first = memory[1].at, *const out = memory[in_chunks + 2].at;
   std::copy(in.begin(), in.end(), first);
   std::fill(out, out + out_count, -1.0f);
-#if defined(EMPCAUSE_CUDA_EMULATION)
+#if !defined(__CUDACC__)
   emulator::forbid_all();
   emulator::allow(nullptr, 0);
   emulator::allow(first, in.size() * sizeof(float));

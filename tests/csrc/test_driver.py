@@ -1,4 +1,4 @@
-"""The kernels without torch on random problems, under sanitizers, on every instruction set: csrc/driver.cpp."""
+"""The kernels without torch on random problems, under sanitizers, on every instruction set: driver.cpp."""
 
 import os
 import shutil
@@ -57,7 +57,8 @@ def test_clean_under_thread_sanitizer(driver):
 def test_a_wrong_kernel_is_noticed(tmp_path):
     """The driver's own judgement: the same problems with a kernel that forgets the weights of one tile."""
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "csrc", source / "csrc")
+    for folder in ("csrc", "tests/csrc"):
+        shutil.copytree(ROOT / folder, source / folder)
     shutil.copy(ROOT / "CMakeLists.txt", source)
     tile = source / "csrc" / "cpu" / "tile.h"
     text = tile.read_text()

@@ -81,7 +81,7 @@ def emulator_test(tmp_path_factory):
     program = tmp_path_factory.mktemp("emulator") / "emulator_test"
     sources = [SOURCE, *(CUDA / "emulator").glob("*.cpp")]
     warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]
-    command = [compiler, "-std=c++20", "-O1", *warnings, "-DEMPCAUSE_CUDA_EMULATION", f"-I{CUDA}", "-pthread"]
+    command = [compiler, "-std=c++20", "-O1", *warnings, f"-I{CUDA}", "-pthread"]
     done = subprocess.run([*command, *sources, "-o", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return lambda *arguments: subprocess.run(

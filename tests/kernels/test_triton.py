@@ -103,7 +103,9 @@ class TestTriton(Contract):
     @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
     def test_whole_tiles_and_bounded_ones(self, dtype, dropout_p, causal):
         """Several tiles of every kernel, so that both its loops run."""
-        every = [self.tiles(kernel, 64, dtype, dropout_p > 0) for kernel in ("forward", "keys", "queries")]
+        every = [
+            self.tiles(kernel, 64, dtype, dropout_p > 0) for kernel in ("forward", "backward_keys", "backward_queries")
+        ]
         length = 2 * max(max(t.block_m, t.block_n) for t in every) + 3
         shape = {"batch": 1, "heads": 1, "key_heads": 1, "queries": length, "keys": length, "dim": 64}
         self.assert_close(Case(**shape, dtype=dtype, dropout_p=dropout_p, causal=causal, masked=True))
@@ -171,7 +173,7 @@ class TestTriton(Contract):
     )
     def test_decoding_in_several_parts(self, case, heads_together, launched):
         self.assert_close(case)
-        (split,) = [arguments for name, arguments in launched if name == "split_kernel"]
-        assert split["splits"] > 1
-        assert split["packed_heads"] == heads_together
+        (decode,) = [arguments for name, arguments in launched if name == "decode_kernel"]
+        assert decode["parts"] > 1
+        assert decode["packed_heads"] == heads_together
         assert "forward_kernel" not in [name for name, _ in launched]

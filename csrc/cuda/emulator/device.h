@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <typeinfo>
 
+#include "../device.h"
 #include "emulator.h"
 
 namespace empcause::cuda {

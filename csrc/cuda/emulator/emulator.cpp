@@ -257,8 +257,8 @@ void launch(const char* kernel, Index3 grid, int threads, uint32_t shared_bytes,
         const std::lock_guard lock(mutex);
         if (!error.empty()) return;
         error = std::string(exception.what()) + " (" + readable(kernel) + ", block " + std::to_string(index.x) + " " +
-                std::to_string(index.y) + " " + std::to_string(index.z) + ", thread " +
-                std::to_string(block.thread()) + ")";
+                std::to_string(index.y) + " " + std::to_string(index.z) + ", thread " + std::to_string(block.thread()) +
+                ")";
       }
     }
   };

@@ -157,9 +157,9 @@ class SharedMemory {
 
   [[noreturn]] static void race(const char* verb, uint32_t i, const char* other_verb, int other, const Source& source) {
     const std::string who = other == kSeveral ? "other threads" : "thread " + std::to_string(other);
-    fail(std::string("race: ") + verb + " " + byte(i) + ", which " + who + " " + other_verb +
-             " with no barrier between",
-         source);
+    fail(
+        std::string("race: ") + verb + " " + byte(i) + ", which " + who + " " + other_verb + " with no barrier between",
+        source);
   }
 
   std::vector<unsigned char> memory_;

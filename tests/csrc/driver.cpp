@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/kernels.h"
 
 using namespace empcause;
 using namespace empcause::cpu;
@@ -61,7 +61,12 @@ class Buffer {
   }
 
   Buffer(const Buffer& other)
-      : view(other.view), dtype_(other.dtype_), batch_(other.batch_), heads_(other.heads_), rows_(other.rows_), dim_(other.dim_),
+      : view(other.view),
+        dtype_(other.dtype_),
+        batch_(other.batch_),
+        heads_(other.heads_),
+        rows_(other.rows_),
+        dim_(other.dim_),
         bytes_(other.bytes_) {
     view.data = bytes_.data();
   }
@@ -160,11 +165,12 @@ struct Shape {
   }
 
   void print() const {
-    std::printf("B%lld H%lld/%lld Q%lld K%lld D%lld dtype %d causal %d packed %d head weights %d heads last %d padding %lld "
-                "offset %d %lld dropout %g\n",
-                (long long)batch, (long long)heads, (long long)key_heads, (long long)queries, (long long)keys, (long long)dim,
-                static_cast<int>(dtype), causal, packed, head_weights, heads_last, (long long)padding, has_offset,
-                (long long)offset, dropout_p);
+    std::printf(
+        "B%lld H%lld/%lld Q%lld K%lld D%lld dtype %d causal %d packed %d head weights %d heads last %d padding %lld "
+        "offset %d %lld dropout %g\n",
+        (long long)batch, (long long)heads, (long long)key_heads, (long long)queries, (long long)keys, (long long)dim,
+        static_cast<int>(dtype), causal, packed, head_weights, heads_last, (long long)padding, has_offset,
+        (long long)offset, dropout_p);
   }
 };
 
@@ -184,12 +190,21 @@ struct Problem {
   }
 
   Problem(const Shape& shape, Random& r, const std::vector<int32_t>& queries, const std::vector<int32_t>& keys)
-      : s(shape), outer(s.packed ? 1 : s.batch), total_queries(s.packed ? queries.back() : s.queries),
-        total_keys(s.packed ? keys.back() : s.keys), seed(static_cast<int64_t>(r.engine())), cu_queries(queries), cu_keys(keys),
-        query(rows(s, outer, s.heads, total_queries)), key(rows(s, outer, s.key_heads, total_keys)),
-        value(rows(s, outer, s.key_heads, total_keys)), grad_output(rows(s, outer, s.heads, total_queries)),
-        output(rows(s, outer, s.heads, total_queries)), grad_query(rows(s, outer, s.heads, total_queries)),
-        grad_key(rows(s, outer, s.key_heads, total_keys)), grad_value(rows(s, outer, s.key_heads, total_keys)) {
+      : s(shape),
+        outer(s.packed ? 1 : s.batch),
+        total_queries(s.packed ? queries.back() : s.queries),
+        total_keys(s.packed ? keys.back() : s.keys),
+        seed(static_cast<int64_t>(r.engine())),
+        cu_queries(queries),
+        cu_keys(keys),
+        query(rows(s, outer, s.heads, total_queries)),
+        key(rows(s, outer, s.key_heads, total_keys)),
+        value(rows(s, outer, s.key_heads, total_keys)),
+        grad_output(rows(s, outer, s.heads, total_queries)),
+        output(rows(s, outer, s.heads, total_queries)),
+        grad_query(rows(s, outer, s.heads, total_queries)),
+        grad_key(rows(s, outer, s.key_heads, total_keys)),
+        grad_value(rows(s, outer, s.key_heads, total_keys)) {
     for (Buffer* buffer : {&query, &key, &value, &grad_output}) buffer->fill(r);
     const int64_t weight_heads = s.head_weights ? s.heads : 1;
     weight.resize(static_cast<size_t>(outer * weight_heads * total_keys));
@@ -253,7 +268,8 @@ struct Problem {
       a.cu_queries = cu_queries.data();
       a.cu_keys = cu_keys.data();
       a.weight.batch = a.maximum.batch = a.total.batch = g.grad_weight.batch = g.key_mask_batch = 0;
-      for (Matrices* m : {&a.query, &a.key, &a.value, &a.output, &a.rounding, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
+      for (Matrices* m : {&a.query, &a.key, &a.value, &a.output, &a.rounding, &g.grad_output, &g.grad_query,
+                          &g.grad_key, &g.grad_value}) {
         m->batch = 0;
       }
     }
@@ -313,7 +329,10 @@ struct Sum {
 class Judge {
  public:
   Judge(const Problem& problem, const Kernels& kernels)
-      : p_(problem), tolerance_(p_.s.dtype == DType::kFloat32 ? 1e-4 : p_.s.dtype == DType::kFloat16 ? 6e-4 : 4e-3),
+      : p_(problem),
+        tolerance_(p_.s.dtype == DType::kFloat32   ? 1e-4
+                   : p_.s.dtype == DType::kFloat16 ? 6e-4
+                                                   : 4e-3),
         term_tolerance_(kernels.has_pairs && p_.s.dtype == DType::kBFloat16 ? 0x1p-9 : 0) {}
 
   double worst() {
@@ -322,7 +341,8 @@ class Judge {
       for (int64_t h = 0; h < p_.s.heads; ++h) sequence(b, h, grad_key, grad_value);
     }
     size_t at = 0;
-    p_.grad_key.for_each([&](int64_t b, int64_t h, int64_t j, int64_t d) { compare(p_.grad_key.get(b, h, j, d), grad_key[at++]); });
+    p_.grad_key.for_each(
+        [&](int64_t b, int64_t h, int64_t j, int64_t d) { compare(p_.grad_key.get(b, h, j, d), grad_key[at++]); });
     at = 0;
     p_.grad_value.for_each(
         [&](int64_t b, int64_t h, int64_t j, int64_t d) { compare(p_.grad_value.get(b, h, j, d), grad_value[at++]); });
@@ -336,7 +356,8 @@ class Judge {
   size_t count(int64_t heads) const { return static_cast<size_t>(p_.outer * heads * p_.total_keys * p_.s.dim); }
 
   void compare(double got, double expected, double magnitude = 0) {
-    const double error = std::abs(got - expected) / (tolerance_ * (1 + std::abs(expected)) + term_tolerance_ * magnitude);
+    const double error =
+        std::abs(got - expected) / (tolerance_ * (1 + std::abs(expected)) + term_tolerance_ * magnitude);
     worst_ = error <= worst_ ? worst_ : std::isnan(error) ? kInf : error;
   }
   void compare(double got, const Sum& expected) { compare(got, expected.value, expected.magnitude); }
@@ -344,7 +365,9 @@ class Judge {
   void sequence(int64_t b, int64_t h, std::vector<Sum>& grad_key, std::vector<Sum>& grad_value) {
     const Shape& s = p_.s;
     const int64_t outer = s.packed ? 0 : b, kh = h / (s.heads / s.key_heads);
-    const auto at = [](const std::vector<int32_t>& sums, int64_t i) { return static_cast<int64_t>(sums[static_cast<size_t>(i)]); };
+    const auto at = [](const std::vector<int32_t>& sums, int64_t i) {
+      return static_cast<int64_t>(sums[static_cast<size_t>(i)]);
+    };
     const int64_t q0 = s.packed ? at(p_.cu_queries, b) : 0, k0 = s.packed ? at(p_.cu_keys, b) : 0;
     const int64_t queries = s.packed ? at(p_.cu_queries, b + 1) - q0 : s.queries;
     const int64_t keys = s.packed ? at(p_.cu_keys, b + 1) - k0 : s.keys;
@@ -364,7 +387,9 @@ class Judge {
       for (int64_t j = 0; j < seen; ++j) {
         if (masked(j)) continue;
         double x = 0;
-        for (int64_t d = 0; d < s.dim; ++d) x += p_.query.get(outer, h, q0 + i, d) * double(p_.key.get(outer, kh, k0 + j, d));
+        for (int64_t d = 0; d < s.dim; ++d) {
+          x += p_.query.get(outer, h, q0 + i, d) * double(p_.key.get(outer, kh, k0 + j, d));
+        }
         e[static_cast<size_t>(j)] = std::exp(p_.scale() * x);
         total += weight(j) * e[static_cast<size_t>(j)];
       }
@@ -407,7 +432,8 @@ class Judge {
       }
     }
     for (int64_t j = 0; j < keys; ++j) {
-      compare(p_.grad_weight[static_cast<size_t>((outer * s.heads + h) * p_.total_keys + k0 + j)], grad_weight[static_cast<size_t>(j)]);
+      compare(p_.grad_weight[static_cast<size_t>((outer * s.heads + h) * p_.total_keys + k0 + j)],
+              grad_weight[static_cast<size_t>(j)]);
     }
   }
 
@@ -438,7 +464,8 @@ int main(int argc, char** argv) {
     const double error = Judge(first, kernels).worst();
     worst = std::max(worst, error);
     if (error > 1 || !(first == second)) {
-      std::printf("FAIL %s %s, driver 1 %lld: ", kernels.isa, error > 1 ? "is wrong" : "depends on threads", (long long)(seed + index));
+      std::printf("FAIL %s %s, driver 1 %lld: ", kernels.isa, error > 1 ? "is wrong" : "depends on threads",
+                  (long long)(seed + index));
       std::printf("error %g of 1 allowed; ", error);
       shape.print();
       return 1;

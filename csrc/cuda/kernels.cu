@@ -1,13 +1,24 @@
-// The kernels of one dtype: each of the kernels_*.cu defines EMPCAUSE_TYPE and EMPCAUSE_KERNELS and includes this file.
+// The kernels of one dtype: compiled once for each, with -DEMPCAUSE_DTYPE=fp32, bf16 or fp16 (CMakeLists.txt).
+#include <type_traits>
+
 #include "backward.h"
 #include "decode.h"
 #include "kernels.h"
+
+#if !defined(EMPCAUSE_DTYPE)
+#define EMPCAUSE_DTYPE fp32
+#endif
+#define EMPCAUSE_JOIN_EXPANDED(a, b) a##b
+#define EMPCAUSE_JOIN(a, b) EMPCAUSE_JOIN_EXPANDED(a, b)
 
 namespace empcause::cuda {
 
 namespace {
 
-using T = EMPCAUSE_TYPE;
+using fp32 [[maybe_unused]] = float;
+using bf16 [[maybe_unused]] = BFloat16;
+using fp16 [[maybe_unused]] = Float16;
+using T = EMPCAUSE_DTYPE;
 
 // Whether rows begin at multiples of 16 bytes and consist of as many.
 bool in_chunks(const Attention& a, const Matrices& m) {
@@ -33,43 +44,42 @@ void with_head_dim(int64_t head_dim, Call call) {
   throw std::runtime_error("empcause: the CUDA kernels take head sizes up to 256");
 }
 
-template <int kHeadDim, bool kDropout, bool kSplit>
+template <class Kernel>
 void launch_forward(const ForwardArguments& f, Stream stream) {
-  using Kernel = ForwardKernel<T, kHeadDim, kDropout, kSplit>;
   launch_blocks<Kernel>(Kernel::num_blocks(f), f, stream);
 }
 
 void forward_rows(const Attention& a, float* scratch, Stream stream) {
   ForwardArguments f{a, DropoutRate(a.dropout_p), false, {}};
   f.whole_chunks = in_chunks(a, a.query) && in_chunks(a, a.key) && in_chunks(a, a.value) && in_chunks(a, a.output);
-  const Decoding d = decoding(a);
+  const DecodePlan d = decode_plan(a);
   with_head_dim(a.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     if (d.heads == 0) {
       if (f.dropout.threshold == 0) {
-        launch_forward<kHeadDim, false, false>(f, stream);
+        launch_forward<ForwardKernel<T, kHeadDim, false>>(f, stream);
       } else {
-        launch_forward<kHeadDim, true, false>(f, stream);
+        launch_forward<ForwardKernel<T, kHeadDim, true>>(f, stream);
       }
       return;
     }
-    const int64_t partial_rows = d.parts * CombineKernel<T>::num_rows(a);
-    f.split = {static_cast<int>(d.parts), static_cast<int>(d.heads), scratch, scratch + partial_rows * a.head_dim,
+    const int64_t partial_rows = d.parts * MergeKernel<T>::num_rows(a);
+    f.parts = {static_cast<int>(d.parts), static_cast<int>(d.heads), scratch, scratch + partial_rows * a.head_dim,
                scratch + partial_rows * (a.head_dim + 1)};
-    launch_forward<kHeadDim, false, true>(f, stream);
+    launch_forward<DecodeKernel<T, kHeadDim>>(f, stream);
     if (d.parts > 1) {
-      constexpr int kWarps = CombineKernel<T>::kWarps;
-      launch_blocks<CombineKernel<T>>((CombineKernel<T>::num_rows(a) + kWarps - 1) / kWarps, f, stream);
+      constexpr int kWarps = MergeKernel<T>::kWarps;
+      launch_blocks<MergeKernel<T>>((MergeKernel<T>::num_rows(a) + kWarps - 1) / kWarps, f, stream);
     }
   });
 }
 
 template <int kHeadDim, bool kDropout>
 void launch_backward(const BackwardArguments& f, Stream stream) {
-  using GradKey = GradKeyKernel<T, kHeadDim, kDropout>;
-  using GradQuery = GradQueryKernel<T, kHeadDim, kDropout>;
-  launch_blocks<GradKey>(GradKey::num_blocks(f.g.forward), f, stream);
-  launch_blocks<GradQuery>(GradQuery::num_blocks(f.g.forward), f, stream);
+  using Keys = BackwardKeysKernel<T, kHeadDim, kDropout>;
+  using Queries = BackwardQueriesKernel<T, kHeadDim, kDropout>;
+  launch_blocks<Keys>(Keys::num_blocks(f.g.forward), f, stream);
+  launch_blocks<Queries>(Queries::num_blocks(f.g.forward), f, stream);
 }
 
 void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
@@ -92,6 +102,6 @@ void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
 
 }  // namespace
 
-const Kernels EMPCAUSE_KERNELS = {forward_rows, backward_rows};
+const Kernels EMPCAUSE_JOIN(kernels_, EMPCAUSE_DTYPE) = {forward_rows, backward_rows};
 
 }  // namespace empcause::cuda

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "../cpu/kernels.h"
 
 namespace empcause {
 

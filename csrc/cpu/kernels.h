@@ -1,25 +1,23 @@
-// What the CPU adds to the problem: an injected parallel-for, the kernels of each instruction set, scratch memory.
+// The operator on the CPU, for callers in C++: the problem of ../attention.h, and a parallel-for of the caller's.
 #pragma once
 
 #include "../attention.h"
 
 namespace empcause::cpu {
 
-// Runs task(context, index, next) for every index in [0, count). `next` is the task that the thread is likely to take then, or -1.
+// Runs task(context, index, next) for every index in [0, count). `next` is the task that the thread is likely to take
+// then, or -1.
 using Task = void (*)(void* context, int64_t index, int64_t next);
 using ParallelFor = void (*)(int64_t count, Task task, void* context);
 
+// The kernels of one instruction set: one unit each, compiled from kernels.cpp.
 struct Kernels {
   const char* isa;
   bool has_pairs;  // bf16 is multiplied in pairs, for which probabilities and gradients of logits are rounded to it
   void (*forward)(const Attention&, ParallelFor);
   void (*backward)(const AttentionBackward&, ParallelFor);
-  // The machine's limits, for benchmarks (limits.h).
-  int64_t (*multiply_adds)(DType, int64_t rounds);
-  float (*read_all)(const float* data, int64_t count);
 };
 
-// The kernels of one instruction set: one translation unit each.
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
@@ -31,5 +29,16 @@ const Kernels& select_kernels();
 
 // Scratch memory of the calling thread, aligned to a large page, kept between calls; contents are undefined.
 float* thread_scratch(int64_t num_floats);
+
+// Memory of one call; contents are undefined. It takes the place of the standard library's, whose functions units would
+// share (isa.h).
+struct Memory {
+  float* const data;  // null where there are no floats
+
+  explicit Memory(int64_t num_floats);
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory();
+};
 
 }  // namespace empcause::cpu

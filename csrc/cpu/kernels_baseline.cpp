@@ -1,3 +1,0 @@
-// Built with the flags of this instruction set, see CMakeLists.txt.
-#define EMPCAUSE_ISA baseline
-#include "kernels.inl"
