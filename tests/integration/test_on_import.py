@@ -78,6 +78,7 @@ USES = {
 
 @pytest.mark.parametrize("names", USES)
 def test_imported_before_transformers(names, folders):
+    """Modules of transformers import each other; ours must not meet one that is half made."""
     run(f"import sys, empcause; from transformers import {names}\n{USES[names]}", *folders)
 
 
@@ -86,12 +87,27 @@ def test_imported_after_transformers(names, folders):
     run(f"import sys; from transformers import {names}; import empcause\n{USES[names]}", *folders)
 
 
-def test_the_middle_of_a_family_is_imported_first():
-    """Modules of transformers import each other; ours must not meet one that is half made."""
-    run(
-        "import empcause; from transformers.generation.utils import GenerationMixin\n"
-        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS; assert 'empcause' in ALL_ATTENTION_FUNCTIONS"
-    )
+AMONG_OTHERS = """
+import sys
+import empcause
+
+class AsksAll:
+    def find_spec(self, name, path=None, target=None):
+        if not name.startswith("transformers"):
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        return next(filter(None, specs), None)
+
+sys.meta_path.insert(0, AsksAll())
+from transformers import GPT2Config, GPT2LMHeadModel
+assert type(sys.modules["transformers.modeling_utils"].__spec__.loader).__module__ != "empcause.on_import"
+sizes = {"n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 9}
+GPT2LMHeadModel._from_config(GPT2Config(**sizes), attn_implementation="empcause")
+"""
+
+
+def test_beside_another_tool_that_has_every_finder_look():
+    run(AMONG_OTHERS)
 
 
 class Biased(torch.nn.Module):
