@@ -91,7 +91,14 @@ def add_parser(
     description: str,
     arguments_help: str,
 ) -> None:
-    """Add a command to the parser of `empcause`: one that does its task for the stage that is named."""
+    """Add a command to the parser of `empcause`: one that does its task for the stage that is named.
+
+    Args:
+        subparsers: of `empcause`.
+        command: its name, that of a field of `Stage`.
+        help, description: for the help of `empcause`, and its own.
+        arguments_help: for its help, what may follow the stage.
+    """
     parser = subparsers.add_parser(command, help=help, description=description)
     parser.add_argument("stage", choices=list(STAGES), help=f"what to {command}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=arguments_help)
