@@ -1,28 +1,43 @@
 """Empathetic conversation generation enhanced by emotion cause.
 
-Importing the package registers the attention implementation "empcause" with transformers.
+Importing the package imports neither torch nor transformers. As soon as they are imported, before or after, transformers knows
+the attention implementation "empcause" and the configurations and models of this package, and torch its operators.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from empcause.on_import import watch_imports
 
 __version__ = "0.1.0"
 
-import sys
-from types import TracebackType
-
-_excepthook = sys.excepthook
-
-
-def _without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("empcause: error: interrupted; nothing had begun.", file=sys.stderr)
-    else:
-        _excepthook(kind, error, traceback)
-
-
-sys.excepthook = _without_traceback  # torch and transformers take seconds to import, in which people press Ctrl-C
-
-from empcause.integration import check_model, steer  # noqa: E402
-from empcause.ops import biased_attention, biased_attention_varlen, info  # noqa: E402
-
-sys.excepthook = _excepthook
+if TYPE_CHECKING:
+    from empcause.integration import check_model, steer
+    from empcause.ops import biased_attention, biased_attention_varlen, info
 
 __all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer"]
+
+# By name: the package that it is from, which is imported when somebody asks for it.
+_PACKAGES = {
+    "biased_attention": "ops",
+    "biased_attention_varlen": "ops",
+    "check_model": "integration",
+    "info": "ops",
+    "steer": "integration",
+}
+
+if not TYPE_CHECKING:  # type checkers would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _PACKAGES.values():
+            return importlib.import_module(f"empcause.{name}")
+        if name not in _PACKAGES:
+            raise AttributeError(f"module 'empcause' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"empcause.{_PACKAGES[name]}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+watch_imports()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from empcause.cli.options import number
+from empcause.cli.numbers import number
 from empcause.errors import UserError
 from empcause.outputs import working_in
 from empcause.ranges import NOT_NEGATIVE, SHARE, Range

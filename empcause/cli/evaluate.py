@@ -1,42 +1,16 @@
-"""`empcause evaluate extractor|generator`: metrics with intervals, beside the published figures."""
+"""`empcause evaluate STAGE`: metrics with intervals, beside the published figures."""
 
 import argparse
+
+from empcause.cli.stages import STAGES, add_parser
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `empcause`."""
-    parser = subparsers.add_parser(
+    add_parser(
+        subparsers,
         "evaluate",
         help="measure a trained model; writes JSON, a Markdown table and figures",
-        description="`empcause evaluate extractor --help` shows the options of one stage.",
+        description=f"`empcause evaluate {next(iter(STAGES))} --help` shows the options of one stage.",
+        arguments_help="--model FOLDER, --option value",
     )
-    parser.add_argument("stage", choices=["extractor", "generator"], help="which of the two models to evaluate")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="--model FOLDER, --option value")
-    parser.set_defaults(run=run)
-
-
-def run(namespace: argparse.Namespace) -> int:
-    """Evaluate and print the headline figures and where the report is."""
-    import torch
-
-    from empcause.cli.memory import keep_freed_memory
-    from empcause.cli.options import parse_options
-    from empcause.cli.terminal import hide_file_progress, print_metrics
-
-    hide_file_progress()
-    if not torch.accelerator.is_available():
-        keep_freed_memory()
-    prog = f"empcause evaluate {namespace.stage}"
-    if namespace.stage == "extractor":
-        from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
-
-        description = "Emotion accuracy and cause recall on EmoCause (Tables 5 and 6)."
-        extractor = parse_options(EvaluateExtractorOptions, namespace.arguments, prog=prog, description=description)
-        print_metrics(evaluate_extractor(extractor), f"report in {extractor.output_dir}")
-    else:
-        from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
-
-        description = "Perplexity, Distinct, BERTScore and emotion accuracy on EmpatheticDialogues (Table 7)."
-        generator = parse_options(EvaluateGeneratorOptions, namespace.arguments, prog=prog, description=description)
-        print_metrics(evaluate_generator(generator), f"report in {generator.output_dir}")
-    return 0

@@ -12,20 +12,23 @@ from types import FrameType
 from typing import NoReturn
 
 from empcause.cli.failures import sentence
+from empcause.cli.stages import STAGES
 from empcause.errors import Interrupted, UserError
 from empcause.text import visible
 
 # Each module has `register(subparsers)`, which adds its parser with `run`, a function of the parsed arguments.
 COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo", "bench")
 
-DESCRIPTION = """\
+_TRAININGS = "\n".join(
+    f"  {f'empcause train {name} --config {stage.recipe}':<61}{stage.purpose}" for name, stage in STAGES.items()
+)
+DESCRIPTION = f"""\
 Empathetic conversation generation enhanced by emotion cause.
 
 A first run, from nothing:
   empcause demo                                                everything once, tiny, in minutes
   empcause data check                                          is the data complete?
-  empcause train extractor --config recipes/extractor.yaml     stage 1: which words caused the emotion
-  empcause train generator --config recipes/generator.yaml     stage 2: answers that attend to them
+{_TRAININGS}
   empcause evaluate generator --model runs/generator
   empcause respond "I feel so lonely, all my friends live abroad."
 """

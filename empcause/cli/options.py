@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType
@@ -13,7 +13,6 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from empcause.errors import UserError
-from empcause.ranges import Range
 from empcause.text import one_line
 
 Options = TypeVar("Options")
@@ -25,19 +24,6 @@ COMMON_TRAINING_ARGUMENTS = frozenset(
     "max_grad_norm bf16 seed data_seed logging_steps eval_strategy eval_steps save_strategy save_steps "
     "save_total_limit metric_for_best_model report_to torch_compile use_cpu".split()
 )
-
-
-def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], int | float]:
-    """An argparse type: numbers within a range."""
-
-    def read(word: str) -> int | float:
-        value = kind(word)
-        if value not in allowed:
-            raise ArgumentTypeError(f"{word} is not {'a whole number' if kind is int else 'a number'} {allowed}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names it where a word is no number at all
-    return read
 
 
 # A recipe of this package has some hundred bytes.

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from empcause.cli.options import number
+from empcause.cli.numbers import number
 from empcause.errors import UserError
 from empcause.ranges import COUNT, POSITIVE, SEED, Range
 

@@ -116,3 +116,6 @@ def _no_pooler(config: CauseExtractorConfig) -> dict[str, bool]:
     """Families with a pooling layer that only their own classification heads use leave it out."""
     pooled = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
     return {"add_pooling_layer": False} if getattr(config.encoder, "model_type", "") in pooled else {}
+
+
+AutoModel.register(CauseExtractorConfig, CauseExtractor)

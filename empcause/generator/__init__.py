@@ -17,6 +17,7 @@ from empcause.generator.modeling import (
     EmpatheticGPT2LMHeadModel,
     EmpatheticLlamaForCausalLM,
     EmpatheticMixin,
+    GeneratorOutput,
     add_separator,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "EmpatheticLlamaConfig",
     "EmpatheticLlamaForCausalLM",
     "EmpatheticMixin",
+    "GeneratorOutput",
     "Reply",
     "Responder",
     "TextCauses",

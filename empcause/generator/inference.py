@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -169,10 +169,10 @@ def response_nll(
     model.eval()
     for indices, batch in _batches(model, tokenizer, items, batch_size, "right", "scoring", progress):
         with torch.inference_mode():
-            logits = model(**batch).logits.float()
-        targets = batch["labels"][:, 1:]
-        counted = targets != IGNORED
-        losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none").double().cpu()
+            losses = model(**batch).token_losses
+        counted = batch["labels"] != IGNORED
+        counted[:, 0] = False  # nothing predicts it
+        losses = losses[counted].double().cpu()
         rows = counted.nonzero()[:, 0].cpu()
         totals[indices] = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, rows, losses).numpy()
         counts[indices] = counted.sum(1).cpu().numpy()

@@ -1,17 +1,35 @@
 """The generators: a causal LM with a role embedding (eq 13) and biased attention in every layer (eq 14-18)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import can_return_tuple
 
 from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.generator.configuration import EmpatheticGPT2Config, EmpatheticLlamaConfig
 
 NUM_ROLES = 2
+
+
+@dataclass
+class GeneratorOutput(CausalLMOutputWithCrossAttentions):
+    """Result of a generator that was given labels: losses in place of logits, which are computed where labels are, and not kept.
+
+    What else is in it (cache, hidden states, attentions) is the base model's.
+
+    Attributes:
+        loss: 0-d float32, the sum over the labelled tokens divided by their number (or by `num_items_in_batch`).
+        logits: None; call the model without labels to have them.
+        token_losses: `[B, S]` float32 in nats, negative log-likelihood of each labelled token, without smoothing; 0 where the
+            label is -100 and at the first position, which nothing predicts. None in training mode, where nobody reads them.
+    """
+
+    token_losses: Tensor | None = None
 
 
 class EmpatheticMixin:
@@ -31,6 +49,7 @@ class EmpatheticMixin:
         if module is getattr(self, "role_embedding", None):
             nn.init.zeros_(module.weight)  # a role says nothing until it is trained
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -43,22 +62,29 @@ class EmpatheticMixin:
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        label_smoothing: float = 0.0,
+        smoothing: float = 0.0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Next-token logits, or the loss of the labelled tokens.
+    ) -> Any:
+        """Next-token logits, or the losses of the labelled tokens.
 
         Args:
             input_ids: `[B, S]`.
             attention_mask: `[B, S]`, 0 at padding.
             token_type_ids: `[B, S]` roles, 0 speaker and 1 listener.
             cause_probs: `[B, n]` in [0, 1], n <= S (with a cache: the keys so far); later tokens have 0.
-            labels: `[B, S]`, -100 where a token does not count. With labels, logits are computed at the labelled positions
-                alone and returned as `[number of labels, vocabulary]`.
+            labels: `[B, S]`, -100 where a token does not count; shifted here, as transformers' models do.
             position_ids, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model (`generate` gives those that
                 it finds named here; the cache goes on under the name that this version of transformers has for it).
             num_items_in_batch: what the summed loss is divided by; default is the number of labels.
-            label_smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1).
+            smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1). (Its name is not of labels: the
+                Trainer would take it for one of them.)
+
+        Returns:
+            The base model's output without labels, with them a `GeneratorOutput`; with `return_dict=False` a tuple of what in it
+            is not None, in order.
+
+        Raises:
+            ValueError: `cause_probs` for a model with another attention implementation.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
@@ -75,15 +101,19 @@ class EmpatheticMixin:
         }
         if labels is None:
             return super().forward(**kwargs, logits_to_keep=logits_to_keep)  # type: ignore[misc]
-        hidden = self.base_model(**kwargs).last_hidden_state  # type: ignore[attr-defined]
-        targets = labels[:, 1:]
-        counted = targets != IGNORED
-        logits = self.lm_head(hidden[:, :-1][counted])  # type: ignore[attr-defined]
-        total = nn.functional.cross_entropy(
-            logits.float(), targets[counted], reduction="sum", label_smoothing=label_smoothing
-        )
+        base = self.base_model(**kwargs)  # type: ignore[attr-defined]
+        counted = labels != IGNORED
+        counted[:, 0] = False
+        targets = labels[counted]
+        logits = self.lm_head(base.last_hidden_state[:, :-1][counted[:, 1:]]).float()  # type: ignore[attr-defined]
+        total = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
         number = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
-        return CausalLMOutputWithPast(loss=total / number, logits=logits)
+        token_losses = None
+        if not self.training:  # type: ignore[attr-defined]
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            token_losses = losses.new_zeros(labels.shape).masked_scatter(counted, losses)
+        others = {name: value for name, value in base.items() if name != "last_hidden_state"}
+        return GeneratorOutput(loss=total / number, token_losses=token_losses, **others)
 
     def _check_attention(self) -> None:
         implementation = self.config._attn_implementation  # type: ignore[attr-defined]

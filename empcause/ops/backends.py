@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket, _OpNamespace
 
-from empcause.ops.registration import define, register, registered
+from empcause.ops.registration import OPERATORS, define, register, registered
 from empcause.text import visible
 
 # Best first, for tensors of each type of device; where none of these can run, the reference does.
@@ -138,6 +139,25 @@ def _load(name: str) -> str | None:
             return f"{_CUDA_LIBRARY.name} does not fit the installed torch ({error})"
     register(f"empcause_{name}")
     return None
+
+
+class _Namespace(_OpNamespace):
+    """`torch.ops.empcause_<name>`: the backend is loaded when somebody asks for an operator, as a saved program does by name."""
+
+    __module__ = _OpNamespace.__module__  # operators have it in their names
+
+    def __init__(self, backend: str) -> None:
+        super().__init__(f"empcause_{backend}")
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> OpOverloadPacket:
+        if name in OPERATORS and (why_not := _load(self.backend)) is not None:
+            raise AttributeError(f"The backend {self.backend!r} has no operators here: {why_not}.")
+        return super().__getattr__(name)
+
+
+for _name in KERNEL_BACKENDS:
+    setattr(torch.ops, f"empcause_{_name}", _Namespace(_name))
 
 
 def _has_kernels(name: str, device_type: str) -> bool:

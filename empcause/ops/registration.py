@@ -142,12 +142,13 @@ def _vmap(operator: OpOverload) -> Callable:
 
 
 OPERATORS = ("attention", "attention_backward", "attention_varlen", "attention_varlen_backward")
-registered: set[str] = set()  # namespaces that `register` has seen
+registered: set[str] = set()  # namespaces that `define` or `register` has seen
 _libraries: list[torch.library.Library] = []  # a definition lasts as long as its library
 
 
 def define(namespace: str, module: ModuleType, dispatch_keys: list[str]) -> None:
     """Make the functions of a module, named like the raw operators and with type hints, operators of torch."""
+    registered.add(namespace)
     library = torch.library.Library(namespace, "DEF")
     for name in OPERATORS:
         function = getattr(module, name)

@@ -238,9 +238,7 @@ class GeneratorTrainer(StageTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's loss, with labels smoothed as the options say."""
-        return super().compute_loss(
-            model, inputs | {"label_smoothing": self.args.label_smoothing_factor}, *args, **kwargs
-        )
+        return super().compute_loss(model, inputs | {"smoothing": self.args.label_smoothing_factor}, *args, **kwargs)
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
         """Perplexity on the validation responses."""

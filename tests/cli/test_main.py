@@ -22,6 +22,28 @@ def test_help_names_every_command(capsys):
     assert all(f"\n    {name} " in shown for name in cli.COMMANDS)
 
 
+HELP = """
+import runpy, sys
+sys.argv = ["empcause", *sys.argv[1:]]
+try:
+    runpy.run_module("empcause", run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = {"torch", "transformers", "numpy", "rich", "yaml"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_waits_for_nothing(command):
+    """torch and transformers take seconds to import."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *command.split(), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: empcause {command}".rstrip())
+
+
 def test_info_says_what_runs_here(capsys):
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out

@@ -1,10 +1,12 @@
 """Every recipe is understood, and says what it is for."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 
 from empcause.cli.options import parse_options
+from empcause.cli.stages import STAGES
 from empcause.training.extractor import ExtractorTrainingArguments
 from empcause.training.generator import GeneratorTrainingArguments
 
@@ -13,7 +15,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses(path, tmp_path):
-    kind = ExtractorTrainingArguments if path.stem.startswith("extractor") else GeneratorTrainingArguments
+    (task,) = (each.train for each in STAGES.values() if path.stem.startswith(Path(each.recipe).stem))
+    kind = getattr(importlib.import_module(task.module), task.options)
     arguments = ["--config", str(path), "--output_dir", str(tmp_path)]
     options = parse_options(kind, arguments, prog="empcause train", description="")
     assert options.output_dir == str(tmp_path)

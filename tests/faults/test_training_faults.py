@@ -277,7 +277,7 @@ def test_data_loader(tmp_path):
 
 @fault(
     Guard("empcause/training/generator.py", "self.label_smoother: Any = None", "pass"),
-    Guard("empcause/generator/modeling.py", "label_smoothing=label_smoothing\n", "label_smoothing=0.0\n"),
+    Guard("empcause/generator/modeling.py", "label_smoothing=smoothing)", "label_smoothing=0.0)"),
     cause="label_smoothing_factor, which the Trainer applies to each token's own logits instead of the next token's",
     place="training the generator",
     promise="the loss is (1 - e) NLL + e / V times the sum over the vocabulary, of the next token",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from empcause.data import EMOTIONS, ResponsePair, join_turns
 from empcause.data.collation import pad_dialogues
@@ -185,7 +185,6 @@ class TestModel:
         labels[:, :5] = -100
         output = model(ids, labels=labels)
         logits = model(ids).logits[:, 4:-1].flatten(0, 1)
-        torch.testing.assert_close(output.logits, logits)
         torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(logits, ids[:, 5:].flatten()))
         torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=16).loss, output.loss / 2)
 
@@ -197,6 +196,83 @@ class TestModel:
         ids, causes = torch.randint(5, 100, (1, 9)), torch.rand(1, 9)
         torch.testing.assert_close(loaded(ids, cause_probs=causes).logits, model(ids, cause_probs=causes).logits)
         assert loaded.config.gamma == 1.0
+
+
+class TestContract:
+    """What programs that know transformers' causal LMs expect of a model."""
+
+    def test_labels_give_losses_of_tokens_in_place_of_logits(self, generator):
+        model, _ = generator
+        ids = torch.randint(5, 100, (2, 9))
+        labels = ids.masked_fill(torch.rand(2, 9) < 0.4, -100)
+        labels[:, 0] = ids[:, 0]
+        output = model(ids, labels=labels, smoothing=0.1)
+        assert output.logits is None
+        logits = torch.nn.functional.pad(model(ids).logits[:, :-1], (0, 0, 1, 0)).transpose(1, 2)
+        expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        expected[:, 0] = 0
+        torch.testing.assert_close(output.token_losses, expected)
+        number = (labels[:, 1:] != -100).sum()
+        torch.testing.assert_close(model(ids, labels=labels).loss, expected.sum() / number)
+        assert model.train()(ids, labels=labels).token_losses is None
+        assert not model.eval()(ids, labels=labels.fill_(-100)).token_losses.any(), "nothing is labelled"
+
+    def test_hidden_states_are_those_without_labels(self, generator):
+        model, _ = generator
+        ids = torch.randint(5, 100, (2, 9))
+        plain = model(ids, output_hidden_states=True)
+        labelled = model(ids, labels=ids, output_hidden_states=True)
+        assert len(labelled.hidden_states) == model.config.num_hidden_layers + 1
+        torch.testing.assert_close(labelled.hidden_states, plain.hidden_states)
+        assert model(ids, labels=ids).hidden_states is None
+
+    def test_the_cache_is_read_and_returned(self, generator):
+        model, _ = generator
+        ids, causes = torch.randint(5, 100, (2, 9)), torch.rand(2, 9)
+        whole = model(ids, labels=ids, cause_probs=causes)
+        first = model(ids[:, :4], labels=ids[:, :4], cause_probs=causes[:, :4], use_cache=True)
+        assert first.past_key_values.get_seq_length() == 4
+        rest = model(ids[:, 4:], labels=ids[:, 4:], cause_probs=causes, past_key_values=first.past_key_values)
+        assert rest.past_key_values.get_seq_length() == 9
+        torch.testing.assert_close(first.token_losses, whole.token_losses[:, :4])
+        torch.testing.assert_close(rest.token_losses[:, 1:], whole.token_losses[:, 5:])
+        assert model(ids, labels=ids, use_cache=False).past_key_values is None
+
+    def test_tuples(self, generator):
+        model, _ = generator
+        ids = torch.randint(5, 100, (2, 9))
+        options = {"use_cache": False, "output_hidden_states": True}
+        for labels in (None, ids):
+            tuples = model(ids, labels=labels, return_dict=False, **options)
+            assert isinstance(tuples, tuple)
+            torch.testing.assert_close(tuples, model(ids, labels=labels, **options).to_tuple())
+
+    def test_the_trainer_evaluates_and_predicts(self, generator, tmp_path):
+        model, tokenizer = generator
+        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
+        items = [generator_item(model, encoded, PAIR.context, PAIR.roles, causes_of(PAIR)) for _ in range(3)]
+        items[2] = {name: values[3:] for name, values in items[2].items()}
+        args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True)
+        collate = functools.partial(pad_dialogues, pad_token_id=tokenizer.pad_token_id)
+        trainer = Trainer(model, args, data_collator=collate, eval_dataset=items)
+        nll, tokens = response_nll(model, tokenizer, items, batch_size=2)
+        assert trainer.evaluate()["eval_loss"] > 0
+        predictions = trainer.predict(items).predictions
+        assert predictions.shape == (3, len(items[0]["input_ids"]))
+        assert np.where(predictions == -100, 0, predictions).sum(1) == pytest.approx(nll, rel=1e-5)
+        assert ((predictions > 0).sum(1) == tokens).all()
+
+    def test_transformers_finds_and_runs_a_saved_one(self, generator, tmp_path):
+        model, tokenizer = generator
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="empcause")
+        assert type(loaded) is type(model)
+        ids = torch.randint(5, 100, (1, 6))
+        inputs = {"token_type_ids": torch.zeros_like(ids), "cause_probs": torch.rand(1, 6), "max_new_tokens": 4}
+        assert torch.equal(loaded.generate(ids, **inputs), model.generate(ids, **inputs))
+        written = pipeline("text-generation", model=str(tmp_path))("My dog", max_new_tokens=4, do_sample=False)
+        assert written[0]["generated_text"].startswith("My dog")
 
 
 class TestAnswers:

@@ -1,0 +1,128 @@
+"""What is trained and evaluated: one table behind `empcause train` and `empcause evaluate`."""
+
+import argparse
+import importlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training or evaluation of a stage; its module is imported when it is asked for, which takes seconds.
+
+    Attributes:
+        module: where it is.
+        options: name of the dataclass of its options there; one of them is `output_dir`.
+        function: name of the function there that takes the options, does the work and returns figures by name.
+        description: for its help.
+        result: what is in `output_dir` then.
+    """
+
+    module: str
+    options: str
+    function: str
+    description: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model that is trained and evaluated.
+
+    Attributes:
+        title: which one it is, in a sentence on what commands do.
+        purpose: what it is good for.
+        recipe: file of the paper's settings. Its variants have names that begin like it.
+        train, evaluate: the two tasks, by the name of their command.
+    """
+
+    title: str
+    purpose: str
+    recipe: str
+    train: Task
+    evaluate: Task
+
+
+STAGES = {
+    "extractor": Stage(
+        title="the emotion cause extractor (stage 1)",
+        purpose="stage 1: which words caused the emotion",
+        recipe="recipes/extractor.yaml",
+        train=Task(
+            module="empcause.training.extractor",
+            options="ExtractorTrainingArguments",
+            function="train_extractor",
+            description="Stage 1: train the emotion cause extractor (Algorithm 1).",
+            result="extractor",
+        ),
+        evaluate=Task(
+            module="empcause.evaluation.extractor",
+            options="EvaluateExtractorOptions",
+            function="evaluate_extractor",
+            description="Emotion accuracy and cause recall on EmoCause (Tables 5 and 6).",
+            result="report",
+        ),
+    ),
+    "generator": Stage(
+        title="the conversation generator (stage 2)",
+        purpose="stage 2: answers that attend to them",
+        recipe="recipes/generator.yaml",
+        train=Task(
+            module="empcause.training.generator",
+            options="GeneratorTrainingArguments",
+            function="train_generator",
+            description="Stage 2: train the empathetic conversation generator (Algorithm 2).",
+            result="generator",
+        ),
+        evaluate=Task(
+            module="empcause.evaluation.generator",
+            options="EvaluateGeneratorOptions",
+            function="evaluate_generator",
+            description="Perplexity, Distinct, BERTScore and emotion accuracy on EmpatheticDialogues (Table 7).",
+            result="report",
+        ),
+    ),
+}
+
+
+def add_parser(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    command: str,
+    help: str,
+    description: str,
+    arguments_help: str,
+) -> None:
+    """Add a command to the parser of `empcause`: one that does its task for the stage that is named.
+
+    Args:
+        subparsers: of `empcause`.
+        command: its name, that of a field of `Stage`.
+        help, description: for the help of `empcause`, and its own.
+        arguments_help: for its help, what may follow the stage.
+    """
+    parser = subparsers.add_parser(command, help=help, description=description)
+    parser.add_argument("stage", choices=list(STAGES), help=f"what to {command}")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=arguments_help)
+    parser.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Do the task and print its figures, and where the result is."""
+    import torch
+
+    from empcause.cli.memory import keep_freed_memory
+    from empcause.cli.options import parse_options
+    from empcause.cli.terminal import hide_file_progress, print_metrics
+
+    hide_file_progress()
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
+    task: Task = getattr(STAGES[namespace.stage], namespace.command)
+    module = importlib.import_module(task.module)
+    options = parse_options(
+        getattr(module, task.options),
+        namespace.arguments,
+        prog=f"empcause {namespace.command} {namespace.stage}",
+        description=task.description,
+    )
+    print_metrics(getattr(module, task.function)(options), f"{task.result} in {options.output_dir}")
+    return 0
