@@ -1,17 +1,9 @@
 """EmpatheticDialogues, EmoCause and the embedded sample; alignment between tokenizers."""
 
-from empcause.data.alignment import align_max, join_turns
+from empcause.data.alignment import align_max
+from empcause.data.dialogue import LISTENER, SPEAKER, Causes, Dialogue, live_dialogue, response_pairs
 from empcause.data.loading import DataCheck, check_data, load_annotations, load_dialogues
-from empcause.data.records import (
-    EMOTIONS,
-    LISTENER,
-    SPEAKER,
-    CauseAnnotation,
-    Dialogue,
-    ResponsePair,
-    emotion_id,
-    response_pairs,
-)
+from empcause.data.records import EMOTIONS, CauseAnnotation, emotion_id
 from empcause.data.source import EMOCAUSE, EMPATHETIC_DIALOGUES, cache_dir, download
 from empcause.data.tokenizer import train_tokenizer
 from empcause.data.words import Word, is_content_word, locate_words, split_words
@@ -23,9 +15,9 @@ __all__ = [
     "LISTENER",
     "SPEAKER",
     "CauseAnnotation",
+    "Causes",
     "DataCheck",
     "Dialogue",
-    "ResponsePair",
     "Word",
     "align_max",
     "cache_dir",
@@ -33,7 +25,7 @@ __all__ = [
     "download",
     "emotion_id",
     "is_content_word",
-    "join_turns",
+    "live_dialogue",
     "load_annotations",
     "load_dialogues",
     "locate_words",

@@ -11,7 +11,8 @@ from itertools import combinations
 from operator import itemgetter
 from typing import Any, NoReturn
 
-from empcause.data.records import EMOTIONS, LISTENER, SPEAKER, SPLITS, CauseAnnotation, Dialogue, response_pairs
+from empcause.data.dialogue import LISTENER, SPEAKER, Dialogue, response_pairs
+from empcause.data.records import EMOTIONS, SPLITS, CauseAnnotation
 from empcause.data.source import EMOCAUSE, EMPATHETIC_DIALOGUES, read_split
 from empcause.data.words import locate_words
 from empcause.errors import UserError
@@ -140,7 +141,7 @@ def _parse_dialogues(text: str, name: str, report: Report) -> list[Dialogue]:
         report(f"{name}:1", "the file holds no dialogue.")
     return [
         Dialogue(
-            conv_id,
+            conv_id=conv_id,
             emotion=rows[0][1],
             situation=rows[0][2].replace("_comma_", ",").strip(),
             turns=tuple([row[3] for row in rows]),

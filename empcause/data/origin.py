@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from empcause.data.records import CauseAnnotation, Dialogue
+from empcause.data.dialogue import Dialogue
+from empcause.data.records import CauseAnnotation
 from empcause.data.source import SAMPLE, resolve_data
 from empcause.text import code
 

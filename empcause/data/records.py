@@ -1,6 +1,5 @@
 """The units of the two datasets: a dialogue, a response to predict, a situation with its annotated causes."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from empcause.data.words import Word
@@ -17,9 +16,6 @@ _IDS = {name: index for index, name in enumerate(EMOTIONS)}
 # The splits of both datasets.
 SPLITS = ("train", "valid", "test")
 
-# Roles of turns: who tells what happened, and who answers.
-SPEAKER, LISTENER = 0, 1
-
 
 def emotion_id(name: str) -> int:
     """Index of an emotion in `EMOTIONS`.
@@ -30,44 +26,6 @@ def emotion_id(name: str) -> int:
     if name not in _IDS:
         raise UserError(f"Unknown emotion {name!r}; EmpatheticDialogues has these 32: {', '.join(EMOTIONS)}.")
     return _IDS[name]
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """One conversation of EmpatheticDialogues.
-
-    Attributes:
-        conv_id: the dataset's identifier.
-        emotion: one of `EMOTIONS`.
-        situation: what happened, in the speaker's words (the `prompt` column).
-        turns: the utterances in order.
-        roles: `SPEAKER` or `LISTENER` per turn.
-    """
-
-    conv_id: str
-    emotion: str
-    situation: str
-    turns: tuple[str, ...]
-    roles: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ResponsePair:
-    """A listener's turn and everything said before it.
-
-    Attributes:
-        conv_id: the dialogue it comes from.
-        emotion: one of `EMOTIONS`.
-        context: the turns before the response, oldest first.
-        roles: `SPEAKER` or `LISTENER` per turn of the context.
-        response: the listener's turn.
-    """
-
-    conv_id: str
-    emotion: str
-    context: tuple[str, ...]
-    roles: tuple[int, ...]
-    response: str
 
 
 @dataclass(frozen=True)
@@ -87,13 +45,3 @@ class CauseAnnotation:
     situation: str
     words: tuple[Word, ...]
     gold: tuple[int, ...]
-
-
-def response_pairs(dialogues: Iterable[Dialogue]) -> list[ResponsePair]:
-    """Every listener's turn that answers something, with its context."""
-    return [
-        ResponsePair(dialogue.conv_id, dialogue.emotion, dialogue.turns[:turn], dialogue.roles[:turn], response)
-        for dialogue in dialogues
-        for turn, (response, role) in enumerate(zip(dialogue.turns, dialogue.roles, strict=True))
-        if role == LISTENER and turn > 0
-    ]

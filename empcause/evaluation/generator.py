@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from empcause.checkpoints import read_config
-from empcause.data import ResponsePair, emotion_id, join_turns, load_dialogues, response_pairs, split_words
+from empcause.data import Dialogue, emotion_id, load_dialogues, response_pairs, split_words
 from empcause.data.origin import Origin, origin
-from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
+from empcause.data.sequences import EncodedDialogue, encode_response
 from empcause.errors import UserError
 from empcause.evaluation.items import digest, evaluating_in, extractions, model_digest
 from empcause.evaluation.metrics import bits_per_byte, distinct_n, emotion_correct, nll_per_word, perplexity
@@ -29,9 +29,8 @@ from empcause.evaluation.tables import (
 from empcause.extractor import Extraction, load_extractor
 from empcause.files import write_text
 from empcause.generator import (
-    TextCauses,
+    encode_for,
     generate_responses,
-    generator_item,
     load_generator,
     longest_sequence,
     response_nll,
@@ -105,20 +104,17 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         pairs = [pairs[index] for index in chosen]
     model, tokenizer = load_generator(options.model)
     longest_context(model, options.max_new_tokens)
-    encoded = [
-        encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, longest_sequence(model)) for pair in pairs
-    ]
-    scored = digest(
-        [asdict(pair) for pair in pairs], [each.labels[each.labels != IGNORED].tolist() for each in encoded]
-    )
+    limit = longest_sequence(model)
+    identities = [_identity(pair) for pair in pairs]
+    scored = digest(identities, [encode_response(tokenizer, pair.response, limit)[0] for pair in pairs])
     earlier = read_items(options.compare, scored, ["nll"])
-    texts = [join_turns(pair.context)[0] for pair in pairs]
+    texts = [pair.text for pair in pairs]
     extractor, extractor_tokenizer = load_extractor(options.extractor)
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
     subject = {
         "model": model_digest(options.model),
         "extractor": model_digest(options.extractor),
-        "data": digest([asdict(pair) for pair in pairs]),
+        "data": digest(identities),
         "batch_size": options.batch_size,
         "max_generated": number,
         "max_new_tokens": options.max_new_tokens,
@@ -126,18 +122,13 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
     folder = Path(options.output_dir)
     with evaluating_in(folder, "empcause evaluate generator", subject, options.overwrite_output_dir) as saved:
         found = extractions(saved, extractor, extractor_tokenizer, texts, [split_words(text) for text in texts], 64)
-        causes: list[TextCauses | None] = [
-            TextCauses(each.token_spans, each.token_probs) if model.config.gamma else None for each in found
-        ]
-        items = [
-            generator_item(model, each, pair.context, pair.roles, cause)
-            for each, pair, cause in zip(encoded, pairs, causes, strict=True)
-        ]
-        lengths = [len(item["input_ids"]) for item in items]
+        pairs = [replace(pair, causes=each.causes) for pair, each in zip(pairs, found, strict=True)]
+        encoded = [encode_for(model, tokenizer, pair, limit) for pair in pairs]
+        lengths = [len(each.input_ids) for each in encoded]
 
         def score(batch: list[int]) -> list[tuple[float, int]]:
             nll, tokens = response_nll(
-                model, tokenizer, [items[index] for index in batch], batch_size=options.batch_size
+                model, tokenizer, [encoded[index] for index in batch], batch_size=options.batch_size
             )
             return list(zip(nll.tolist(), tokens.tolist(), strict=True))
 
@@ -146,7 +137,6 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
                 model,
                 tokenizer,
                 [pairs[index] for index in batch],
-                [causes[index] for index in batch],
                 batch_size=options.batch_size,
                 max_new_tokens=options.max_new_tokens,
             )
@@ -182,6 +172,17 @@ def evaluate_generator(options: EvaluateGeneratorOptions) -> dict[str, Any]:
         return _judge(options, results, earlier)
 
 
+def _identity(pair: Dialogue) -> dict[str, Any]:
+    """What makes a response pair this one and no other, as JSON can hold it."""
+    return {
+        "conv_id": pair.conv_id,
+        "emotion": pair.emotion,
+        "context": pair.turns,
+        "roles": pair.roles,
+        "response": pair.response,
+    }
+
+
 @dataclass(frozen=True)
 class _Results:
     """What an evaluation has found, in the order of its items, and what the items are."""
@@ -190,7 +191,7 @@ class _Results:
     whole: int  # number of responses of the split
     scored: str
     gamma: float
-    pairs: Sequence[ResponsePair]
+    pairs: Sequence[Dialogue]
     encoded: Sequence[EncodedDialogue]
     found: Sequence[Extraction]
     nll: NDArray[np.float64]
@@ -241,7 +242,7 @@ def _judge(
     saved = {"scored": results.scored, "nll": nll.tolist(), "tokens": tokens.tolist()}
     write_text(folder / "items.json", json.dumps(saved))
     dialogues = [
-        {"context": pair.context, "emotion": pair.emotion, "reference": pair.response, "response": response}
+        {"context": pair.turns, "emotion": pair.emotion, "reference": pair.response, "response": response}
         for pair, response in zip(pairs, responses, strict=False)
     ]
     write_text(folder / "responses.json", json.dumps(dialogues, indent=1, ensure_ascii=False) + "\n")
@@ -344,7 +345,7 @@ def _report(
     if has_curves:
         parts.append("![Training curves](training.png)")
     rows = [
-        [markdown(" / ".join(pair.context)), markdown(pair.response), markdown(response) or "(empty)"]
+        [markdown(" / ".join(pair.turns)), markdown(pair.response), markdown(response) or "(empty)"]
         for pair, response in zip(results.pairs[:10], results.responses, strict=False)
     ]
     header = "| context | reference | response |\n|---|---|---|\n"

@@ -16,7 +16,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from empcause.data import Word
+from empcause.data import Causes, Word
+from empcause.data.batching import length_batches
 from empcause.errors import Interrupted, UserError
 from empcause.extractor import CauseExtractor, Extraction, extract
 from empcause.outputs import (
@@ -83,9 +84,7 @@ class SavedItems:
             OSError: a batch cannot be saved.
         """
         saved = self._parts.setdefault(part, {})
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        for start in tqdm(range(0, len(order), batch_size), desc=part):
-            batch = order[start : start + batch_size]
+        for batch in tqdm(length_batches(lengths, batch_size), desc=part):
             if any(index not in saved for index in batch):
                 values = list(compute(batch))
                 text = json.dumps([part, batch, values]).encode()
@@ -176,7 +175,7 @@ def extractions(
             words=[words[index] for index in batch],
             batch_size=batch_size,
         )
-        arrays = [(each.emotion_probs, each.word_probs, each.token_spans, each.token_probs) for each in found]
+        arrays = [(each.emotion_probs, each.word_probs, *each.causes) for each in found]
         return [[array.tolist() for array in each] for each in arrays]
 
     values = saved.each("extracting causes", [len(text) for text in texts], batch_size, compute)
@@ -186,8 +185,7 @@ def extractions(
             emotion_probs=np.array(emotion_probs, np.float32),
             words=tuple(split),
             word_probs=np.array(word_probs, np.float32),
-            token_spans=np.array(token_spans, np.int64).reshape(-1, 2),
-            token_probs=np.array(token_probs, np.float32),
+            causes=Causes(np.array(spans, np.int64).reshape(-1, 2), np.array(probs, np.float32)),
         )
-        for text, split, (emotion_probs, word_probs, token_spans, token_probs) in zip(texts, words, values, strict=True)
+        for text, split, (emotion_probs, word_probs, spans, probs) in zip(texts, words, values, strict=True)
     ]

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from empcause.data.sequences import IGNORED
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.labels import IGNORED
 
 
 def cause_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:

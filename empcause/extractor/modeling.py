@@ -9,9 +9,10 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from empcause.data import EMOTIONS
+from empcause.data.sequences import IGNORED
 from empcause.extractor.attention import capture_projections, cls_attention, find_projections
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.labels import IGNORED, automatic_labels
+from empcause.extractor.labels import automatic_labels
 from empcause.extractor.losses import extractor_losses
 
 

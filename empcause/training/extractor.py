@@ -20,13 +20,13 @@ from empcause.data import (
     load_dialogues,
     split_words,
 )
+from empcause.data.collation import pad_batch
 from empcause.data.origin import origin
-from empcause.data.sequences import MIN_LENGTH
+from empcause.data.sequences import IGNORED, MIN_LENGTH
 from empcause.errors import UserError
 from empcause.evaluation.metrics import emotion_correct, score_causes
-from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input, pad_batch
+from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input
 from empcause.extractor.encoding import is_cut
-from empcause.extractor.labels import IGNORED
 from empcause.ranges import COUNT, NOT_NEGATIVE, Range
 from empcause.training.card import model_card
 from empcause.training.common import (

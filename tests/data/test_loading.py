@@ -60,7 +60,7 @@ def test_rows_become_dialogues(folder):
 
 def test_response_pairs(folder):
     pairs = response_pairs(load_dialogues("train", folder))
-    assert [(pair.context, pair.response) for pair in pairs] == [
+    assert [(pair.turns, pair.response) for pair in pairs] == [
         (("He was old.",), "I'm sorry, truly."),
         (("We won the cup!",), "Great, train!"),
     ]

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from empcause.data import EMOTIONS, split_words
+from empcause.data.collation import pad_batch
 from empcause.errors import UserError
 from empcause.extractor import (
     CauseExtractor,
@@ -23,7 +24,6 @@ from empcause.extractor import (
     encode_text,
     extract,
     load_extractor,
-    pad_batch,
 )
 from empcause.extractor.losses import aux_loss, cause_loss
 
@@ -163,10 +163,10 @@ def test_extraction(extractor):
         assert each.emotion_probs.shape == (len(EMOTIONS),)
         assert float(each.emotion_probs.sum()) == pytest.approx(1, abs=1e-5)
         assert each.word_probs.shape == (len(each.words),)
-        assert len(each.token_spans) == len(each.token_probs)
+        assert len(each.causes.spans) == len(each.causes.probs)
         for word, probability in zip(each.words, each.word_probs, strict=True):
             pieces = [
-                p for (a, b), p in zip(each.token_spans, each.token_probs, strict=True)
+                p for (a, b), p in zip(*each.causes, strict=True)
                 if max(a, word.start) < min(b, word.end)
             ]  # fmt: skip
             assert probability == max(pieces, default=0)
@@ -180,7 +180,7 @@ def test_causes_from_attention(extractor):
     model, tokenizer = extractor
     model.config.cause_from = "attention"
     found = extract(model, tokenizer, ["My dog passed away last week."])[0]
-    assert float(found.token_probs.max()) == pytest.approx(1.0)
+    assert float(found.causes.probs.max()) == pytest.approx(1.0)
 
 
 def test_save_and_load(extractor, tmp_path):

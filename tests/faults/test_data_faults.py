@@ -23,9 +23,17 @@ from kinds import Guard, fault
 from transformers import AutoTokenizer
 
 from empcause.cli import main
-from empcause.data import EMPATHETIC_DIALOGUES, check_data, download, load_annotations, load_dialogues, split_words
+from empcause.data import (
+    EMPATHETIC_DIALOGUES,
+    Dialogue,
+    check_data,
+    download,
+    load_annotations,
+    load_dialogues,
+    split_words,
+)
 from empcause.data import source as data_source
-from empcause.data.collation import pad_dialogues
+from empcause.data.collation import pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor.encoding import encode_text
@@ -725,12 +733,13 @@ def tokenizer(tiny_gpt2_dir):
 )
 def test_special_tokens_in_texts(tokenizer, tiny_encoder_dir):
     turns = ["I feel [SEP] so</s> lonely", "<s>Why?<pad>", "[SEP]"]
-    encoded = encode_dialogue(tokenizer, turns, [0, 1, 0], "Oh </s>[SEP]", 128)
+    dialogue = Dialogue(tuple(turns), (0, 1, 0), "Oh </s>[SEP]")
+    encoded = encode_dialogue(tokenizer, dialogue, 128)
     special = [index for index in encoded.input_ids.tolist() if index in tokenizer.all_special_ids]
     assert special == [tokenizer.sep_token_id] * 3 + [tokenizer.eos_token_id]
     assert tokenizer.decode(encoded.input_ids) == "[SEP]".join([*turns, "Oh </s>[SEP]</s>"])
     read = {place for first, last in encoded.spans.tolist() for place in range(first, last)}
-    text = " ".join(turns)
+    text = dialogue.text
     assert read == set(range(len(text))) - {len(turns[0]), len(turns[0]) + 1 + len(turns[1])}
 
     reader = AutoTokenizer.from_pretrained(tiny_encoder_dir)
@@ -748,13 +757,14 @@ def test_special_tokens_in_texts(tokenizer, tiny_encoder_dir):
     promise="never longer than asked: the newest tokens of the context stay, with a separator; or it is refused",
 )
 def test_length_of_a_dialogue(tokenizer):
-    turns = ["I feel so lonely", "Why is that?", "All my friends live in another country"]
+    turns = ("I feel so lonely", "Why is that?", "All my friends live in another country")
+    dialogue = Dialogue(turns, (0, 1, 0), "Oh no")
     last = tokenizer(turns[2], add_special_tokens=False)["input_ids"]
     answer = tokenizer("Oh no", add_special_tokens=False)["input_ids"]
     for length in range(4):
-        assert "at least 4 are needed" in refusal(encode_dialogue, tokenizer, turns, [0, 1, 0], "Oh no", length)
+        assert "at least 4 are needed" in refusal(encode_dialogue, tokenizer, dialogue, length)
     for length in range(4, 12):
-        encoded = encode_dialogue(tokenizer, turns, [0, 1, 0], "Oh no", length)
+        encoded = encode_dialogue(tokenizer, dialogue, length)
         cut = [*answer[: max(1, length // 2 - 1)], tokenizer.eos_token_id]
         context = encoded.input_ids.tolist()[: -len(cut)]
         assert len(encoded.input_ids) == length
@@ -775,7 +785,7 @@ def test_causes_of_some_dialogues(side):
     plain = {"input_ids": np.arange(1, 4), "token_type_ids": np.zeros(3, np.int64)}
     biased = plain | {"cause_probs": np.array([0.25, 0.5, 1.0])}
     for items in ([plain, biased], [biased, plain]):
-        batch = pad_dialogues(items, 0, side)
+        batch = pad_batch(items, 0, side)
         expected = [item.get("cause_probs", np.zeros(3)).tolist() for item in items]
         assert batch["cause_probs"].tolist() == expected
         assert batch["input_ids"].tolist() == [[1, 2, 3]] * 2

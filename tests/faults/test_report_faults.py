@@ -202,7 +202,7 @@ def test_figures_that_do_not_exist():
     Guard("empcause/text.py", 'return _MARKDOWN.sub(r"\\\\\\g<0>", visible(text)).strip()', "return text.strip()"),
     Guard("empcause/text.py", '    text = visible(text)\n    ticks = "`" * (1 +', '    ticks = "`" * (0 *'),
     Guard("empcause/evaluation/generator.py", "markdown(response) or", "response or"),
-    Guard("empcause/evaluation/generator.py", 'markdown(" / ".join(pair.context))', '" / ".join(pair.context)'),
+    Guard("empcause/evaluation/generator.py", 'markdown(" / ".join(pair.turns))', '" / ".join(pair.turns)'),
     Guard("empcause/evaluation/generator.py", "{code(options.model)}, {bias}", "`{options.model}`, {bias}"),
     cause="escape sequences, HTML, links, pipes, backticks and new lines in dialogues, answers and folders' names",
     place="report and model card in Markdown",
