@@ -28,15 +28,15 @@ def run(namespace: argparse.Namespace) -> int:
         keep_freed_memory()
     prog = f"empcause evaluate {namespace.stage}"
     if namespace.stage == "extractor":
-        from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
+        from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 
         description = "Emotion accuracy and cause recall on EmoCause (Tables 5 and 6)."
-        extractor = parse_options(EvaluateExtractorOptions, namespace.arguments, prog=prog, description=description)
-        print_metrics(evaluate_extractor(extractor), f"report in {extractor.output_dir}")
+        extractor = parse_options(EvaluateCausesOptions, namespace.arguments, prog=prog, description=description)
+        print_metrics(evaluate_causes(extractor), f"report in {extractor.output_dir}")
     else:
-        from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
+        from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
 
         description = "Perplexity, Distinct, BERTScore and emotion accuracy on EmpatheticDialogues (Table 7)."
-        generator = parse_options(EvaluateGeneratorOptions, namespace.arguments, prog=prog, description=description)
-        print_metrics(evaluate_generator(generator), f"report in {generator.output_dir}")
+        generator = parse_options(EvaluateResponsesOptions, namespace.arguments, prog=prog, description=description)
+        print_metrics(evaluate_responses(generator), f"report in {generator.output_dir}")
     return 0

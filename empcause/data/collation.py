@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from empcause.data.sequences import IGNORED
 
 # What stands behind the end of a shorter item, and the type of its elements; input_ids have the tokenizer's padding.
-_FILLS: dict[str, tuple[float, type]] = {
+_FILLS: dict[str, tuple[float, Any]] = {
     "token_type_ids": (0, np.int64),
     "labels": (IGNORED, np.int64),
     "cause_probs": (0.0, np.float32),
@@ -39,7 +40,7 @@ def pad_batch(items: Sequence[Mapping[str, Any]], pad_token_id: int, side: str =
     batch: dict[str, Tensor] = {}
     for name, (fill, dtype) in ({"input_ids": (pad_token_id, np.int64)} | _FILLS).items():
         if any(name in item for item in items):
-            padded = np.full((len(items), longest), fill, dtype)
+            padded: NDArray[Any] = np.full((len(items), longest), fill, dtype)
             for row, item in zip(padded, items, strict=True):
                 if name in item:
                     length = len(item[name])

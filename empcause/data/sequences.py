@@ -49,6 +49,10 @@ class EncodedDialogue:
     cut_response: bool = False
     cut_turn: bool = False
 
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
     @property
     def item(self) -> dict[str, NDArray]:
         """What the generator's `forward` takes of it, by its names there."""

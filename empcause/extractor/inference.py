@@ -29,7 +29,7 @@ class Extraction:
 
     Attributes:
         text: the raw text.
-        emotion_probs: `[32]` float32, in the order of `empcause.data.EMOTIONS`.
+        emotion_probs: `[E]` float32, in the order of the extractor's `emotions`.
         words: its words.
         word_probs: `[W]` float32, a word's cause probability is that of its best piece.
         causes: spans of the extractor's own tokens, special tokens left out, with their probabilities.

@@ -48,7 +48,7 @@ def extractor_losses(
 
     Args:
         config: weights and forms.
-        emotion_logits: `[B, 32]`.
+        emotion_logits: `[B, E]`, E emotions.
         cause_logits: `[B, S, 2]`.
         attention: `[B, S]` attention of the first token.
         real_tokens: `[B, S]` bool, False at special tokens and padding.

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from empcause.checkpoints import load_own_tokenizer, load_pretrained, read_config
-from empcause.data import EMOTIONS, Dialogue, Word, live_dialogue
+from empcause.data import Dialogue, Word, live_dialogue
 from empcause.data.batching import length_batches
 from empcause.data.collation import pad_batch
 from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
@@ -180,7 +180,7 @@ def _batches(
     progress: bool,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of dialogues of similar length, on the model's device, with the dialogues' indices."""
-    batches = length_batches([len(each.input_ids) for each in encoded], batch_size)
+    batches = length_batches([len(each) for each in encoded], batch_size)
     for indices in tqdm(batches, desc=description, disable=not progress):
         batch = pad_batch([encoded[index].item for index in indices], tokenizer.pad_token_id, side)
         yield indices, {name: value.to(model.device) for name, value in batch.items()}
@@ -240,7 +240,7 @@ class Responder:
         best = int(found.emotion_probs.argmax())
         probs = found.word_probs.tolist()
         return Reply(
-            EMOTIONS[best],
+            self.extractor.emotions[best],
             float(found.emotion_probs[best]),
             list(zip(found.words, probs, strict=True)),
             dialogue.text,

@@ -16,7 +16,6 @@ from empcause.data.collation import pad_batch
 from empcause.data.origin import origin
 from empcause.data.sequences import MIN_LENGTH, EncodedDialogue
 from empcause.errors import UserError
-from empcause.evaluation.metrics import perplexity
 from empcause.generator import (
     GENERATORS,
     CauseCache,
@@ -25,6 +24,7 @@ from empcause.generator import (
     longest_sequence,
     response_nll,
 )
+from empcause.metrics import perplexity
 from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, Range
 from empcause.text import code
 from empcause.training.card import model_card
@@ -144,7 +144,7 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
         made_from=made_from,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = evaluate_perplexity(model, tokenizer, validation, args.per_device_eval_batch_size)
+    metrics = measure_perplexity(model, tokenizer, validation, args.per_device_eval_batch_size)
     bias = "its attention is not biased (gamma 0)"
     if args.gamma > 0:
         assert args.extractor is not None
@@ -212,7 +212,7 @@ def encode_pairs(
     return encoded
 
 
-def evaluate_perplexity(
+def measure_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[EncodedDialogue], batch_size: int
 ) -> dict[str, float]:
     """Perplexity over all response tokens, and the NLL per token in nats."""
@@ -235,4 +235,4 @@ class GeneratorTrainer(StageTrainer):
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
         """Perplexity on the validation responses."""
-        return evaluate_perplexity(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)
+        return measure_perplexity(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)

@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from empcause.data import EMOTIONS, split_words
+from empcause.data import EMPATHETIC_DIALOGUES, split_words
 from empcause.data.collation import pad_batch
 from empcause.errors import UserError
 from empcause.extractor import (
@@ -160,7 +160,7 @@ def test_extraction(extractor):
     found = extract(model, tokenizer, texts, batch_size=2)
     assert [each.text for each in found] == texts
     for each in found:
-        assert each.emotion_probs.shape == (len(EMOTIONS),)
+        assert each.emotion_probs.shape == (len(EMPATHETIC_DIALOGUES.emotions),)
         assert float(each.emotion_probs.sum()) == pytest.approx(1, abs=1e-5)
         assert each.word_probs.shape == (len(each.words),)
         assert len(each.causes.spans) == len(each.causes.probs)
@@ -192,7 +192,7 @@ def test_save_and_load(extractor, tmp_path):
     text = ["Somebody stole my bicycle."]
     before, after = extract(model, tokenizer, text)[0], extract(loaded, loaded_tokenizer, text)[0]
     assert np.array_equal(before.word_probs, after.word_probs)
-    assert loaded.config.id2label[3] == EMOTIONS[3]
+    assert loaded.config.id2label[3] == EMPATHETIC_DIALOGUES.emotions[3]
 
 
 def test_folders_that_cannot_be_loaded(extractor, tmp_path, tiny_gpt2_dir):

@@ -350,17 +350,17 @@ def test_models_of_another_kind(small_extractor, small_generator, tiny_gpt2_dir,
 
 @fault(
     Guard(
-        "empcause/evaluation/generator.py",
+        "empcause/evaluation/responses.py",
         "        check_values(self, dict.fromkeys(names, COUNT)",
         "        (dict.fromkeys(names, COUNT)",
     ),
-    Guard("empcause/evaluation/extractor.py", '        check_values(self, {"batch_size": COUNT})\n', "        pass\n"),
+    Guard("empcause/evaluation/causes.py", '        check_values(self, {"batch_size": COUNT})\n', "        pass\n"),
     Guard(
-        "empcause/evaluation/generator.py",
+        "empcause/evaluation/responses.py",
         "if self.bertscore_layer is not None and not self.bertscore_model:",
         "if False:",
     ),
-    Guard("empcause/evaluation/generator.py", "    longest_context(model, options.max_new_tokens)\n", ""),
+    Guard("empcause/evaluation/responses.py", "        system.check_room(options.max_new_tokens)\n", "        pass\n"),
     cause="impossible options: no samples, minus one per batch, a layer of no encoder, an answer longer than the model writes",
     place="empcause evaluate",
     promise="refused by name before anything is scored or written",

@@ -15,7 +15,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from empcause.checkpoints import load_whole
-from empcause.data import Dialogue, split_words
+from empcause.data import EMPATHETIC_DIALOGUES, Dialogue, split_words
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, extract, load_extractor
@@ -376,11 +376,11 @@ def test_weights_of_another_model(tmp_path, generator_dir, extractor_dir, tiny_e
     ]:
         options = extractor_options(damaged(tiny_encoder_dir, tmp_path / name, change), tmp_path)
         if message is None:
-            loaded = build_encoder(options, tokenizer)[1].state_dict()
+            loaded = build_encoder(options, tokenizer, EMPATHETIC_DIALOGUES.emotions)[1].state_dict()
             assert torch.equal(loaded[encoder], load_file(tiny_encoder_dir / "model.safetensors")[encoder])
         else:
             with pytest.raises(UserError, match=message):
-                build_encoder(options, tokenizer)
+                build_encoder(options, tokenizer, EMPATHETIC_DIALOGUES.emotions)
 
 
 @fault(

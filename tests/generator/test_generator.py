@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from empcause.data import EMOTIONS, Causes, Dialogue
+from empcause.data import EMPATHETIC_DIALOGUES, Causes, Dialogue
 from empcause.data.collation import pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
@@ -254,7 +254,7 @@ class TestAnswers:
 
         responder = Responder(*load_extractor(extractor_dir), *generator)
         reply = responder(["My dog died.", "I'm sorry.", " He was old. "], max_new_tokens=5)
-        assert reply.emotion in EMOTIONS
+        assert reply.emotion in EMPATHETIC_DIALOGUES.emotions
         assert 0 < reply.probability <= 1
         assert [word.text for word, _ in reply.causes][:3] == ["My", "dog", "died"]
         assert all(reply.text[word.start : word.end] == word.text for word, _ in reply.causes)
