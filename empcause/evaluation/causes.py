@@ -72,7 +72,8 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
     system = load_system(options.model)
     if not isinstance(system, Reads):
         raise UserError(f"{options.model} holds a system that finds neither emotions nor causes in texts.")
-    emotion_ids = [emotion_id(each.emotion, system.emotions) for each in annotations if system.emotions]
+    emotions = system.emotions
+    emotion_ids = [emotion_id(each.emotion, emotions) for each in annotations] if emotions else []
     texts = [annotation.situation for annotation in annotations]
     words = [annotation.words for annotation in annotations]
     subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}

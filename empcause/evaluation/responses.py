@@ -105,7 +105,7 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     if isinstance(system, Answers):
         system.check_room(options.max_new_tokens)
     emotions = system.emotions if isinstance(system, Reads) else ()
-    emotion_ids = [emotion_id(pair.emotion, emotions) for pair in pairs if emotions]
+    emotion_ids = [emotion_id(pair.emotion, emotions) for pair in pairs] if emotions else []
     identities = [_identity(pair) for pair in pairs]
     scored = digest(identities, system.targets(pairs) if isinstance(system, Scores) else [])
     earlier = read_items(options.compare, scored, ["nll"])

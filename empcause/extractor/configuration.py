@@ -54,8 +54,9 @@ class CauseExtractorConfig(PreTrainedConfig):
                 raise UserError(f"encoder: {' '.join(str(error).split())[:200]}") from error
         weights = dict.fromkeys(("emotion_weight", "cause_weight", "aux_weight"), NOT_NEGATIVE)
         check_values(self, weights | {"automatic_top_k": COUNT, "head_dropout": SHARE, "max_length": COUNT})
-        names = kwargs.setdefault("id2label", dict(enumerate(EMPATHETIC_DIALOGUES.emotions)))
-        kwargs.setdefault("label2id", {name: int(index) for index, name in names.items()})
+        if self.id2label is None:
+            self.id2label = dict(enumerate(EMPATHETIC_DIALOGUES.emotions))
+        self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
 
 

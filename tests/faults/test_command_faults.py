@@ -214,7 +214,7 @@ def test_turns_that_cannot_be_read(models, responder, capsys, monkeypatch):
     Guard("empcause/generator/inference.py", "if sum(counts[first:]) <= room and _tokens", "if _tokens"),
     Guard(
         "empcause/generator/inference.py",
-        "sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, text, limit) <= limit",
+        "sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, dialogue.text, limit) <= limit",
         "sum(counts[first:]) <= room",
     ),
     Guard("empcause/generator/inference.py", "if not 1 <= max_new_tokens <= longest // 2:", "if False:"),
