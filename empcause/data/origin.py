@@ -46,8 +46,10 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
     datasets = [each for each in (corpus.dialogues, corpus.annotations) if each]
     if all(any(one in each.published for each in datasets) for one in prints):
         found = [each for each in datasets if each.published.intersection(prints)]
-        licence = found[0].licence
-        return Origin(" and ".join(each.title for each in found), licence.terms, licence.identifier, True)
+        licences = list(dict.fromkeys(each.licence for each in found))
+        identifier = licences[0].identifier if len(licences) == 1 else "other"
+        terms = "; ".join(licence.terms for licence in licences)
+        return Origin(" and ".join(each.title for each in found), terms, identifier, True)
     terms = "its licence is that of its owner, and a model trained on it inherits its terms"
     name = code(Path(os.path.abspath(place)).name)
     return Origin(f"the user's own data {name}", terms, "unknown", False)

@@ -54,9 +54,13 @@ class CauseExtractorConfig(PreTrainedConfig):
                 raise UserError(f"encoder: {' '.join(str(error).split())[:200]}") from error
         weights = dict.fromkeys(("emotion_weight", "cause_weight", "aux_weight"), NOT_NEGATIVE)
         check_values(self, weights | {"automatic_top_k": COUNT, "head_dropout": SHARE, "max_length": COUNT})
-        if self.id2label is None:
+        if self.id2label is None:  # type: ignore[has-type]
             self.id2label = dict(enumerate(EMPATHETIC_DIALOGUES.emotions))
         self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        if sorted(self.label2id.values()) != list(range(len(self.id2label))):
+            raise UserError(
+                f"id2label is {self.id2label}; expected the names of emotions by the ids 0, 1, ..., each once."
+            )
         super().__post_init__(**kwargs)
 
 

@@ -172,17 +172,19 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = measure_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
+    assert corpus.annotations is not None, "split_annotations refuses data without annotations"
+    abilities = _abilities(args, corpus.annotations.title)
     trained_on = f"{len(labelled):,} annotated and {len(dialogues):,} other situations, validated on "
     trained_on += f"{len(validation):,} annotated ones"
-    card = model_card(trainer, metrics, "Emotion cause extractor", _abilities(args), trained_on, data)
+    card = model_card(trainer, metrics, "Emotion cause extractor", abilities, trained_on, data)
     return finish(trainer, metrics, card)
 
 
-def _abilities(args: ExtractorTrainingArguments) -> str:
+def _abilities(args: ExtractorTrainingArguments, annotations: str) -> str:
     """What the extractor has learned, for its card."""
     learned = {
-        "semi-supervised": "Causes were learned from EmoCause's annotations and from automatic labels.",
-        "supervised": "Causes were learned from EmoCause's annotations.",
+        "semi-supervised": f"Causes were learned from {annotations}'s annotations and from automatic labels.",
+        "supervised": f"Causes were learned from {annotations}'s annotations.",
         "unsupervised": "Causes were learned from automatic labels; no annotation of causes was used.",
         "emotion": "Causes were not learned: the emotion alone was.",
     }

@@ -89,6 +89,10 @@ def test_its_licence_goes_with_it(letters, monkeypatch):
     published = replace(LETTERS, published=frozenset({fingerprint(dialogues)}))
     monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", published, None)))
     assert origin(letters, dialogues) == ("Letters", "CC0: no conditions", "cc0-1.0", True)
+    notes = replace(published, title="Notes", licence=Licence("mit", "MIT"))
+    monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", published, notes)))
+    both = ("Letters and Notes", "CC0: no conditions; MIT", "other", True)
+    assert origin(letters, dialogues) == both, "of two licences none is dropped"
 
 
 def test_its_emotions_are_those_of_the_extractor(letters, tiny_encoder_dir, tmp_path, monkeypatch):

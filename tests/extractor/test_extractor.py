@@ -45,6 +45,17 @@ def extractor(tiny_encoder_dir):
     return model, AutoTokenizer.from_pretrained(tiny_encoder_dir)
 
 
+def test_emotions_are_those_of_the_configuration():
+    config = CauseExtractorConfig(encoder=FAMILIES["bert"].to_dict(), id2label={"1": "glum", "0": "glad"})
+    model = CauseExtractor(config)
+    assert model.emotions == ("glad", "glum")
+    assert model.emotion_head.out_features == 2
+    assert config.label2id == {"glad": 0, "glum": 1}
+    for wrong in ({0: "glad", 2: "glum"}, {0: "glad", 1: "glad"}):
+        with pytest.raises(UserError, match="expected the names of emotions by the ids"):
+            CauseExtractorConfig(encoder=FAMILIES["bert"].to_dict(), id2label=wrong)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_attention_row_equals_the_encoders_own(family, pooling):
