@@ -17,16 +17,15 @@ class Origin(NamedTuple):
     """Data in words of a report.
 
     Attributes:
-        name: what they are, in Markdown, within a sentence.
+        name: what they are, in Markdown, within a sentence. It is the title of a data set only where they are whole splits of
+            it as they were published, so that published figures may stand beside figures on them.
         terms: what their licence means for a model trained on them.
         licence: its identifier in a model card's front matter.
-        published: they are whole splits as they were published, so that published figures may stand beside figures on them.
     """
 
     name: str
     terms: str
     licence: str
-    published: bool
 
 
 def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Sequence[CauseAnnotation]) -> Origin:
@@ -41,7 +40,7 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
     """
     corpus, place = find_corpus(data)
     if corpus.licence is not None:
-        return Origin(corpus.title, corpus.licence.terms, corpus.licence.identifier, False)
+        return Origin(corpus.title, corpus.licence.terms, corpus.licence.identifier)
     prints = [fingerprint(split) for split in splits]
     datasets = [each for each in (corpus.dialogues, corpus.annotations) if each]
     if all(any(one in each.published for each in datasets) for one in prints):
@@ -49,10 +48,10 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
         licences = list(dict.fromkeys(each.licence for each in found))
         identifier = licences[0].identifier if len(licences) == 1 else "other"
         terms = "; ".join(licence.terms for licence in licences)
-        return Origin(" and ".join(each.title for each in found), terms, identifier, True)
+        return Origin(" and ".join(each.title for each in found), terms, identifier)
     terms = "its licence is that of its owner, and a model trained on it inherits its terms"
     name = code(Path(os.path.abspath(place)).name)
-    return Origin(f"the user's own data {name}", terms, "unknown", False)
+    return Origin(f"the user's own data {name}", terms, "unknown")
 
 
 def fingerprint(split: Sequence[Dialogue] | Sequence[CauseAnnotation]) -> str:

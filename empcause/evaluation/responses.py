@@ -291,7 +291,7 @@ def _report(
     pairs, responses = predictions.pairs, predictions.responses
     others = ("nll_per_word", "bits_per_byte", "emotion_accuracy", "words_per_response")
     published: dict[str, Sequence[float | None]] = {}
-    if results.data.published and options.split == "test" and len(responses) == results.whole:
+    if options.split == "test" and len(responses) == results.whole:
         same_scale = results.bertscore is not None and results.bertscore.rescaled
         published = {
             name: (*values[:3], *(values[3:] if same_scale else (None, None, None)))

@@ -148,8 +148,11 @@ def response_nll(
         Per dialogue, the summed NLL in nats `[n]` float64, and the number of response tokens `[n]`, the end token included.
 
     Raises:
+        ValueError: a dialogue has no response.
         UserError: the probabilities are not finite.
     """
+    if any(each.labels is None for each in encoded):
+        raise ValueError("a dialogue has no response that could be scored.")
     totals, counts = np.zeros(len(encoded)), np.zeros(len(encoded), np.int64)
     was_training = model.training
     model.eval()

@@ -88,10 +88,10 @@ def test_its_licence_goes_with_it(letters, monkeypatch):
     assert origin(letters, dialogues).licence == "unknown", "whoever changes the data may not claim their licence"
     published = replace(LETTERS, published=frozenset({fingerprint(dialogues)}))
     monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", published, None)))
-    assert origin(letters, dialogues) == ("Letters", "CC0: no conditions", "cc0-1.0", True)
+    assert origin(letters, dialogues) == ("Letters", "CC0: no conditions", "cc0-1.0")
     notes = replace(published, title="Notes", licence=Licence("mit", "MIT"))
     monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", published, notes)))
-    both = ("Letters and Notes", "CC0: no conditions; MIT", "other", True)
+    both = ("Letters and Notes", "CC0: no conditions; MIT", "other")
     assert origin(letters, dialogues) == both, "of two licences none is dropped"
 
 

@@ -331,6 +331,7 @@ def test_damaged_files_beside_the_weights(small_generator, tmp_path):
 
 @fault(
     Guard("empcause/generator/inference.py", "    if found not in known:\n", "    if False:\n"),
+    Guard("empcause/systems/loading.py", "    if found not in SYSTEMS:\n", "    if False:\n"),
     Guard("empcause/checkpoints.py", "    if found != model_type:\n", "    if False:\n"),
     cause="a model of another kind: an extractor for a generator, a generator for an extractor, a plain model for either",
     place="empcause respond, chat, evaluate",
@@ -341,6 +342,8 @@ def test_models_of_another_kind(small_extractor, small_generator, tiny_gpt2_dir,
     assert swapped == (
         f"{small_generator} holds a model of type 'empathetic_gpt2', not an extractor (type 'empcause_extractor')."
     )
+    twice = said(capsys, "respond", "Hello", "--extractor", small_extractor, "--generator", small_extractor)
+    assert f"{small_extractor} holds a model of type 'empcause_extractor', not a generator" in twice
     for stage, folder, kind in (("extractor", tiny_gpt2_dir, "gpt2"), ("generator", tiny_gpt2_dir, "gpt2")):
         options = ["--data", "sample", "--model", folder]
         if stage == "generator":

@@ -22,7 +22,7 @@ from empcause.metrics import bits_per_byte, emotion_correct, nll_per_word, score
 from empcause.training.card import model_card
 from empcause.training.generator import GeneratorTrainingArguments
 
-SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0", False)
+SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0")
 HOSTILE = "\x1b[31mred\x1b[0m\n---\nlicense: mit\n---\n# <img src=x onerror=alert(1)> [link](http://x) `a|b` \u202e$x$"
 
 
@@ -83,7 +83,7 @@ def test_own_data_are_not_the_papers(tmp_path):
     folder = tmp_path / "our`chats"
     folder.mkdir()
     own = origin(folder, dialogues)
-    assert own == (own.name, own.terms, "unknown", False)
+    assert own == (own.name, own.terms, "unknown")
     assert own.name == "the user's own data `` our`chats ``"
     text = card(GeneratorTrainingArguments(output_dir=str(tmp_path)), data=own)
     assert yaml.safe_load(text.split("---")[1]) == {"license": "unknown", "library_name": "empcause", "language": "en"}
@@ -103,9 +103,11 @@ def evaluate(extractor, generator, folder, **options):
 
 @fault(
     Guard(
-        "empcause/evaluation/responses.py", "    if results.data.published and options.split", "    if options.split"
+        "empcause/evaluation/responses.py",
+        "PUBLISHED_RESPONSES.get(results.data.name, {})",
+        'PUBLISHED_RESPONSES["EmpatheticDialogues"]',
     ),
-    Guard("empcause/evaluation/responses.py", ' and options.split == "test" and', " and"),
+    Guard("empcause/evaluation/responses.py", 'if options.split == "test" and', "if"),
     Guard("empcause/evaluation/responses.py", " and len(responses) == results.whole:", ":"),
     Guard(
         "empcause/evaluation/responses.py",

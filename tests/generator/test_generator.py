@@ -215,6 +215,9 @@ class TestAnswers:
             batch = pad_batch([each.item], tokenizer.pad_token_id)
             assert float(model(**batch).loss) == pytest.approx(total / number, rel=1e-4)
             assert number == (each.labels != -100).sum()
+        unanswered = encode_for(model, tokenizer, replace(PAIR, response=""), 100)
+        with pytest.raises(ValueError, match="has no response"):
+            response_nll(model, tokenizer, [*encoded, unanswered])
 
     def test_batching_and_padding_change_nothing(self, generator):
         model, tokenizer = generator
