@@ -50,11 +50,11 @@ def run_check(namespace: argparse.Namespace) -> int:
 def run_download(_: argparse.Namespace) -> int:
     """Fetch what is missing and print where it is."""
     from empcause.cli.terminal import console
-    from empcause.data import EMOCAUSE, EMPATHETIC_DIALOGUES, download
+    from empcause.data import DATASETS, download
     from empcause.text import visible
 
     try:
-        for dataset in (EMPATHETIC_DIALOGUES, EMOCAUSE):
+        for dataset in DATASETS:
             console.print(visible(f"{dataset.name}: {download(dataset)}"), soft_wrap=True, markup=False)
     except KeyboardInterrupt:
         print(

@@ -70,8 +70,8 @@ def run_in(folder: Path) -> int:
     from empcause.cli.terminal import console, hide_file_progress, print_reply
     from empcause.data import load_annotations, load_dialogues, train_tokenizer
     from empcause.evaluation import write_report
-    from empcause.evaluation.extractor import EvaluateExtractorOptions, evaluate_extractor
-    from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
+    from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
+    from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
     from empcause.extractor import load_extractor
     from empcause.generator import Responder, load_generator
     from empcause.text import visible
@@ -123,16 +123,16 @@ def run_in(folder: Path) -> int:
     )
 
     console.rule("4/5 evaluation")
-    extractor_metrics = evaluate_extractor(
-        EvaluateExtractorOptions(
+    extractor_metrics = evaluate_causes(
+        EvaluateCausesOptions(
             model=str(folder / "extractor"),
             data="sample",
             output_dir=str(folder / "evaluation" / "extractor"),
             overwrite_output_dir=True,
         )
     )
-    generator_metrics = evaluate_generator(
-        EvaluateGeneratorOptions(
+    generator_metrics = evaluate_responses(
+        EvaluateResponsesOptions(
             model=str(folder / "generator"),
             extractor=str(folder / "extractor"),
             data="sample",

@@ -1,39 +1,38 @@
 """EmpatheticDialogues, EmoCause and the embedded sample; alignment between tokenizers."""
 
-from empcause.data.alignment import align_max, join_turns
-from empcause.data.loading import DataCheck, check_data, load_annotations, load_dialogues
-from empcause.data.records import (
-    EMOTIONS,
-    LISTENER,
-    SPEAKER,
-    CauseAnnotation,
-    Dialogue,
-    ResponsePair,
-    emotion_id,
-    response_pairs,
-)
-from empcause.data.source import EMOCAUSE, EMPATHETIC_DIALOGUES, cache_dir, download
+from empcause.data.alignment import align_max
+from empcause.data.annotation import CauseAnnotation
+from empcause.data.dataset import Corpus, Dataset, Licence, emotion_id
+from empcause.data.dialogue import LISTENER, SPEAKER, Causes, Dialogue, live_dialogue, response_pairs
+from empcause.data.emocause import EMOCAUSE
+from empcause.data.empathetic_dialogues import EMPATHETIC_DIALOGUES
+from empcause.data.loading import DATASETS, DataCheck, check_data, find_corpus, load_annotations, load_dialogues
+from empcause.data.source import cache_dir, download
 from empcause.data.tokenizer import train_tokenizer
 from empcause.data.words import Word, is_content_word, locate_words, split_words
 
 __all__ = [
+    "DATASETS",
     "EMOCAUSE",
-    "EMOTIONS",
     "EMPATHETIC_DIALOGUES",
     "LISTENER",
     "SPEAKER",
     "CauseAnnotation",
+    "Causes",
+    "Corpus",
     "DataCheck",
+    "Dataset",
     "Dialogue",
-    "ResponsePair",
+    "Licence",
     "Word",
     "align_max",
     "cache_dir",
     "check_data",
     "download",
     "emotion_id",
+    "find_corpus",
     "is_content_word",
-    "join_turns",
+    "live_dialogue",
     "load_annotations",
     "load_dialogues",
     "locate_words",

@@ -1,7 +1,5 @@
 """Values that belong to pieces of a text, carried over to other pieces of the same text through its characters."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,16 +30,3 @@ def align_max(source_spans: ArrayLike, source_values: ArrayLike, target_spans: A
     start = np.maximum(sources[:, None, 0], targets[None, :, 0])
     end = np.minimum(sources[:, None, 1], targets[None, :, 1])
     return np.where(start < end, values[:, None], np.float32(0)).max(axis=0)
-
-
-def join_turns(turns: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
-    """The text in which the extractor reads a dialogue: its turns joined by one space.
-
-    Returns:
-        The text, and the character span of every turn in it.
-    """
-    spans, start = [], 0
-    for turn in turns:
-        spans.append((start, start + len(turn)))
-        start += len(turn) + 1
-    return " ".join(turns), spans

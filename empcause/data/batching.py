@@ -1,4 +1,4 @@
-"""Batches of texts of similar length, in an order that depends on seed and epoch alone."""
+"""Batches of texts of similar length: from the shortest on, or in an order that depends on seed and epoch alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +7,12 @@ from torch.utils.data import Sampler
 
 # Texts are shuffled, then sorted by length within windows of this many batches.
 _WINDOW = 20
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of items in batches of similar length, the shortest first; equal lengths stay in their order."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class LengthBatchSampler(Sampler[list[int]]):

@@ -1,39 +1,54 @@
-"""Batches of encoded dialogues."""
+"""Batches of encoded texts and dialogues."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from empcause.data.sequences import IGNORED
 
+# What stands behind the end of a shorter item, and the type of its elements; input_ids have the tokenizer's padding.
+_FILLS: dict[str, tuple[float, Any]] = {
+    "token_type_ids": (0, np.int64),
+    "labels": (IGNORED, np.int64),
+    "cause_probs": (0.0, np.float32),
+    "special_tokens_mask": (1, np.int64),
+    "word_ids": (-1, np.int64),
+    "cause_labels": (IGNORED, np.int64),
+}
+# One value per item.
+_STACKED = ("emotion_labels", "automatic")
 
-def pad_dialogues(items: Sequence[dict[str, Any]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
+
+def pad_batch(items: Sequence[Mapping[str, Any]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
     """Pad to the longest.
 
     Args:
-        items: each with `input_ids`, `token_type_ids` (roles), and optionally `labels`, `cause_probs`, all `[S]`. Where some
-            have `labels` or `cause_probs`, the others have none to count: -100 and 0.
+        items: each with `input_ids` `[S]`, and what else the model's `forward` takes, by its names there: `[S]` or one value.
+            Where some items have an entry of tokens, the others get what counts for nothing: no label, no cause. Entries that
+            no model takes are left out.
         pad_token_id: fills `input_ids`.
         side: "right" for training and scoring, "left" for generation.
 
     Returns:
-        `[B, S]` tensors of the same names, and `attention_mask`.
+        `[B, S]` and `[B]` tensors of the same names, and `attention_mask`.
     """
-    fills = {"input_ids": pad_token_id, "token_type_ids": 0, "labels": IGNORED, "cause_probs": 0.0}
     longest = max(len(item["input_ids"]) for item in items)
     batch: dict[str, Tensor] = {}
-    for name, fill in fills.items():
+    for name, (fill, dtype) in ({"input_ids": (pad_token_id, np.int64)} | _FILLS).items():
         if any(name in item for item in items):
-            dtype = np.float32 if name == "cause_probs" else np.int64
-            padded = np.full((len(items), longest), fill, dtype)
+            padded: NDArray[Any] = np.full((len(items), longest), fill, dtype)
             for row, item in zip(padded, items, strict=True):
                 if name in item:
                     length = len(item[name])
                     row[longest - length if side == "left" else 0 :][:length] = item[name]
             batch[name] = torch.from_numpy(padded)
+    for name in _STACKED:
+        if name in items[0]:
+            batch[name] = torch.tensor([item[name] for item in items])
     lengths = torch.tensor([len(item["input_ids"]) for item in items])[:, None]
     position = torch.arange(longest)
     batch["attention_mask"] = (position >= longest - lengths if side == "left" else position < lengths).long()

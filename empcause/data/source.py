@@ -37,31 +37,23 @@ _DAMAGED = (
 )
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """An official dataset: its folder's name, the form of its files, and its archive's address and SHA-256."""
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files of a data set, one per split.
+
+    Attributes:
+        name: of their folder.
+        splits: their names without the extension.
+        extension: their form.
+        archive, url, sha256: the official archive's name, its address and its checksum.
+    """
 
     name: str
+    splits: tuple[str, ...]
     extension: str
     archive: str
     url: str
     sha256: str
-
-
-EMPATHETIC_DIALOGUES = Dataset(
-    "empatheticdialogues",
-    "csv",
-    "empatheticdialogues.tar.gz",
-    "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/empatheticdialogues.tar.gz",
-    "56f234d77b7dd1f005fd365bb17769cfe346c3c84295b69bc069c8ccb83be03d",
-)
-EMOCAUSE = Dataset(
-    "emocause",
-    "json",
-    "emocause.zip",
-    "https://drive.google.com/uc?id=1LR4B47Fna_l63G1X4DZtuttG-GrinnaY&export=download&confirm=t",
-    "f490361039a98ae13a028ae3c7117ae94165fdbf771eb75d6026b63ec9d12a11",
-)
 
 
 def cache_dir() -> Path:
@@ -73,14 +65,11 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
     """The folder (or archive) that `data` stands for.
 
     Args:
-        data: "sample" for the embedded sample, a path, or None: `$EMPCAUSE_DATA_DIR`, otherwise what
-            `empcause data download` fetched.
+        data: a path, or None: `$EMPCAUSE_DATA_DIR`, otherwise what `empcause data download` fetched.
 
     Raises:
         UserError: nothing is there; the message says how to get it.
     """
-    if data == "sample":
-        return SAMPLE
     if data == "":
         raise UserError("--data is empty; give a folder, or leave the option out.")
     named = data or os.environ.get("EMPCAUSE_DATA_DIR")
@@ -99,15 +88,15 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def read_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None) -> tuple[str, str]:
+def read_split(dataset: Files, split: str, root: Path) -> tuple[str, str]:
     """One split's file, whatever it is packed in.
 
     Looks for `NAME/SPLIT.EXT`, then `SPLIT.EXT`, each plain, `.gz` or `.xz`, then for the official archive.
 
     Args:
-        dataset: `EMPATHETIC_DIALOGUES` or `EMOCAUSE`.
-        split: "train", "valid" or "test".
-        data: see `resolve_data`.
+        dataset: the data set's files.
+        split: one of its splits.
+        root: folder or archive, as `resolve_data` finds it.
 
     Returns:
         The text without a byte order mark, and the file's name for messages. Bytes that are not UTF-8 stand in the text as
@@ -117,7 +106,7 @@ def read_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None
         UserError: no such file, or a packed one that is damaged or cut short.
         OSError: it cannot be read.
     """
-    root, member = resolve_data(data), f"{split}.{dataset.extension}"
+    member = f"{split}.{dataset.extension}"
     if root.is_file() and not _is_archive(root):
         raise UserError(
             f"{root} is one file, but there are three splits: give the folder of train.csv, valid.csv and test.csv "
@@ -139,7 +128,7 @@ def read_split(dataset: Dataset, split: str, data: str | os.PathLike[str] | None
     )
 
 
-def _candidates(root: Path, dataset: Dataset, member: str) -> list[Path]:
+def _candidates(root: Path, dataset: Files, member: str) -> list[Path]:
     plain = [folder / f"{member}{suffix}" for folder in (root / dataset.name, root) for suffix in ("", ".gz", ".xz")]
     return [*plain, root / dataset.archive, root / dataset.name / dataset.archive]
 
@@ -174,14 +163,14 @@ def _read(path: Path, member: str) -> tuple[bytes, str]:
     return data, f"{path}:{name}"
 
 
-def download(dataset: Dataset, folder: Path | None = None) -> Path:
+def download(dataset: Files, folder: Path | None = None) -> Path:
     """Fetch a dataset's official archive, going on where an interrupted download stopped.
 
     What arrives is kept in a file beside it, ARCHIVE.part, until it is complete and verified. Of several processes that
     download at once, one does and the others wait for it.
 
     Args:
-        dataset: `EMPATHETIC_DIALOGUES` or `EMOCAUSE`.
+        dataset: the data set's files.
         folder: where it goes; default is the cache that `resolve_data(None)` looks into.
 
     Returns:
@@ -224,7 +213,7 @@ def _alone(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(dataset: Dataset, partial: Path) -> None:
+def _fetch(dataset: Files, partial: Path) -> None:
     """Bring `partial` to its end and verify it; what it had before outlives a wrong answer."""
     start = partial.stat().st_size if partial.exists() else 0
     # Without `identity` a server may pack what it sends once more, and ranges would count packed bytes.

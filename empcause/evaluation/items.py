@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from empcause.data import Word
+from empcause.data import Causes, Word
+from empcause.data.batching import length_batches
 from empcause.errors import Interrupted, UserError
-from empcause.extractor import CauseExtractor, Extraction, extract
 from empcause.outputs import (
     Record,
     check_ours,
@@ -29,6 +28,7 @@ from empcause.outputs import (
     working_in,
     write_record,
 )
+from empcause.systems import Reading, Reads
 
 SAVED = "saved-items.jsonl"
 # What an evaluation writes into its folder.
@@ -83,9 +83,7 @@ class SavedItems:
             OSError: a batch cannot be saved.
         """
         saved = self._parts.setdefault(part, {})
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        for start in tqdm(range(0, len(order), batch_size), desc=part):
-            batch = order[start : start + batch_size]
+        for batch in tqdm(length_batches(lengths, batch_size), desc=part):
             if any(index not in saved for index in batch):
                 values = list(compute(batch))
                 text = json.dumps([part, batch, values]).encode()
@@ -158,36 +156,25 @@ def model_digest(folder: str | os.PathLike[str]) -> str:
     return digest([(name, record.files[name] if record else checksum(Path(folder) / name)) for name in read])
 
 
-def extractions(
-    saved: SavedItems,
-    model: CauseExtractor,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    words: Sequence[Sequence[Word]],
-    batch_size: int,
-) -> list[Extraction]:
-    """What `extract` finds in texts, saved batch by batch."""
+def readings(
+    saved: SavedItems, system: Reads, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int
+) -> list[Reading]:
+    """What a system finds in texts, saved batch by batch."""
 
     def compute(batch: list[int]) -> list[Any]:
-        found = extract(
-            model,
-            tokenizer,
-            [texts[index] for index in batch],
-            words=[words[index] for index in batch],
-            batch_size=batch_size,
-        )
-        arrays = [(each.emotion_probs, each.word_probs, each.token_spans, each.token_probs) for each in found]
-        return [[array.tolist() for array in each] for each in arrays]
+        found = system.read([texts[index] for index in batch], [words[index] for index in batch], batch_size)
+        arrays = [(each.emotion_probs, each.word_probs, *(each.causes or (None, None))) for each in found]
+        return [[None if array is None else array.tolist() for array in each] for each in arrays]
 
-    values = saved.each("extracting causes", [len(text) for text in texts], batch_size, compute)
     return [
-        Extraction(
-            text=text,
-            emotion_probs=np.array(emotion_probs, np.float32),
-            words=tuple(split),
-            word_probs=np.array(word_probs, np.float32),
-            token_spans=np.array(token_spans, np.int64).reshape(-1, 2),
-            token_probs=np.array(token_probs, np.float32),
+        Reading(
+            emotion_probs=None if emotion_probs is None else np.array(emotion_probs, np.float32),
+            word_probs=None if word_probs is None else np.array(word_probs, np.float32),
+            causes=None
+            if spans is None
+            else Causes(np.array(spans, np.int64).reshape(-1, 2), np.array(probs, np.float32)),
         )
-        for text, split, (emotion_probs, word_probs, token_spans, token_probs) in zip(texts, words, values, strict=True)
+        for emotion_probs, word_probs, spans, probs in saved.each(
+            "extracting causes", [len(text) for text in texts], batch_size, compute
+        )
     ]

@@ -16,7 +16,10 @@ def read_items(folder: str | None, scored: str, names: Iterable[str]) -> dict[st
     Args:
         folder: its output folder, or None: there is nothing to compare with.
         scored: digest of what this evaluation scores; the earlier one must have scored the same.
-        names: figures that must be there.
+        names: of the figures that are compared.
+
+    Returns:
+        Those of the figures that are there.
 
     Raises:
         UserError: there are none, or they belong to other items.
@@ -30,7 +33,10 @@ def read_items(folder: str | None, scored: str, names: Iterable[str]) -> dict[st
                 f"--compare {folder}: that evaluation scored other items (another stage, split, subset, seed, tokenizer or other "
                 "data), so that no difference is paired; repeat it on the same ones."
             )
-        return {name: items[name] for name in names}
+        found = {name: items[name] for name in names if name in items}
+        if not found:
+            raise KeyError("none of the figures")
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -44,7 +50,7 @@ def write_report(
 
     Args:
         folder: where the evaluations of both stages are, and where the report goes.
-        extractor_metrics, generator_metrics: what `evaluate_extractor` and `evaluate_generator` returned.
+        extractor_metrics, generator_metrics: what `evaluate_causes` and `evaluate_responses` returned.
         note: a sentence above the figures.
 
     Returns:

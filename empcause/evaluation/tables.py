@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from empcause.evaluation.significance import Interval
 
-# Table 5 (systems) and Table 6 (ablation) of the paper: accuracy, Top-1, Top-3, Top-5 recall on EmoCause's test split.
-PUBLISHED_EXTRACTORS: dict[str, tuple[float, float, float, float]] = {
+# Figures of systems by the data set on whose whole test split they were measured.
+# Table 5 (systems) and Table 6 (ablation) of the paper: accuracy, Top-1, Top-3, Top-5 recall.
+_EMOCAUSE: dict[str, tuple[float | None, ...]] = {
     "EmpDG (paper)": (0.31, 0.134, 0.362, 0.493),
     "RoBERTa_Att (paper)": (0.58, 0.148, 0.399, 0.596),
     "GEE (paper)": (0.40, 0.173, 0.481, 0.684),
@@ -14,16 +15,18 @@ PUBLISHED_EXTRACTORS: dict[str, tuple[float, float, float, float]] = {
     "ECE, supervised (paper)": (0.56, 0.246, 0.514, 0.556),
     "ECE, without L_aux (paper)": (0.58, 0.208, 0.523, 0.709),
 }
-EXTRACTOR_COLUMNS = ("accuracy", "top1_recall", "top3_recall", "top5_recall")
+PUBLISHED_CAUSES = {"EmoCause": _EMOCAUSE}
+CAUSE_COLUMNS = ("accuracy", "top1_recall", "top3_recall", "top5_recall")
 
 # Table 7: perplexity, Distinct-1, Distinct-2, BERTScore P, R, F.
-PUBLISHED_GENERATORS: dict[str, tuple[float, float, float, float, float, float]] = {
+_EMPATHETIC_DIALOGUES: dict[str, tuple[float | None, ...]] = {
     "EmpDG (paper)": (34.3, 0.018, 0.069, 0.252, 0.213, 0.232),
     "RecEC (paper)": (177.8, 0.019, 0.090, 0.225, 0.177, 0.201),
     "GPT2 (paper)": (14.132, 0.027, 0.112, 0.304, 0.238, 0.271),
     "ECG (paper)": (14.063, 0.025, 0.109, 0.307, 0.240, 0.273),
 }
-GENERATOR_COLUMNS = ("perplexity", "distinct_1", "distinct_2", "bertscore_p", "bertscore_r", "bertscore_f")
+PUBLISHED_RESPONSES = {"EmpatheticDialogues": _EMPATHETIC_DIALOGUES}
+RESPONSE_COLUMNS = ("perplexity", "distinct_1", "distinct_2", "bertscore_p", "bertscore_r", "bertscore_f")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

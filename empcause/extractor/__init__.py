@@ -1,7 +1,7 @@
 """Stage 1: which words of a text caused the emotion."""
 
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.encoding import encode_text, pad_batch
+from empcause.extractor.encoding import encode_text
 from empcause.extractor.inference import Extraction, extract, load_extractor, longest_input
 from empcause.extractor.labels import automatic_labels
 from empcause.extractor.modeling import CauseExtractor, CauseExtractorOutput
@@ -16,5 +16,4 @@ __all__ = [
     "extract",
     "load_extractor",
     "longest_input",
-    "pad_batch",
 ]

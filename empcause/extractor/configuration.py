@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from empcause.data import EMOTIONS
+from empcause.data import EMPATHETIC_DIALOGUES
 from empcause.errors import UserError
 from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, check_values
 
@@ -24,6 +24,7 @@ class CauseExtractorConfig(PreTrainedConfig):
         aux_form: auxiliary loss as the "complement" `1 - <Att, C1>`, or "literal" `<Att, C1>` (eq 8).
         head_dropout: dropout before both heads.
         max_length: longest text in tokens that it is trained on (it reads what the encoder can).
+        id2label: the emotions by their ids; default is those of EmpatheticDialogues.
 
     Raises:
         UserError: a value out of range, or an encoder of no known type.
@@ -53,8 +54,13 @@ class CauseExtractorConfig(PreTrainedConfig):
                 raise UserError(f"encoder: {' '.join(str(error).split())[:200]}") from error
         weights = dict.fromkeys(("emotion_weight", "cause_weight", "aux_weight"), NOT_NEGATIVE)
         check_values(self, weights | {"automatic_top_k": COUNT, "head_dropout": SHARE, "max_length": COUNT})
-        kwargs.setdefault("id2label", dict(enumerate(EMOTIONS)))
-        kwargs.setdefault("label2id", {name: index for index, name in enumerate(EMOTIONS)})
+        if self.id2label is None:  # type: ignore[has-type]
+            self.id2label = dict(enumerate(EMPATHETIC_DIALOGUES.emotions))
+        self.label2id = {name: int(index) for index, name in self.id2label.items()}
+        if sorted(self.label2id.values()) != list(range(len(self.id2label))):
+            raise UserError(
+                f"id2label is {self.id2label}; expected the names of emotions by the ids 0, 1, ..., each once."
+            )
         super().__post_init__(**kwargs)
 
 

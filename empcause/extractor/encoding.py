@@ -1,16 +1,12 @@
 """Texts as the extractor reads them: token ids, and which word every piece belongs to."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from empcause.data import Word, is_content_word
-from empcause.extractor.labels import IGNORED
 
 
 def encode_text(
@@ -62,24 +58,3 @@ def first_overlap(spans: NDArray[np.int64], words: Sequence[Word]) -> NDArray[np
     ends = np.array([word.end for word in words])
     overlap = np.maximum(spans[:, :1], starts) < np.minimum(spans[:, 1:], ends)
     return np.where(overlap.any(1), overlap.argmax(1), -1)
-
-
-def pad_batch(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad `input_ids`, `special_tokens_mask`, `word_ids` and `cause_labels` on the right; stack the rest.
-
-    Returns:
-        Tensors of the keys that `CauseExtractor.forward` names, with `attention_mask` added.
-    """
-    fills = {"input_ids": pad_token_id, "special_tokens_mask": 1, "word_ids": -1, "cause_labels": IGNORED}
-    lengths = [len(item["input_ids"]) for item in items]
-    batch = {}
-    for key in items[0]:
-        if key in fills:
-            padded = np.full((len(items), max(lengths)), fills[key], np.int64)
-            for row, item in zip(padded, items, strict=True):
-                row[: len(item[key])] = item[key]
-            batch[key] = torch.from_numpy(padded)
-        elif key in ("emotion_labels", "automatic"):
-            batch[key] = torch.tensor([item[key] for item in items])
-    batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return batch

@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from empcause.checkpoints import load_own_tokenizer, load_pretrained
-from empcause.data import Word, align_max, split_words
+from empcause.data import Causes, Word, align_max, split_words
+from empcause.data.batching import length_batches
+from empcause.data.collation import pad_batch
 from empcause.errors import UserError
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.encoding import encode_text, is_cut, pad_batch
+from empcause.extractor.encoding import encode_text, is_cut
 from empcause.extractor.modeling import CauseExtractor
 
 logger = logging.get_logger(__name__)
@@ -27,19 +29,17 @@ class Extraction:
 
     Attributes:
         text: the raw text.
-        emotion_probs: `[32]` float32, in the order of `empcause.data.EMOTIONS`.
+        emotion_probs: `[E]` float32, in the order of the extractor's `emotions`.
         words: its words.
         word_probs: `[W]` float32, a word's cause probability is that of its best piece.
-        token_spans: `[T, 2]` character spans of the extractor's own tokens, special tokens left out.
-        token_probs: `[T]` float32 cause probabilities of these.
+        causes: spans of the extractor's own tokens, special tokens left out, with their probabilities.
     """
 
     text: str
     emotion_probs: NDArray[np.float32]
     words: tuple[Word, ...]
     word_probs: NDArray[np.float32]
-    token_spans: NDArray[np.int64]
-    token_probs: NDArray[np.float32]
+    causes: Causes
 
 
 def load_extractor(path: str | os.PathLike[str]) -> tuple[CauseExtractor, PreTrainedTokenizerBase]:
@@ -90,12 +90,11 @@ def extract(
     cut = sum(is_cut(item, text, limit) for item, text in zip(items, texts, strict=True))
     if cut:
         logger.warning(f"{cut} of {len(texts)} texts have more than {limit} tokens; no causes are found in the rest.")
-    order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
+    batches = length_batches([len(item["input_ids"]) for item in items], batch_size)
     results: dict[int, Extraction] = {}
     was_training = model.training
     model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="extracting causes", disable=not progress):
-        indices = order[start : start + batch_size]
+    for indices in tqdm(batches, desc="extracting causes", disable=not progress):
         batch = pad_batch([items[index] for index in indices], tokenizer.pad_token_id)
         batch = {name: value.to(model.device) for name, value in batch.items()}
         output = model(**batch)
@@ -111,12 +110,9 @@ def extract(
             )
         for row, index in enumerate(indices):
             real = items[index]["special_tokens_mask"] == 0
-            spans = items[index]["offsets"][real]
-            probs = cause_probs[row, : len(real)].cpu().numpy()[real]
-            word_spans = [(word.start, word.end) for word in words[index]]
-            results[index] = Extraction(
-                texts[index], emotion_probs[row], tuple(words[index]), align_max(spans, probs, word_spans), spans, probs
-            )
+            causes = Causes(items[index]["offsets"][real], cause_probs[row, : len(real)].cpu().numpy()[real])
+            word_probs = align_max(*causes, [(word.start, word.end) for word in words[index]])
+            results[index] = Extraction(texts[index], emotion_probs[row], tuple(words[index]), word_probs, causes)
     model.train(was_training)
     return [results[index] for index in range(len(items))]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from empcause.data.sequences import IGNORED
 
 
 def automatic_labels(attention: Tensor, word_ids: Tensor, real_tokens: Tensor, top_k: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from empcause.data.sequences import IGNORED
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.labels import IGNORED
 
 
 def cause_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -48,7 +48,7 @@ def extractor_losses(
 
     Args:
         config: weights and forms.
-        emotion_logits: `[B, 32]`.
+        emotion_logits: `[B, E]`, E emotions.
         cause_logits: `[B, S, 2]`.
         attention: `[B, S]` attention of the first token.
         real_tokens: `[B, S]` bool, False at special tokens and padding.

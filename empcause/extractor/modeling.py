@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from empcause.data import EMOTIONS
+from empcause.data.sequences import IGNORED
 from empcause.extractor.attention import capture_projections, cls_attention, find_projections
 from empcause.extractor.configuration import CauseExtractorConfig
-from empcause.extractor.labels import IGNORED, automatic_labels
+from empcause.extractor.labels import automatic_labels
 from empcause.extractor.losses import extractor_losses
 
 
@@ -21,7 +21,7 @@ class CauseExtractorOutput(ModelOutput):
 
     Attributes:
         loss: weighted sum of the losses, if labels were given.
-        emotion_logits: `[B, 32]`.
+        emotion_logits: `[B, E]`.
         cause_logits: `[B, S, 2]`; class 1 is "caused the emotion".
         cls_attention: `[B, S]` attention of the first token in the last layer, mean (or max) over heads.
         emotion_loss, cause_loss, aux_loss: the parts of the loss, unweighted.
@@ -58,9 +58,14 @@ class CauseExtractor(PreTrainedModel):
         find_projections(self.encoder)
         hidden_size = self.encoder.config.hidden_size
         self.dropout = nn.Dropout(config.head_dropout)
-        self.emotion_head = nn.Linear(hidden_size, len(EMOTIONS))
+        self.emotion_head = nn.Linear(hidden_size, config.num_labels)
         self.cause_head = nn.Linear(hidden_size, 2)
         self.post_init()
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """Names of the emotions, by their ids."""
+        return tuple(self.config.id2label[index] for index in range(self.config.num_labels))
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder's word embeddings."""

@@ -1,13 +1,13 @@
 """Stage 2: answers that attend to the causes of the emotion."""
 
 import empcause.integration  # noqa: F401  registers attn_implementation="empcause"
-from empcause.generator.causes import CauseCache, TextCauses, token_causes
+from empcause.generator.causes import CauseCache
 from empcause.generator.configuration import EmpatheticGPT2Config, EmpatheticLlamaConfig
 from empcause.generator.inference import (
     Reply,
     Responder,
+    encode_for,
     generate_responses,
-    generator_item,
     load_generator,
     longest_sequence,
     response_nll,
@@ -32,12 +32,10 @@ __all__ = [
     "GeneratorOutput",
     "Reply",
     "Responder",
-    "TextCauses",
     "add_separator",
+    "encode_for",
     "generate_responses",
-    "generator_item",
     "load_generator",
     "longest_sequence",
     "response_nll",
-    "token_causes",
 ]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from empcause.checkpoints import load_own_tokenizer, load_pretrained, read_config
-from empcause.data import EMOTIONS, LISTENER, SPEAKER, ResponsePair, Word, join_turns
-from empcause.data.collation import pad_dialogues
+from empcause.data import Dialogue, Word, live_dialogue
+from empcause.data.batching import length_batches
+from empcause.data.collation import pad_batch
 from empcause.data.sequences import IGNORED, EncodedDialogue, encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractor, extract
 from empcause.extractor.inference import longest_input
-from empcause.generator.causes import TextCauses, token_causes
 from empcause.generator.modeling import GENERATORS
 from empcause.text import visible
 
@@ -79,72 +79,58 @@ def longest_context(model: PreTrainedModel, max_new_tokens: int) -> int:
     return longest - max_new_tokens
 
 
-def generator_item(
-    model: PreTrainedModel,
-    encoded: EncodedDialogue,
-    context: Sequence[str],
-    roles: Sequence[int],
-    causes: TextCauses | None,
-) -> dict[str, NDArray]:
-    """An encoded dialogue under the names of the model's `forward`; `cause_probs` only where there are causes."""
-    item: dict[str, NDArray] = {
-        "input_ids": encoded.input_ids,
-        "token_type_ids": encoded.roles,
-        "labels": encoded.labels,
-    }
-    if causes is not None:
-        item["cause_probs"] = token_causes(model.config, encoded, context, roles, causes)
-    return item
+def encode_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, max_length: int
+) -> EncodedDialogue:
+    """A dialogue as this generator reads it (see `encode_dialogue`), with its causes where the attention is biased."""
+    config = model.config
+    if not config.gamma:
+        dialogue = replace(dialogue, causes=None)
+    scope, threshold = config.cause_scope, config.cause_threshold
+    return encode_dialogue(tokenizer, dialogue, max_length, cause_scope=scope, cause_threshold=threshold)
 
 
 def generate_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[ResponsePair],
-    causes: Sequence[TextCauses | None],
+    dialogues: Sequence[Dialogue],
     *,
     batch_size: int = 16,
     max_new_tokens: int = 40,
     progress: bool = False,
     **generation: Any,
 ) -> list[str]:
-    """Answer contexts; greedy unless `generation` says otherwise.
+    """Answer dialogues; greedy unless `generation` says otherwise.
 
     Args:
         model: the generator.
         tokenizer: its tokenizer.
-        pairs: contexts; their own responses are not looked at.
-        causes: causes of each context's joined text, or None for no bias.
-        batch_size: contexts per batch; batches hold contexts of similar length.
+        dialogues: what was said; a response that they have is not looked at.
+        batch_size: dialogues per batch; batches hold dialogues of similar length.
         max_new_tokens: longest answer in tokens.
         progress: show a progress bar.
         **generation: options of `generate`.
 
     Raises:
-        UserError: `max_new_tokens` leaves the context no room, or the options ask for several answers per context.
+        UserError: `max_new_tokens` leaves the dialogue no room, or the options ask for several answers per dialogue.
     """
     if generation.get("num_return_sequences", 1) != 1:
         raise UserError("num_return_sequences must be 1: every context gets one answer.")
     limit = longest_context(model, max_new_tokens)
-    items = []
-    for pair, found in zip(pairs, causes, strict=True):
-        encoded = encode_dialogue(tokenizer, pair.context, pair.roles, None, limit)
-        item = generator_item(model, encoded, pair.context, pair.roles, found)
-        del item["labels"]
-        items.append(item)
+    encoded = [encode_for(model, tokenizer, replace(dialogue, response=""), limit) for dialogue in dialogues]
     responses: dict[int, str] = {}
-    for indices, batch in _batches(model, tokenizer, items, batch_size, "left", "answering", progress):
+    for indices, batch in _batches(model, tokenizer, encoded, batch_size, "left", "answering", progress):
         with torch.inference_mode():
             output = model.generate(**batch, max_new_tokens=max_new_tokens, **{"do_sample": False} | generation)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         responses |= dict(zip(indices, (text.strip() for text in texts), strict=True))
-    return [responses[index] for index in range(len(items))]
+    return [responses[index] for index in range(len(encoded))]
 
 
 def response_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[dict[str, NDArray]],
+    encoded: Sequence[EncodedDialogue],
     *,
     batch_size: int = 16,
     progress: bool = False,
@@ -154,20 +140,23 @@ def response_nll(
     Args:
         model: the generator.
         tokenizer: its tokenizer.
-        items: what `generator_item` made of contexts with responses.
-        batch_size: items per batch.
+        encoded: dialogues with their responses.
+        batch_size: dialogues per batch.
         progress: show a progress bar.
 
     Returns:
-        Per item, the summed NLL in nats `[n]` float64, and the number of response tokens `[n]`, the end token included.
+        Per dialogue, the summed NLL in nats `[n]` float64, and the number of response tokens `[n]`, the end token included.
 
     Raises:
+        ValueError: a dialogue has no response.
         UserError: the probabilities are not finite.
     """
-    totals, counts = np.zeros(len(items)), np.zeros(len(items), np.int64)
+    if any(each.labels is None for each in encoded):
+        raise ValueError("a dialogue has no response that could be scored.")
+    totals, counts = np.zeros(len(encoded)), np.zeros(len(encoded), np.int64)
     was_training = model.training
     model.eval()
-    for indices, batch in _batches(model, tokenizer, items, batch_size, "right", "scoring", progress):
+    for indices, batch in _batches(model, tokenizer, encoded, batch_size, "right", "scoring", progress):
         with torch.inference_mode():
             losses = model(**batch).token_losses
         counted = batch["labels"] != IGNORED
@@ -187,17 +176,16 @@ def response_nll(
 def _batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[dict[str, NDArray]],
+    encoded: Sequence[EncodedDialogue],
     batch_size: int,
     side: str,
     description: str,
     progress: bool,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of items of similar length, on the model's device, with the items' indices."""
-    order = sorted(range(len(items)), key=lambda index: len(items[index]["input_ids"]))
-    for start in tqdm(range(0, len(order), batch_size), desc=description, disable=not progress):
-        indices = order[start : start + batch_size]
-        batch = pad_dialogues([items[index] for index in indices], tokenizer.pad_token_id, side)
+    """Batches of dialogues of similar length, on the model's device, with the dialogues' indices."""
+    batches = length_batches([len(each) for each in encoded], batch_size)
+    for indices in tqdm(batches, desc=description, disable=not progress):
+        batch = pad_batch([encoded[index].item for index in indices], tokenizer.pad_token_id, side)
         yield indices, {name: value.to(model.device) for name, value in batch.items()}
 
 
@@ -247,33 +235,30 @@ class Responder:
         """
         check_turns(turns)
         said = [turn.strip() for turn in turns]
-        turns = self._readable(said, longest_context(self.generator, max_new_tokens))
-        text, _ = join_turns(turns)
-        found = extract(self.extractor, self.extractor_tokenizer, [text])[0]
-        roles = tuple(SPEAKER if (len(turns) - index) % 2 else LISTENER for index in range(len(turns)))
-        pair = ResponsePair("", EMOTIONS[0], tuple(turns), roles, "")
-        causes = TextCauses(found.token_spans, found.token_probs)
+        dialogue = self._readable(said, longest_context(self.generator, max_new_tokens))
+        found = extract(self.extractor, self.extractor_tokenizer, [dialogue.text])[0]
+        dialogue = replace(dialogue, causes=found.causes)
         generation["max_new_tokens"] = max_new_tokens
-        response = generate_responses(self.generator, self.tokenizer, [pair], [causes], **generation)[0]
+        response = generate_responses(self.generator, self.tokenizer, [dialogue], **generation)[0]
         best = int(found.emotion_probs.argmax())
         probs = found.word_probs.tolist()
         return Reply(
-            EMOTIONS[best],
+            self.extractor.emotions[best],
             float(found.emotion_probs[best]),
             list(zip(found.words, probs, strict=True)),
-            text,
+            dialogue.text,
             response,
-            len(said) - len(turns),
+            len(said) - len(dialogue.turns),
         )
 
-    def _readable(self, turns: list[str], room: int) -> list[str]:
+    def _readable(self, turns: list[str], room: int) -> Dialogue:
         """The newest turns that both models can read whole."""
         counts = [_tokens(self.tokenizer, turn, room, add_special_tokens=False) + 1 for turn in turns]
         limit = longest_input(self.extractor, self.extractor_tokenizer)
         for first in range(len(turns)):
-            text, _ = join_turns(turns[first:])
-            if sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, text, limit) <= limit:
-                return turns[first:]
+            dialogue = live_dialogue(turns[first:])
+            if sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, dialogue.text, limit) <= limit:
+                return dialogue
         raise UserError(
             f"The last turn is too long for these models, which read at most {min(room, limit)} tokens; shorten it."
         )

@@ -12,21 +12,14 @@ from transformers import AutoModel, set_seed
 from transformers.utils import logging
 
 from empcause.checkpoints import load_whole
-from empcause.data import (
-    EMOTIONS,
-    CauseAnnotation,
-    emotion_id,
-    load_annotations,
-    load_dialogues,
-    split_words,
-)
+from empcause.data import CauseAnnotation, emotion_id, find_corpus, load_annotations, load_dialogues, split_words
+from empcause.data.collation import pad_batch
 from empcause.data.origin import origin
-from empcause.data.sequences import MIN_LENGTH
+from empcause.data.sequences import IGNORED, MIN_LENGTH
 from empcause.errors import UserError
-from empcause.evaluation.metrics import emotion_correct, score_causes
-from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input, pad_batch
+from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input
 from empcause.extractor.encoding import is_cut
-from empcause.extractor.labels import IGNORED
+from empcause.metrics import emotion_correct, score_causes
 from empcause.ranges import COUNT, NOT_NEGATIVE, Range
 from empcause.training.card import model_card
 from empcause.training.common import (
@@ -133,25 +126,26 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     """
     set_environment()
     checkpoint = find_checkpoint(args)
+    corpus, _ = find_corpus(args.data)
     labelled, validation = split_annotations(args)
     dialogues = [] if args.supervision == "supervised" else load_dialogues("train", args.data)
     data = origin(args.data, [*labelled, *validation], *([dialogues] if dialogues else []))
     tokenizer = load_tokenizer(args)
     set_seed(args.seed)
-    model = CauseExtractor(*build_encoder(args, tokenizer))
+    model = CauseExtractor(*build_encoder(args, tokenizer, corpus.emotions))
     limit = model.config.max_length = min(args.max_length, longest_input(model, tokenizer))
     check_tokenizer(tokenizer, model)
 
     if args.supervision in ("unsupervised", "emotion"):
         labelled = []
-    items = [encode_annotation(tokenizer, annotation, limit) for annotation in labelled]
+    items = [encode_annotation(tokenizer, annotation, model.emotions, limit) for annotation in labelled]
     for dialogue in dialogues:
         words = split_words(dialogue.situation)
         encoded = encode_text(tokenizer, dialogue.situation, words, limit)
         items.append(
             encoded
             | {
-                "emotion_labels": emotion_id(dialogue.emotion),
+                "emotion_labels": emotion_id(dialogue.emotion, model.emotions),
                 "cause_labels": np.full(len(encoded["input_ids"]), IGNORED),
                 "automatic": args.supervision != "emotion",
             }
@@ -177,18 +171,20 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
         },
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = evaluate_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
+    metrics = measure_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
+    assert corpus.annotations is not None, "split_annotations refuses data without annotations"
+    abilities = _abilities(args, corpus.annotations.title)
     trained_on = f"{len(labelled):,} annotated and {len(dialogues):,} other situations, validated on "
     trained_on += f"{len(validation):,} annotated ones"
-    card = model_card(trainer, metrics, "Emotion cause extractor", _abilities(args), trained_on, data)
+    card = model_card(trainer, metrics, "Emotion cause extractor", abilities, trained_on, data)
     return finish(trainer, metrics, card)
 
 
-def _abilities(args: ExtractorTrainingArguments) -> str:
+def _abilities(args: ExtractorTrainingArguments, annotations: str) -> str:
     """What the extractor has learned, for its card."""
     learned = {
-        "semi-supervised": "Causes were learned from EmoCause's annotations and from automatic labels.",
-        "supervised": "Causes were learned from EmoCause's annotations.",
+        "semi-supervised": f"Causes were learned from {annotations}'s annotations and from automatic labels.",
+        "supervised": f"Causes were learned from {annotations}'s annotations.",
         "unsupervised": "Causes were learned from automatic labels; no annotation of causes was used.",
         "emotion": "Causes were not learned: the emotion alone was.",
     }
@@ -203,15 +199,16 @@ def _abilities(args: ExtractorTrainingArguments) -> str:
 def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnotation], list[CauseAnnotation]]:
     """EmoCause-1 and EmoCause-2, the halves of EmoCause's validation split: labelled training data, and validation.
 
-    The embedded sample is small and has a training split of its own, so there nothing is halved.
+    Annotations with a training split of their own (the embedded sample) are not halved.
     """
-    if args.data == "sample":
-        return load_annotations("train", "sample"), load_annotations("valid", "sample")
+    corpus, _ = find_corpus(args.data)
+    if corpus.annotations and "train" in corpus.annotations.splits:
+        return load_annotations("train", args.data), load_annotations("valid", args.data)
     annotations = load_annotations("valid", args.data)
     random = np.random.default_rng(args.seed)
     order = random.permutation(len(annotations)).tolist()
     if args.stratified_split:
-        by_emotion = [[index for index in order if annotations[index].emotion == name] for name in EMOTIONS]
+        by_emotion = [[index for index in order if annotations[index].emotion == name] for name in corpus.emotions]
         first = {index for group in by_emotion for index in group[: len(group) // 2]}
     else:
         first = set(order[: len(order) // 2])
@@ -221,7 +218,9 @@ def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnot
     return halves
 
 
-def build_encoder(args: ExtractorTrainingArguments, tokenizer: Any) -> tuple[CauseExtractorConfig, Any]:
+def build_encoder(
+    args: ExtractorTrainingArguments, tokenizer: Any, emotions: Sequence[str]
+) -> tuple[CauseExtractorConfig, Any]:
     """The extractor's configuration, and its encoder if that is pretrained (else None)."""
     encoder_config = load_config(args, tokenizer)
     encoder = None
@@ -241,6 +240,7 @@ def build_encoder(args: ExtractorTrainingArguments, tokenizer: Any) -> tuple[Cau
         cause_reduction=args.cause_reduction,
         aux_form=args.aux_form,
         max_length=args.max_length,
+        id2label=dict(enumerate(emotions)),
         **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
     return config, encoder
@@ -263,12 +263,14 @@ def check_tokenizer(tokenizer: Any, model: CauseExtractor) -> None:
         raise UserError(f"The tokenizer {name} writes no class token before a text; give that of an encoder.")
 
 
-def encode_annotation(tokenizer: Any, annotation: CauseAnnotation, max_length: int) -> dict[str, Any]:
+def encode_annotation(
+    tokenizer: Any, annotation: CauseAnnotation, emotions: Sequence[str], max_length: int
+) -> dict[str, Any]:
     """An annotated situation as a training item: every piece that overlaps a gold word is labelled 1."""
     encoded = encode_text(tokenizer, annotation.situation, annotation.words, max_length)
     gold_spans = np.array([annotation.words[index][1:] for index in annotation.gold], np.int64).reshape(-1, 2)
     return encoded | {
-        "emotion_labels": emotion_id(annotation.emotion),
+        "emotion_labels": emotion_id(annotation.emotion, emotions),
         "cause_labels": cause_labels(encoded["offsets"], gold_spans),
         "automatic": False,
     }
@@ -281,7 +283,7 @@ def cause_labels(offsets: NDArray[np.int64], gold_spans: NDArray[np.int64]) -> N
     return np.where(is_special, IGNORED, overlap.any(1))
 
 
-def evaluate_causes(
+def measure_causes(
     model: CauseExtractor, tokenizer: Any, annotations: Sequence[CauseAnnotation], batch_size: int
 ) -> dict[str, float]:
     """Emotion accuracy and Top-k recall (lenient and strict) on annotated situations."""
@@ -293,7 +295,8 @@ def evaluate_causes(
         batch_size=batch_size,
     )
     correct = emotion_correct(
-        [extraction.emotion_probs for extraction in found], [emotion_id(each.emotion) for each in annotations]
+        [extraction.emotion_probs for extraction in found],
+        [emotion_id(each.emotion, model.emotions) for each in annotations],
     )
     recalls = score_causes(annotations, [extraction.word_probs for extraction in found]).summary()
     kept = {name: value for name, value in recalls.items() if name.startswith(("top", "strict"))}
@@ -326,4 +329,4 @@ class ExtractorTrainer(StageTrainer):
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
         """Accuracy and recall on the validation situations."""
-        return evaluate_causes(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)
+        return measure_causes(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)

@@ -1,32 +1,30 @@
 """Stage 2: training the empathetic conversation generator (Algorithm 2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from empcause.checkpoints import load_whole, read_config
-from empcause.data import ResponsePair, join_turns, load_dialogues, response_pairs
-from empcause.data.collation import pad_dialogues
+from empcause.data import Dialogue, load_dialogues, response_pairs
+from empcause.data.collation import pad_batch
 from empcause.data.origin import origin
-from empcause.data.sequences import MIN_LENGTH, encode_dialogue
+from empcause.data.sequences import MIN_LENGTH, EncodedDialogue
 from empcause.errors import UserError
-from empcause.evaluation.metrics import perplexity
 from empcause.generator import (
     GENERATORS,
     CauseCache,
-    TextCauses,
     add_separator,
-    generator_item,
+    encode_for,
     longest_sequence,
     response_nll,
 )
+from empcause.metrics import perplexity
 from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, Range
 from empcause.text import code
 from empcause.training.card import model_card
@@ -118,34 +116,35 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     model, tokenizer = build_generator(args)
     limit = min(args.max_length, longest_sequence(model))
 
-    causes: dict[str, TextCauses] = {}
-    extractor_digest = None
+    made_from: dict[str, str | None] = {
+        "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]),
+        "set of training data": digest(train_pairs),
+        "set of validation data": digest(valid_pairs),
+        "extractor": None,
+    }
     if args.gamma > 0:
         assert args.extractor is not None
-        texts = [join_turns(pair.context)[0] for pair in (*train_pairs, *valid_pairs)]
+        pairs = [*train_pairs, *valid_pairs]
         with args.main_process_first(desc="extracting causes"):
             cache = CauseCache(args.extractor)
-            causes = dict(zip(texts, cache.get(texts, progress=True), strict=True))
-        extractor_digest = cache.digest
-    train_items = encode_pairs(model, tokenizer, train_pairs, causes, limit)
-    valid_items = encode_pairs(model, tokenizer, valid_pairs, causes, limit)
+            found = cache.get([pair.text for pair in pairs], progress=True)
+        pairs = [replace(pair, causes=causes) for pair, causes in zip(pairs, found, strict=True)]
+        train_pairs, valid_pairs = pairs[: len(train_pairs)], pairs[len(train_pairs) :]
+        made_from["extractor"] = cache.digest
+    training = encode_pairs(model, tokenizer, train_pairs, limit)
+    validation = encode_pairs(model, tokenizer, valid_pairs, limit)
 
     trainer = GeneratorTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
-        train_dataset=train_items,
-        eval_dataset=valid_items,
-        data_collator=partial(pad_dialogues, pad_token_id=tokenizer.pad_token_id),
-        made_from={
-            "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]),
-            "set of training data": digest(train_pairs),
-            "set of validation data": digest(valid_pairs),
-            "extractor": extractor_digest,
-        },
+        train_dataset=[each.item for each in training],
+        eval_dataset=validation,
+        data_collator=partial(pad_batch, pad_token_id=tokenizer.pad_token_id),
+        made_from=made_from,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = evaluate_perplexity(model, tokenizer, valid_items, args.per_device_eval_batch_size)
+    metrics = measure_perplexity(model, tokenizer, validation, args.per_device_eval_batch_size)
     bias = "its attention is not biased (gamma 0)"
     if args.gamma > 0:
         assert args.extractor is not None
@@ -159,7 +158,7 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     return finish(trainer, metrics, card)
 
 
-def _draw(pairs: list[ResponsePair], number: int | None, seed: int) -> list[ResponsePair]:
+def _draw(pairs: list[Dialogue], number: int | None, seed: int) -> list[Dialogue]:
     if number is None or number >= len(pairs):
         return pairs
     chosen = np.random.default_rng(seed).permutation(len(pairs))[:number]
@@ -198,34 +197,26 @@ def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, 
 
 
 def encode_pairs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[ResponsePair],
-    causes: dict[str, TextCauses],
-    max_length: int,
-) -> list[dict[str, NDArray]]:
-    """Training items; says how many turns and responses did not fit."""
-    items, dropped, cut = [], 0, 0
-    for pair in pairs:
-        encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, max_length)
-        dropped += encoded.dropped_turns
-        cut += encoded.cut_turn or encoded.cut_response
-        found = causes[join_turns(pair.context)[0]] if causes else None
-        items.append(generator_item(model, encoded, pair.context, pair.roles, found))
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Dialogue], max_length: int
+) -> list[EncodedDialogue]:
+    """Response pairs as the generator reads them; says how many turns and responses did not fit."""
+    encoded = [encode_for(model, tokenizer, pair, max_length) for pair in pairs]
+    dropped = sum(each.dropped_turns for each in encoded)
+    cut = sum(each.cut_turn or each.cut_response for each in encoded)
     if dropped:
         logger.warning(f"{dropped} oldest turns of {len(pairs)} dialogues did not fit into {max_length} tokens.")
     if cut:
         logger.warning(
             f"{cut} of {len(pairs)} dialogues have a turn or a response that is cut: {max_length} tokens at most."
         )
-    return items
+    return encoded
 
 
-def evaluate_perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, NDArray]], batch_size: int
+def measure_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[EncodedDialogue], batch_size: int
 ) -> dict[str, float]:
     """Perplexity over all response tokens, and the NLL per token in nats."""
-    nll, tokens = response_nll(model, tokenizer, items, batch_size=batch_size)
+    nll, tokens = response_nll(model, tokenizer, encoded, batch_size=batch_size)
     return {"perplexity": perplexity(nll, tokens), "nll_per_token": float(nll.sum() / tokens.sum())}
 
 
@@ -242,4 +233,4 @@ class GeneratorTrainer(StageTrainer):
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
         """Perplexity on the validation responses."""
-        return evaluate_perplexity(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)
+        return measure_perplexity(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)

@@ -10,7 +10,7 @@ import pytest
 
 from empcause.cli import main
 from empcause.data import (
-    EMOTIONS,
+    EMPATHETIC_DIALOGUES,
     check_data,
     emotion_id,
     load_annotations,
@@ -60,7 +60,7 @@ def test_rows_become_dialogues(folder):
 
 def test_response_pairs(folder):
     pairs = response_pairs(load_dialogues("train", folder))
-    assert [(pair.context, pair.response) for pair in pairs] == [
+    assert [(pair.turns, pair.response) for pair in pairs] == [
         (("He was old.",), "I'm sorry, truly."),
         (("We won the cup!",), "Great, train!"),
     ]
@@ -180,9 +180,9 @@ def test_check_counts_and_names_every_problem(folder, capsys):
 
 
 def test_unknown_emotion():
-    assert emotion_id("afraid") == 0
-    with pytest.raises(UserError, match="Unknown emotion 'glum'"):
-        emotion_id("glum")
+    assert emotion_id("afraid", EMPATHETIC_DIALOGUES.emotions) == 0
+    with pytest.raises(UserError, match="Unknown emotion 'glum'; expected one of these 32: afraid, "):
+        emotion_id("glum", EMPATHETIC_DIALOGUES.emotions)
 
 
 def test_the_facts_of_the_real_data(real_data):
@@ -219,7 +219,9 @@ def test_the_real_data_rewritten_as_ordinary_csv(real_data, tmp_path, quoting):
 class TestSample:
     def test_size_and_balance(self):
         dialogues = [dialogue for split in ("train", "valid", "test") for dialogue in load_dialogues(split, "sample")]
-        counts = [sum(dialogue.emotion == emotion for dialogue in dialogues) for emotion in EMOTIONS]
+        counts = [
+            sum(dialogue.emotion == emotion for dialogue in dialogues) for emotion in EMPATHETIC_DIALOGUES.emotions
+        ]
         assert min(counts) >= 10
         assert all(2 <= len(dialogue.turns) <= 6 for dialogue in dialogues)
         assert len({dialogue.conv_id for dialogue in dialogues}) == len(dialogues)

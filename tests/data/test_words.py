@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from empcause.data import align_max, is_content_word, join_turns, locate_words, split_words
+from empcause.data import align_max, is_content_word, locate_words, split_words
 from empcause.errors import UserError
 
 TEXTS = [
@@ -65,12 +65,6 @@ def test_locating_an_existing_split():
     assert [(word.start, word.end) for word in words] == [(0, 3), (4, 7), (7, 7), (8, 11), (12, 15), (16, 19)]
     with pytest.raises(UserError, match="'bird' does not occur"):
         locate_words("the cat", ["the", "bird"])
-
-
-def test_joined_turns():
-    text, spans = join_turns(["Hello there.", "Hi!"])
-    assert text == "Hello there. Hi!"
-    assert [text[start:end] for start, end in spans] == ["Hello there.", "Hi!"]
 
 
 def test_align_takes_the_largest_overlapping_value():

@@ -14,7 +14,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from empcause.data import EMOTIONS, split_words
+from empcause.data import EMPATHETIC_DIALOGUES, split_words
+from empcause.data.collation import pad_batch
 from empcause.errors import UserError
 from empcause.extractor import (
     CauseExtractor,
@@ -23,7 +24,6 @@ from empcause.extractor import (
     encode_text,
     extract,
     load_extractor,
-    pad_batch,
 )
 from empcause.extractor.losses import aux_loss, cause_loss
 
@@ -43,6 +43,17 @@ def extractor(tiny_encoder_dir):
     encoder = AutoModel.from_pretrained(tiny_encoder_dir, add_pooling_layer=False)
     model = CauseExtractor(CauseExtractorConfig(encoder=encoder.config.to_dict()), encoder).eval()
     return model, AutoTokenizer.from_pretrained(tiny_encoder_dir)
+
+
+def test_emotions_are_those_of_the_configuration():
+    config = CauseExtractorConfig(encoder=FAMILIES["bert"].to_dict(), id2label={"1": "glum", "0": "glad"})
+    model = CauseExtractor(config)
+    assert model.emotions == ("glad", "glum")
+    assert model.emotion_head.out_features == 2
+    assert config.label2id == {"glad": 0, "glum": 1}
+    for wrong in ({0: "glad", 2: "glum"}, {0: "glad", 1: "glad"}):
+        with pytest.raises(UserError, match="expected the names of emotions by the ids"):
+            CauseExtractorConfig(encoder=FAMILIES["bert"].to_dict(), id2label=wrong)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -160,13 +171,13 @@ def test_extraction(extractor):
     found = extract(model, tokenizer, texts, batch_size=2)
     assert [each.text for each in found] == texts
     for each in found:
-        assert each.emotion_probs.shape == (len(EMOTIONS),)
+        assert each.emotion_probs.shape == (len(EMPATHETIC_DIALOGUES.emotions),)
         assert float(each.emotion_probs.sum()) == pytest.approx(1, abs=1e-5)
         assert each.word_probs.shape == (len(each.words),)
-        assert len(each.token_spans) == len(each.token_probs)
+        assert len(each.causes.spans) == len(each.causes.probs)
         for word, probability in zip(each.words, each.word_probs, strict=True):
             pieces = [
-                p for (a, b), p in zip(each.token_spans, each.token_probs, strict=True)
+                p for (a, b), p in zip(*each.causes, strict=True)
                 if max(a, word.start) < min(b, word.end)
             ]  # fmt: skip
             assert probability == max(pieces, default=0)
@@ -180,7 +191,7 @@ def test_causes_from_attention(extractor):
     model, tokenizer = extractor
     model.config.cause_from = "attention"
     found = extract(model, tokenizer, ["My dog passed away last week."])[0]
-    assert float(found.token_probs.max()) == pytest.approx(1.0)
+    assert float(found.causes.probs.max()) == pytest.approx(1.0)
 
 
 def test_save_and_load(extractor, tmp_path):
@@ -192,7 +203,7 @@ def test_save_and_load(extractor, tmp_path):
     text = ["Somebody stole my bicycle."]
     before, after = extract(model, tokenizer, text)[0], extract(loaded, loaded_tokenizer, text)[0]
     assert np.array_equal(before.word_probs, after.word_probs)
-    assert loaded.config.id2label[3] == EMOTIONS[3]
+    assert loaded.config.id2label[3] == EMPATHETIC_DIALOGUES.emotions[3]
 
 
 def test_folders_that_cannot_be_loaded(extractor, tmp_path, tiny_gpt2_dir):

@@ -215,7 +215,7 @@ def test_turns_that_cannot_be_read(models, responder, capsys, monkeypatch):
     Guard("empcause/generator/inference.py", "if sum(counts[first:]) <= room and _tokens", "if _tokens"),
     Guard(
         "empcause/generator/inference.py",
-        "sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, text, limit) <= limit",
+        "sum(counts[first:]) <= room and _tokens(self.extractor_tokenizer, dialogue.text, limit) <= limit",
         "sum(counts[first:]) <= room",
     ),
     Guard("empcause/generator/inference.py", "if not 1 <= max_new_tokens <= longest // 2:", "if False:"),
@@ -332,6 +332,7 @@ def test_damaged_files_beside_the_weights(small_generator, tmp_path):
 
 @fault(
     Guard("empcause/generator/inference.py", "    if found not in known:\n", "    if False:\n"),
+    Guard("empcause/systems/loading.py", "    if found not in SYSTEMS:\n", "    if False:\n"),
     Guard("empcause/checkpoints.py", "    if found != model_type:\n", "    if False:\n"),
     cause="a model of another kind: an extractor for a generator, a generator for an extractor, a plain model for either",
     place="empcause respond, chat, evaluate",
@@ -342,6 +343,8 @@ def test_models_of_another_kind(small_extractor, small_generator, tiny_gpt2_dir,
     assert swapped == (
         f"{small_generator} holds a model of type 'empathetic_gpt2', not an extractor (type 'empcause_extractor')."
     )
+    twice = said(capsys, "respond", "Hello", "--extractor", small_extractor, "--generator", small_extractor)
+    assert f"{small_extractor} holds a model of type 'empcause_extractor', not a generator" in twice
     for stage, folder, kind in (("extractor", tiny_gpt2_dir, "gpt2"), ("generator", tiny_gpt2_dir, "gpt2")):
         options = ["--data", "sample", "--model", folder]
         if stage == "generator":
@@ -351,17 +354,17 @@ def test_models_of_another_kind(small_extractor, small_generator, tiny_gpt2_dir,
 
 @fault(
     Guard(
-        "empcause/evaluation/generator.py",
+        "empcause/evaluation/responses.py",
         "        check_values(self, dict.fromkeys(names, COUNT)",
         "        (dict.fromkeys(names, COUNT)",
     ),
-    Guard("empcause/evaluation/extractor.py", '        check_values(self, {"batch_size": COUNT})\n', "        pass\n"),
+    Guard("empcause/evaluation/causes.py", '        check_values(self, {"batch_size": COUNT})\n', "        pass\n"),
     Guard(
-        "empcause/evaluation/generator.py",
+        "empcause/evaluation/responses.py",
         "if self.bertscore_layer is not None and not self.bertscore_model:",
         "if False:",
     ),
-    Guard("empcause/evaluation/generator.py", "    longest_context(model, options.max_new_tokens)\n", ""),
+    Guard("empcause/evaluation/responses.py", "        system.check_room(options.max_new_tokens)\n", "        pass\n"),
     cause="impossible options: no samples, minus one per batch, a layer of no encoder, an answer longer than the model writes",
     place="empcause evaluate",
     promise="refused by name before anything is scored or written",

@@ -23,14 +23,23 @@ from kinds import Guard, fault
 from transformers import AutoTokenizer
 
 from empcause.cli import main
-from empcause.data import EMPATHETIC_DIALOGUES, check_data, download, load_annotations, load_dialogues, split_words
+from empcause.data import (
+    EMPATHETIC_DIALOGUES,
+    Dialogue,
+    check_data,
+    download,
+    load_annotations,
+    load_dialogues,
+    split_words,
+)
 from empcause.data import source as data_source
-from empcause.data.collation import pad_dialogues
+from empcause.data.collation import pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor.encoding import encode_text
 
-LOADING, SOURCE = "empcause/data/loading.py", "empcause/data/source.py"
+DIALOGUE_FILES, CAUSE_FILES = "empcause/data/empathetic_dialogues.py", "empcause/data/emocause.py"
+DATASET, LOADING, SOURCE = "empcause/data/dataset.py", "empcause/data/loading.py", "empcause/data/source.py"
 COLUMNS = ["conv_id", "utterance_idx", "context", "prompt", "speaker_idx", "utterance", "selfeval", "tags"]
 
 # Per dialogue: its emotion, its situation and its turns. Quotes and commas stand wherever they can trouble a reader.
@@ -84,8 +93,8 @@ def refusal(call, *arguments):
 
 
 @fault(
-    Guard(LOADING, """if '"' in text[: text.find("\\n")]:""", "if False:"),
-    Guard(LOADING, "return ordinary > letters", "return False"),
+    Guard(DIALOGUE_FILES, """if '"' in text[: text.find("\\n")]:""", "if False:"),
+    Guard(DIALOGUE_FILES, "return ordinary > letters", "return False"),
     cause="a csv file is written by an ordinary writer, with quotes around texts and real commas in them",
     place="reading EmpatheticDialogues",
     promise="every text is read whole, whichever fields the writer puts in quotes",
@@ -103,7 +112,7 @@ def test_ordinary_csv(tmp_path):
 
 
 @fault(
-    Guard(LOADING, "return ordinary > letters", "return True"),
+    Guard(DIALOGUE_FILES, "return ordinary > letters", "return True"),
     cause="texts of an original file begin or end with a quote",
     place="reading EmpatheticDialogues",
     promise="quotes are letters there, and no line runs into the next one",
@@ -115,7 +124,7 @@ def test_quotes_of_the_original_files_are_letters(tmp_path):
 
 
 @fault(
-    Guard(LOADING, "if ordinary == letters and undecided:", "if False:"),
+    Guard(DIALOGUE_FILES, "if ordinary == letters and undecided:", "if False:"),
     cause="nothing in a csv file tells whether quotes enclose its texts or belong to them",
     place="reading EmpatheticDialogues",
     promise="the first such line is named, with the form of the file that tells it; in that form it is read",
@@ -132,8 +141,8 @@ def test_quotes_that_may_be_either(tmp_path):
 
 
 @fault(
-    Guard(LOADING, "itemgetter(*map(header.index, NEEDED))", "itemgetter(0, 1, 2, 3, 5)"),
-    Guard(LOADING, "if header.count(column) != 1", "if column not in header"),
+    Guard(DIALOGUE_FILES, "itemgetter(*map(header.index, NEEDED))", "itemgetter(0, 1, 2, 3, 5)"),
+    Guard(DIALOGUE_FILES, "if header.count(column) != 1", "if column not in header"),
     cause="columns stand in another order, are missing, or are there twice",
     place="reading EmpatheticDialogues",
     promise="columns go by the header's names, unknown ones are passed over; what is missing or double is named",
@@ -154,7 +163,7 @@ def test_columns_go_by_name(tmp_path):
 
 @pytest.mark.parametrize("place", ["utterance", "prompt", "number", "end"])
 @fault(
-    Guard(LOADING, 'if "|" not in candidates and not (', "if False and not ("),
+    Guard(DIALOGUE_FILES, 'if "|" not in candidates and not (', "if False and not ("),
     cause="a comma too many in a text of an original file",
     place="reading EmpatheticDialogues, whose rows may have a ninth field",
     promise="the line is named; rows with candidates are read as ever",
@@ -175,8 +184,8 @@ def test_stray_comma(tmp_path, place):
 
 
 @fault(
-    Guard(LOADING, "if index != expected:", "if before and index <= before[-1][0]:"),
-    Guard(LOADING, "None if conv_id in broken else _order_problem", "_order_problem"),
+    Guard(DIALOGUE_FILES, "if index != expected:", "if before and index <= before[-1][0]:"),
+    Guard(DIALOGUE_FILES, "None if conv_id in broken else _order_problem", "_order_problem"),
     cause="a turn of a dialogue is missing, repeated or out of order",
     place="reading EmpatheticDialogues",
     promise="no dialogue with a hole: the line is named, and `empcause data check` lists them all, each once",
@@ -201,8 +210,8 @@ def test_turns_are_complete(tmp_path):
 
 @fault(
     Guard(SOURCE, '"utf-8-sig"', '"utf-8"'),
-    Guard(LOADING, 'text = text.replace("\\r", "\\n")', "pass"),
-    Guard(LOADING, 'if line := line.removesuffix("\\r"):', "if True:"),
+    Guard(DIALOGUE_FILES, 'text = text.replace("\\r", "\\n")', "pass"),
+    Guard(DIALOGUE_FILES, 'if line := line.removesuffix("\\r"):', "if True:"),
     cause="a file begins with a byte order mark, has the line ends of another system, or empty lines",
     place="reading EmpatheticDialogues and EmoCause",
     promise="the same dialogues and situations",
@@ -224,8 +233,8 @@ def test_marks_and_line_ends(tmp_path):
 
 @fault(
     Guard(SOURCE, '"surrogateescape"', '"replace"'),
-    Guard(LOADING, 'return "\\0" not in value', "return True"),
-    Guard(LOADING, "if not _is_text(conv_id + situation):", "if False:"),
+    Guard(DATASET, 'return "\\0" not in value', "return True"),
+    Guard(CAUSE_FILES, "if not is_text(conv_id + situation):", "if False:"),
     cause="bytes that are not UTF-8, NUL bytes, or halves of surrogate pairs",
     place="reading EmpatheticDialogues and EmoCause",
     promise="the line or record is named; every other text, emoji included, is read as it is",
@@ -261,12 +270,14 @@ def test_what_is_no_text(tmp_path):
     ],
 )
 @fault(
-    Guard(LOADING, "if type(index) is int and 0 <= index < len(tokens)", "if index < len(tokens)"),
+    Guard(CAUSE_FILES, "if type(index) is int and 0 <= index < len(tokens)", "if index < len(tokens)"),
     Guard(
-        LOADING, "if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):", "if False:"
+        CAUSE_FILES,
+        "if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):",
+        "if False:",
     ),
-    Guard(LOADING, "if annotation.conv_id in annotations:", "if False:"),
-    Guard(LOADING, "if not isinstance(conv_id, str) or not conv_id:", "if False:"),
+    Guard(CAUSE_FILES, "if annotation.conv_id in annotations:", "if False:"),
+    Guard(CAUSE_FILES, "if not isinstance(conv_id, str) or not conv_id:", "if False:"),
     cause="an entry of EmoCause has another type than it should, points nowhere, or is there twice",
     place="reading EmoCause",
     promise="one sentence with the file and the record's number; `empcause data check` goes on to the next",
@@ -278,7 +289,7 @@ def test_types_of_emocause(tmp_path, change, said):
 
 
 @fault(
-    Guard(LOADING, "except (RecursionError, ValueError) as error:", "except MemoryError as error:"),
+    Guard(CAUSE_FILES, "except (RecursionError, ValueError) as error:", "except MemoryError as error:"),
     cause="a file of EmoCause is empty, cut short, not JSON, or nested without an end",
     place="reading EmoCause",
     promise="one sentence with the file",
@@ -652,7 +663,7 @@ def test_interrupted_download(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     with Server(send_rest) as (server, dataset):
-        monkeypatch.setattr("empcause.data.EMPATHETIC_DIALOGUES", dataset)
+        monkeypatch.setattr("empcause.data.DATASETS", (dataset,))
         with monkeypatch.context() as patch:
             patch.setattr(data_source.tqdm, "update", interrupted)
             assert main(["data", "download"]) == 130
@@ -672,7 +683,7 @@ def test_interrupted_download(tmp_path, monkeypatch, capsys):
 def test_no_room_for_a_download(monkeypatch, capsys):
     with tempfile.TemporaryDirectory() as name, Server(send_rest) as (_, dataset):
         monkeypatch.setenv("EMPCAUSE_CACHE_DIR", name)
-        monkeypatch.setattr("empcause.data.EMPATHETIC_DIALOGUES", dataset)
+        monkeypatch.setattr("empcause.data.DATASETS", (dataset,))
         Path(name).chmod(0o755)
         with unprivileged():
             assert main(["data", "download"]) == 2
@@ -725,12 +736,13 @@ def tokenizer(tiny_gpt2_dir):
 )
 def test_special_tokens_in_texts(tokenizer, tiny_encoder_dir):
     turns = ["I feel [SEP] so</s> lonely", "<s>Why?<pad>", "[SEP]"]
-    encoded = encode_dialogue(tokenizer, turns, [0, 1, 0], "Oh </s>[SEP]", 128)
+    dialogue = Dialogue(tuple(turns), (0, 1, 0), "Oh </s>[SEP]")
+    encoded = encode_dialogue(tokenizer, dialogue, 128)
     special = [index for index in encoded.input_ids.tolist() if index in tokenizer.all_special_ids]
     assert special == [tokenizer.sep_token_id] * 3 + [tokenizer.eos_token_id]
     assert tokenizer.decode(encoded.input_ids) == "[SEP]".join([*turns, "Oh </s>[SEP]</s>"])
     read = {place for first, last in encoded.spans.tolist() for place in range(first, last)}
-    text = " ".join(turns)
+    text = dialogue.text
     assert read == set(range(len(text))) - {len(turns[0]), len(turns[0]) + 1 + len(turns[1])}
 
     reader = AutoTokenizer.from_pretrained(tiny_encoder_dir)
@@ -748,13 +760,14 @@ def test_special_tokens_in_texts(tokenizer, tiny_encoder_dir):
     promise="never longer than asked: the newest tokens of the context stay, with a separator; or it is refused",
 )
 def test_length_of_a_dialogue(tokenizer):
-    turns = ["I feel so lonely", "Why is that?", "All my friends live in another country"]
+    turns = ("I feel so lonely", "Why is that?", "All my friends live in another country")
+    dialogue = Dialogue(turns, (0, 1, 0), "Oh no")
     last = tokenizer(turns[2], add_special_tokens=False)["input_ids"]
     answer = tokenizer("Oh no", add_special_tokens=False)["input_ids"]
     for length in range(4):
-        assert "at least 4 are needed" in refusal(encode_dialogue, tokenizer, turns, [0, 1, 0], "Oh no", length)
+        assert "at least 4 are needed" in refusal(encode_dialogue, tokenizer, dialogue, length)
     for length in range(4, 12):
-        encoded = encode_dialogue(tokenizer, turns, [0, 1, 0], "Oh no", length)
+        encoded = encode_dialogue(tokenizer, dialogue, length)
         cut = [*answer[: max(1, length // 2 - 1)], tokenizer.eos_token_id]
         context = encoded.input_ids.tolist()[: -len(cut)]
         assert len(encoded.input_ids) == length
@@ -775,7 +788,7 @@ def test_causes_of_some_dialogues(side):
     plain = {"input_ids": np.arange(1, 4), "token_type_ids": np.zeros(3, np.int64)}
     biased = plain | {"cause_probs": np.array([0.25, 0.5, 1.0])}
     for items in ([plain, biased], [biased, plain]):
-        batch = pad_dialogues(items, 0, side)
+        batch = pad_batch(items, 0, side)
         expected = [item.get("cause_probs", np.zeros(3)).tolist() for item in items]
         assert batch["cause_probs"].tolist() == expected
         assert batch["input_ids"].tolist() == [[1, 2, 3]] * 2

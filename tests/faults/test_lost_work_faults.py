@@ -21,13 +21,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from empcause.cli import demo, main
 from empcause.errors import UserError
-from empcause.evaluation import extractor as extractor_evaluation
-from empcause.evaluation import generator as generator_evaluation
-from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
+from empcause.evaluation import causes as cause_evaluation
+from empcause.evaluation import responses as response_evaluation
+from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, extract, load_extractor
 from empcause.generator import GENERATORS, CauseCache, causes
 from empcause.generator.modeling import add_separator
 from empcause.outputs import LOCK, RECORD, Record, seal, write_record
+from empcause.systems import own
 
 OUTPUTS = "empcause/outputs.py"
 FOLDER = "empcause/training/folder.py"
@@ -352,7 +353,7 @@ def test_finished_model_is_damaged(models, tmp_path):
 
 
 def evaluation(models, folder, **options):
-    return EvaluateGeneratorOptions(
+    return EvaluateResponsesOptions(
         model=str(models / "generator"),
         extractor=str(models / "extractor"),
         data="sample",
@@ -373,7 +374,7 @@ def batches(monkeypatch):
             done_at.get(len(done), lambda: None)()
             return function(*args, **options)
 
-        monkeypatch.setattr(generator_evaluation, name, partial(counted, getattr(generator_evaluation, name)))
+        monkeypatch.setattr(own, name, partial(counted, getattr(own, name)))
     done_at["batches"] = done
     return done_at
 
@@ -382,7 +383,7 @@ def batches(monkeypatch):
 def evaluated(models, tmp_path_factory):
     """An evaluation that nothing disturbed: its figures, and its folder."""
     folder = tmp_path_factory.mktemp("evaluated") / "generator"
-    return evaluate_generator(evaluation(models, folder)), folder
+    return evaluate_responses(evaluation(models, folder)), folder
 
 
 @fault(
@@ -394,9 +395,9 @@ def evaluated(models, tmp_path_factory):
 )
 def test_killed_evaluation_goes_on(models, evaluated, batches, tmp_path):
     batches[4] = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    assert in_a_process(lambda: evaluate_generator(evaluation(models, tmp_path))) == -signal.SIGKILL
+    assert in_a_process(lambda: evaluate_responses(evaluation(models, tmp_path))) == -signal.SIGKILL
     del batches[4]
-    metrics = evaluate_generator(evaluation(models, tmp_path))
+    metrics = evaluate_responses(evaluation(models, tmp_path))
     assert batches["batches"] == [4, 4], "three batches were scored before, none of two answered"
     assert metrics == evaluated[0]
     for name in ("items.json", "responses.json", "metrics.json"):
@@ -420,10 +421,10 @@ def test_saved_results_are_damaged(models, evaluated, batches, tmp_path):
     ):
         shutil.copytree(evaluated[1], tmp_path / "e", dirs_exist_ok=True)
         (tmp_path / "e" / saved.name).write_bytes(b"".join(damaged))
-        assert evaluate_generator(evaluation(models, tmp_path / "e")) == evaluated[0]
+        assert evaluate_responses(evaluation(models, tmp_path / "e")) == evaluated[0]
         computed = len(batches["batches"])
         assert computed
-        assert evaluate_generator(evaluation(models, tmp_path / "e")) == evaluated[0]
+        assert evaluate_responses(evaluation(models, tmp_path / "e")) == evaluated[0]
         assert len(batches["batches"]) == computed, "all was saved"
         batches["batches"].clear()
 
@@ -441,18 +442,18 @@ def test_evaluation_of_something_else(models, evaluated, tmp_path):
     (folder / "notes.txt").write_text("of mine")
     before = content(folder)
     with pytest.raises(UserError, match="another data"):
-        evaluate_generator(evaluation(models, folder, max_samples=11))
+        evaluate_responses(evaluation(models, folder, max_samples=11))
     other = tmp_path / "models"
     shutil.copytree(models, other)
     config = (other / "generator" / "config.json").read_text()
     (other / "generator" / "config.json").write_text(config.replace('"gamma": 1.0', '"gamma": 50.0'))
     seal(other / "generator", "empcause train generator")
     with pytest.raises(UserError, match="another model"):
-        evaluate_generator(evaluation(other, folder))
+        evaluate_responses(evaluation(other, folder))
     assert content(folder) == before
-    metrics = evaluate_generator(evaluation(other, folder, overwrite_output_dir=True))
+    metrics = evaluate_responses(evaluation(other, folder, overwrite_output_dir=True))
     assert metrics["perplexity"] != evaluated[0]["perplexity"]
-    assert metrics == evaluate_generator(evaluation(other, tmp_path / "new"))
+    assert metrics == evaluate_responses(evaluation(other, tmp_path / "new"))
     assert (folder / "notes.txt").read_text() == "of mine"
 
 
@@ -500,7 +501,7 @@ def test_interrupted_evaluation(models, evaluated, batches, tmp_path, capsys, nu
         == f"empcause: error: interrupted; 20 results are saved in {tmp_path}, and the same command goes on from there."
     )
     del batches[3]
-    assert evaluate_generator(options) == evaluated[0]
+    assert evaluate_responses(options) == evaluated[0]
 
 
 @fault(
@@ -517,21 +518,21 @@ def test_evaluation_on_a_full_disk(models, evaluated, batches, tmp_path):
     def run():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         with pytest.raises(UserError, match=r"The evaluation stopped \(File too large\); 20 results are saved"):
-            evaluate_generator(evaluation(models, tmp_path))
+            evaluate_responses(evaluation(models, tmp_path))
 
     batches[3] = fill
     assert in_a_process(run) == 0
     del batches[3]
-    assert evaluate_generator(evaluation(models, tmp_path)) == evaluated[0]
+    assert evaluate_responses(evaluation(models, tmp_path)) == evaluated[0]
     assert batches["batches"] == [4, 4, 4]
 
 
 @fault(
-    Guard("empcause/evaluation/extractor.py", "    load_pyplot()\n", ""),
-    Guard("empcause/evaluation/generator.py", "    load_pyplot()\n", ""),
+    Guard("empcause/evaluation/causes.py", "    load_pyplot()\n", ""),
+    Guard("empcause/evaluation/responses.py", "    load_pyplot()\n", ""),
     Guard(DEMO, "    load_pyplot()\n", ""),
     Guard(
-        "empcause/evaluation/generator.py",
+        "empcause/metrics/bertscore.py",
         "            from bert_score import BERTScorer\n",
         "            BERTScorer = None\n",
     ),
@@ -543,7 +544,7 @@ def test_missing_libraries(models, tmp_path, capsys, monkeypatch):
     def begin(*_):
         pytest.fail("the work began")
 
-    for module in (extractor_evaluation, generator_evaluation):
+    for module in (cause_evaluation, response_evaluation):
         monkeypatch.setattr(module, "read_items", begin)
     monkeypatch.setattr(demo, "run_in", begin)
     monkeypatch.setitem(sys.modules, "bert_score", None)

@@ -11,17 +11,18 @@ import pytest
 import yaml
 from kinds import Guard, fault
 
-from empcause.data import load_annotations, load_dialogues, response_pairs
-from empcause.data.origin import Origin, _fingerprint, origin
+from empcause.data import EMPATHETIC_DIALOGUES, load_annotations, load_dialogues, response_pairs
+from empcause.data.loading import PAPERS
+from empcause.data.origin import Origin, fingerprint, origin
 from empcause.errors import UserError
-from empcause.evaluation.generator import EvaluateGeneratorOptions, evaluate_generator
-from empcause.evaluation.metrics import bits_per_byte, emotion_correct, nll_per_word, score_causes
+from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
 from empcause.evaluation.significance import mean_interval, perplexity_interval
 from empcause.evaluation.tables import format_figure
+from empcause.metrics import bits_per_byte, emotion_correct, nll_per_word, score_causes
 from empcause.training.card import model_card
 from empcause.training.generator import GeneratorTrainingArguments
 
-SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0", False)
+SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0")
 HOSTILE = "\x1b[31mred\x1b[0m\n---\nlicense: mit\n---\n# <img src=x onerror=alert(1)> [link](http://x) `a|b` \u202e$x$"
 
 
@@ -66,11 +67,11 @@ def test_card_says_what_the_run_was(tmp_path):
 
 
 @fault(
-    Guard("empcause/data/origin.py", "    if path == SAMPLE:\n", "    if False:\n"),
+    Guard("empcause/data/origin.py", "    if corpus.licence is not None:\n", "    if False:\n"),
     Guard(
         "empcause/data/origin.py",
-        "if all(_fingerprint(split) in _PAPERS for split in splits)",
-        "if splits",
+        "if all(any(one in each.published for each in datasets) for one in prints)",
+        "if (found := datasets)",
     ),
     cause="training or evaluation on data of the user's own",
     place="model card, reports",
@@ -82,7 +83,7 @@ def test_own_data_are_not_the_papers(tmp_path):
     folder = tmp_path / "our`chats"
     folder.mkdir()
     own = origin(folder, dialogues)
-    assert own == (own.name, own.terms, "unknown", False)
+    assert own == (own.name, own.terms, "unknown")
     assert own.name == "the user's own data `` our`chats ``"
     text = card(GeneratorTrainingArguments(output_dir=str(tmp_path)), data=own)
     assert yaml.safe_load(text.split("---")[1]) == {"license": "unknown", "library_name": "empcause", "language": "en"}
@@ -92,8 +93,8 @@ def test_own_data_are_not_the_papers(tmp_path):
 def evaluate(extractor, generator, folder, **options):
     """Evaluate a generator on the sample, or as the options say; its report and figures."""
     defaults = {"data": "sample", "max_samples": 6, "max_new_tokens": 3}
-    made = evaluate_generator(
-        EvaluateGeneratorOptions(
+    made = evaluate_responses(
+        EvaluateResponsesOptions(
             model=str(generator), extractor=str(extractor), output_dir=str(folder), **(defaults | options)
         )
     )
@@ -102,12 +103,14 @@ def evaluate(extractor, generator, folder, **options):
 
 @fault(
     Guard(
-        "empcause/evaluation/generator.py", "    if results.data.published and options.split", "    if options.split"
+        "empcause/evaluation/responses.py",
+        "PUBLISHED_RESPONSES.get(results.data.name, {})",
+        'PUBLISHED_RESPONSES["EmpatheticDialogues"]',
     ),
-    Guard("empcause/evaluation/generator.py", ' and options.split == "test" and', " and"),
-    Guard("empcause/evaluation/generator.py", " and len(results.responses) == results.whole:", ":"),
+    Guard("empcause/evaluation/responses.py", 'if options.split == "test" and', "if"),
+    Guard("empcause/evaluation/responses.py", " and len(responses) == results.whole:", ":"),
     Guard(
-        "empcause/evaluation/generator.py",
+        "empcause/evaluation/responses.py",
         "(*values[:3], *(values[3:] if same_scale else (None, None, None)))",
         "values",
     ),
@@ -123,11 +126,12 @@ def test_papers_rows_only_beside_the_papers_data(small_extractor, small_generato
     assert "The paper's figures are not shown" in report
     dialogues = load_dialogues("test", "sample")[:2]
     whole = sum(len(dialogue.turns) // 2 for dialogue in dialogues)
-    monkeypatch.setattr("empcause.evaluation.generator.load_dialogues", lambda *_: dialogues)
+    monkeypatch.setattr("empcause.evaluation.responses.load_dialogues", lambda *_: dialogues)
     options = {"data": str(tmp_path), "max_samples": None}
     own, _ = evaluate(small_extractor, small_generator, tmp_path / "own", **options)
     assert "(paper)" not in own
-    monkeypatch.setattr("empcause.data.origin._PAPERS", {_fingerprint(dialogues)})
+    whole_data = replace(EMPATHETIC_DIALOGUES, published=frozenset({fingerprint(dialogues)}))
+    monkeypatch.setattr("empcause.data.loading.PAPERS", replace(PAPERS, dialogues=whole_data))
     shown, figures = evaluate(small_extractor, small_generator, tmp_path / "whole", **options)
     assert figures["generated_responses"] == whole
     assert "| ECG (paper) | 14.063 | 0.025 | 0.109 | – | – | – |" in shown, (
@@ -158,22 +162,22 @@ def test_compared_items_are_the_same_items(small_extractor, small_generator, tmp
     Guard("empcause/evaluation/significance.py", "    if number == 1:\n", "    if False:\n"),
     Guard("empcause/evaluation/significance.py", "if not np.isfinite(values).all():", "if False:"),
     Guard(
-        "empcause/evaluation/metrics.py",
+        "empcause/metrics/responses.py",
         "return float(np.sum(nll) / words) if words else None",
         "return float(np.sum(nll) / max(1, words))",
     ),
     Guard(
-        "empcause/evaluation/metrics.py",
+        "empcause/metrics/responses.py",
         "return float(np.sum(nll) / np.log(2) / size) if size else None",
         "return float(np.sum(nll) / np.log(2) / max(1, size))",
     ),
     Guard(
-        "empcause/evaluation/metrics.py",
+        "empcause/metrics/causes.py",
         "if not annotation.gold or not np.isfinite(probs).all():",
         "if not annotation.gold:",
     ),
-    Guard("empcause/evaluation/metrics.py", "        if not np.isfinite(probs).all():\n", "        if False:\n"),
-    Guard("empcause/evaluation/metrics.py", "if len(emotion_probs) != len(emotion_ids):", "if False:"),
+    Guard("empcause/metrics/emotions.py", "        if not np.isfinite(probs).all():\n", "        if False:\n"),
+    Guard("empcause/metrics/emotions.py", "if len(emotion_probs) != len(emotion_ids):", "if False:"),
     cause="one item, no words, figures that are no numbers, lists that do not fit",
     place="metrics and intervals",
     promise="a figure that does not exist is a dash, one item has no interval and says so; all else is refused",
@@ -201,9 +205,9 @@ def test_figures_that_do_not_exist():
 @fault(
     Guard("empcause/text.py", 'return _MARKDOWN.sub(r"\\\\\\g<0>", visible(text)).strip()', "return text.strip()"),
     Guard("empcause/text.py", '    text = visible(text)\n    ticks = "`" * (1 +', '    ticks = "`" * (0 *'),
-    Guard("empcause/evaluation/generator.py", "markdown(response) or", "response or"),
-    Guard("empcause/evaluation/generator.py", 'markdown(" / ".join(pair.context))', '" / ".join(pair.context)'),
-    Guard("empcause/evaluation/generator.py", "{code(options.model)}, {bias}", "`{options.model}`, {bias}"),
+    Guard("empcause/evaluation/responses.py", "markdown(response) or", "response or"),
+    Guard("empcause/evaluation/responses.py", 'markdown(" / ".join(pair.turns))', '" / ".join(pair.turns)'),
+    Guard("empcause/evaluation/responses.py", "(code(options.model), results", "(f'`{options.model}`', results"),
     cause="escape sequences, HTML, links, pipes, backticks and new lines in dialogues, answers and folders' names",
     place="report and model card in Markdown",
     promise="each is shown as it is written: one row per dialogue, no element but our own",
@@ -212,8 +216,8 @@ def test_markdown_shows_what_texts_hold(small_extractor, small_generator, tmp_pa
     from markdown_it import MarkdownIt
 
     dialogue = replace(load_dialogues("test", "sample")[0], turns=(HOSTILE, "Fine."), roles=(0, 1))
-    monkeypatch.setattr("empcause.evaluation.generator.load_dialogues", lambda *_: [dialogue])
-    monkeypatch.setattr("empcause.evaluation.generator.generate_responses", lambda *_, **__: [HOSTILE])
+    monkeypatch.setattr("empcause.evaluation.responses.load_dialogues", lambda *_: [dialogue])
+    monkeypatch.setattr("empcause.systems.own.generate_responses", lambda *_, **__: [HOSTILE])
     model = tmp_path / "`<b>x</b>\x1b[1m"
     shutil.copytree(small_generator, model)
     report, _ = evaluate(small_extractor, model, tmp_path / "report")

@@ -15,7 +15,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from empcause.checkpoints import load_whole
-from empcause.data import split_words
+from empcause.data import EMPATHETIC_DIALOGUES, Dialogue, split_words
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, extract, load_extractor
@@ -284,8 +284,7 @@ def test_data_loader(tmp_path):
 )
 def test_label_smoothing(tmp_path, generator_dir):
     model, tokenizer = load_generator(generator_dir)
-    encoded = encode_dialogue(tokenizer, ["My dog died."], [0], "I'm sorry.", 60)
-    item = {"input_ids": encoded.input_ids, "token_type_ids": encoded.roles, "labels": encoded.labels}
+    item = encode_dialogue(tokenizer, Dialogue(("My dog died.",), (0,), "I'm sorry."), 60).item
     trainer = GeneratorTrainer(
         model=model, args=generator_options(generator_dir, tmp_path, label_smoothing_factor=0.1), train_dataset=[item],
         eval_dataset=[item], processing_class=tokenizer, made_from={},
@@ -377,11 +376,11 @@ def test_weights_of_another_model(tmp_path, generator_dir, extractor_dir, tiny_e
     ]:
         options = extractor_options(damaged(tiny_encoder_dir, tmp_path / name, change), tmp_path)
         if message is None:
-            loaded = build_encoder(options, tokenizer)[1].state_dict()
+            loaded = build_encoder(options, tokenizer, EMPATHETIC_DIALOGUES.emotions)[1].state_dict()
             assert torch.equal(loaded[encoder], load_file(tiny_encoder_dir / "model.safetensors")[encoder])
         else:
             with pytest.raises(UserError, match=message):
-                build_encoder(options, tokenizer)
+                build_encoder(options, tokenizer, EMPATHETIC_DIALOGUES.emotions)
 
 
 @fault(
@@ -407,10 +406,9 @@ def test_models_of_nan(tmp_path, extractor_dir, generator_dir):
     generator, tokenizer = load_generator(generator_dir)
     with torch.no_grad():
         generator.transformer.ln_f.weight.fill_(3e38)
-    encoded = encode_dialogue(tokenizer, ["My dog died."], [0], "I'm sorry.", 60)
-    item = {"input_ids": encoded.input_ids, "token_type_ids": encoded.roles, "labels": encoded.labels}
+    encoded = encode_dialogue(tokenizer, Dialogue(("My dog died.",), (0,), "I'm sorry."), 60)
     with pytest.raises(UserError, match=r"The generator's probabilities are not numbers \(NaN\)"):
-        response_nll(generator, tokenizer, [item])
+        response_nll(generator, tokenizer, [encoded])
 
 
 @fault(
@@ -501,10 +499,10 @@ def test_texts_that_are_too_long(tokenizer, extractor_dir, caplog, monkeypatch):
     assert not found[0].word_probs[-20:].any()
     separated = AutoTokenizer.from_pretrained(tokenizer.name_or_path, sep_token="</s>")
     for response, cut in [("Oh.", False), (long, True)]:
-        encoded = encode_dialogue(separated, [long], [0], response, 40)
+        encoded = encode_dialogue(separated, Dialogue((long,), (0,), response), 40)
         assert (encoded.cut_turn, encoded.cut_response) == (True, cut)
         assert len(encoded.input_ids) == 40
-    whole = encode_dialogue(separated, ["Hi."], [0], "Oh.", 40)
+    whole = encode_dialogue(separated, Dialogue(("Hi.",), (0,), "Oh."), 40)
     assert (whole.cut_turn, whole.cut_response) == (False, False)
 
 
@@ -514,7 +512,7 @@ def test_texts_that_are_too_long(tokenizer, extractor_dir, caplog, monkeypatch):
 @pytest.fixture
 def causes(extractor_dir):
     model, tokenizer = load_extractor(extractor_dir)
-    return [found.token_probs for found in extract(model, tokenizer, TEXTS)]
+    return [found.causes.probs for found in extract(model, tokenizer, TEXTS)]
 
 
 def same(found, expected):

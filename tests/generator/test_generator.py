@@ -1,15 +1,15 @@
 """The generator: its sequences, roles, causes, losses and answers."""
 
 import functools
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-from empcause.data import EMOTIONS, ResponsePair, join_turns
-from empcause.data.collation import pad_dialogues
+from empcause.data import EMPATHETIC_DIALOGUES, Causes, Dialogue
+from empcause.data.collation import pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractor, CauseExtractorConfig
@@ -17,16 +17,14 @@ from empcause.generator import (
     GENERATORS,
     CauseCache,
     Responder,
-    TextCauses,
     add_separator,
+    encode_for,
     generate_responses,
-    generator_item,
     load_generator,
     response_nll,
-    token_causes,
 )
 
-PAIR = ResponsePair("c", "sad", ("My dog died.", "I'm sorry.", "He was old."), (0, 1, 0), "Did you have him long?")
+PAIR = Dialogue(("My dog died.", "I'm sorry.", "He was old."), (0, 1, 0), "Did you have him long?")
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -51,59 +49,62 @@ def extractor_dir(tiny_encoder_dir, tmp_path_factory):
     return folder
 
 
-def causes_of(pair, probability=0.9, word="dog"):
-    text, _ = join_turns(pair.context)
-    start = text.index(word)
-    return TextCauses(np.array([[start, start + len(word)]]), np.array([probability], np.float32))
+def caused(dialogue, probability=0.9, word="dog"):
+    """The dialogue with one word of it as the cause."""
+    start = dialogue.text.index(word)
+    causes = Causes(np.array([[start, start + len(word)]]), np.array([probability], np.float32))
+    return replace(dialogue, causes=causes)
 
 
 class TestSequence:
     def test_layout(self, generator):
         _, tokenizer = generator
-        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
+        encoded = encode_dialogue(tokenizer, PAIR, 100)
         separator, end = tokenizer.sep_token_id, tokenizer.eos_token_id
-        turns = [tokenizer(turn, add_special_tokens=False)["input_ids"] for turn in PAIR.context]
+        turns = [tokenizer(turn, add_special_tokens=False)["input_ids"] for turn in PAIR.turns]
         answer = [*tokenizer(PAIR.response, add_special_tokens=False)["input_ids"], end]
         expected = [token for turn in turns for token in [*turn, separator]]
         assert encoded.input_ids.tolist() == expected + answer
         assert encoded.labels.tolist() == [-100] * len(expected) + answer
         roles = [0] * len(turns[0]) + [1] + [1] * len(turns[1]) + [0] + [0] * len(turns[2]) + [1]
-        assert encoded.roles.tolist() == roles + [1] * len(answer)
+        assert encoded.token_type_ids.tolist() == roles + [1] * len(answer)
 
     def test_spans_refer_to_the_joined_text(self, generator):
         _, tokenizer = generator
-        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, None, 100)
-        text, _ = join_turns(PAIR.context)
-        pieces = "".join(text[start:end] for start, end in encoded.spans)
-        assert pieces.replace(" ", "") == text.replace(" ", "")
+        encoded = encode_dialogue(tokenizer, replace(PAIR, response=""), 100)
+        pieces = "".join(PAIR.text[start:end] for start, end in encoded.spans)
+        assert pieces.replace(" ", "") == PAIR.text.replace(" ", "")
+        assert set(encoded.item) == {"input_ids", "token_type_ids"}, (
+            "without response no label, without causes no cause"
+        )
 
     def test_oldest_turns_are_dropped(self, generator):
         _, tokenizer = generator
-        whole = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
-        shorter = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, len(whole.input_ids) - 1)
+        whole = encode_dialogue(tokenizer, PAIR, 100)
+        shorter = encode_dialogue(tokenizer, PAIR, len(whole.input_ids) - 1)
         assert shorter.dropped_turns == 1
         assert len(shorter.input_ids) <= len(whole.input_ids) - 1
-        text, _ = join_turns(PAIR.context)
-        assert text[shorter.spans[0][0] :].startswith("I'm sorry")
+        assert PAIR.text[shorter.spans[0][0] :].startswith("I'm sorry")
 
     def test_one_turn_that_is_too_long_loses_its_beginning(self, generator):
         _, tokenizer = generator
-        encoded = encode_dialogue(tokenizer, ["one two three four five " * 20 + "end"], [0], "Yes.", 30)
+        encoded = encode_dialogue(tokenizer, Dialogue(("one two three four five " * 20 + "end",), (0,), "Yes."), 30)
         assert len(encoded.input_ids) <= 30
         assert "end" in tokenizer.decode(encoded.input_ids)
 
     def test_empty_context_is_refused(self, generator):
         with pytest.raises(UserError, match="empty"):
-            encode_dialogue(generator[1], [" "], [0], "Yes.", 30)
+            encode_dialogue(generator[1], Dialogue((" ",), (0,), "Yes."), 30)
+        with pytest.raises(UserError, match="empty"):
+            encode_dialogue(generator[1], Dialogue((), (), "Yes."), 30)
 
 
 class TestCauses:
     def test_reach_exactly_the_overlapping_tokens(self, generator):
         model, tokenizer = generator
-        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
-        values = token_causes(model.config, encoded, PAIR.context, PAIR.roles, causes_of(PAIR))
-        text, _ = join_turns(PAIR.context)
-        marked = "".join(text[a:b] for (a, b), value in zip(encoded.spans, values, strict=True) if value)
+        encoded = encode_for(model, tokenizer, caused(PAIR), 100)
+        values = encoded.cause_probs
+        marked = "".join(PAIR.text[a:b] for (a, b), value in zip(encoded.spans, values, strict=True) if value)
         assert marked.strip() == "dog"
         assert values.max() == np.float32(0.9)
         assert not values[encoded.labels != -100].any(), "the response has no causes"
@@ -114,16 +115,20 @@ class TestCauses:
         ("last", "dog", False), ("last", "old", True),
     ])  # fmt: skip
     def test_scopes(self, generator, scope, word, kept):
-        encoded = encode_dialogue(generator[1], PAIR.context, PAIR.roles, None, 100)
-        config = SimpleNamespace(cause_scope=scope, cause_threshold=None)
-        assert token_causes(config, encoded, PAIR.context, PAIR.roles, causes_of(PAIR, word=word)).any() == kept
+        model, tokenizer = generator
+        model.config.cause_scope = scope
+        assert encode_for(model, tokenizer, caused(PAIR, word=word), 100).cause_probs.any() == kept
 
     @pytest.mark.parametrize(("probability", "expected"), [(0.4, 0.0), (0.6, 1.0)])
     def test_threshold(self, generator, probability, expected):
-        encoded = encode_dialogue(generator[1], PAIR.context, PAIR.roles, None, 100)
-        config = SimpleNamespace(cause_scope="context", cause_threshold=0.5)
-        values = token_causes(config, encoded, PAIR.context, PAIR.roles, causes_of(PAIR, probability))
-        assert values.max() == expected
+        model, tokenizer = generator
+        model.config.cause_threshold = 0.5
+        assert encode_for(model, tokenizer, caused(PAIR, probability), 100).cause_probs.max() == expected
+
+    def test_without_bias_none_are_read(self, generator):
+        model, tokenizer = generator
+        model.config.gamma = 0.0
+        assert encode_for(model, tokenizer, caused(PAIR), 100).cause_probs is None
 
     def test_computed_once(self, extractor_dir, tmp_path, monkeypatch):
         texts = ["My dog died.", "We won!", "My dog died."]
@@ -278,32 +283,25 @@ class TestContract:
 class TestAnswers:
     def test_nll_equals_the_loss(self, generator):
         model, tokenizer = generator
-        other = ResponsePair("d", "sad", ("Hello you there.",), (0,), "Hi!")
-        items = []
-        for pair in (PAIR, other):
-            encoded = encode_dialogue(tokenizer, pair.context, pair.roles, pair.response, 100)
-            items.append(
-                generator_item(model, encoded, pair.context, pair.roles, causes_of(pair, word=pair.context[0][:5]))
-            )
-        nll, tokens = response_nll(model, tokenizer, items, batch_size=2)
-        for item, total, number in zip(items, nll, tokens, strict=True):
-            batch = pad_dialogues([item], tokenizer.pad_token_id)
+        other = Dialogue(("Hello you there.",), (0,), "Hi!")
+        pairs = [caused(pair, word=pair.turns[0][:5]) for pair in (PAIR, other)]
+        encoded = [encode_for(model, tokenizer, pair, 100) for pair in pairs]
+        nll, tokens = response_nll(model, tokenizer, encoded, batch_size=2)
+        for each, total, number in zip(encoded, nll, tokens, strict=True):
+            batch = pad_batch([each.item], tokenizer.pad_token_id)
             assert float(model(**batch).loss) == pytest.approx(total / number, rel=1e-4)
-            assert number == (item["labels"] != -100).sum()
+            assert number == (each.labels != -100).sum()
+        unanswered = encode_for(model, tokenizer, replace(PAIR, response=""), 100)
+        with pytest.raises(ValueError, match="has no response"):
+            response_nll(model, tokenizer, [*encoded, unanswered])
 
     def test_batching_and_padding_change_nothing(self, generator):
         model, tokenizer = generator
-        pairs = [
-            PAIR,
-            ResponsePair("d", "sad", ("Hi dog.",), (0,), "?"),
-            ResponsePair("e", "sad", PAIR.context[:1], (0,), "?"),
+        dialogues = [
+            caused(each) for each in (PAIR, Dialogue(("Hi dog.",), (0,), "?"), Dialogue(PAIR.turns[:1], (0,), "?"))
         ]
-        causes = [causes_of(pair) for pair in pairs]
-        together = generate_responses(model, tokenizer, pairs, causes, batch_size=3, max_new_tokens=8)
-        alone = [
-            generate_responses(model, tokenizer, [pair], [cause], max_new_tokens=8)[0]
-            for pair, cause in zip(pairs, causes, strict=True)
-        ]
+        together = generate_responses(model, tokenizer, dialogues, batch_size=3, max_new_tokens=8)
+        alone = [generate_responses(model, tokenizer, [each], max_new_tokens=8)[0] for each in dialogues]
         assert together == alone
 
     def test_generated_tokens_continue_the_listeners_role(self, generator, monkeypatch):
@@ -317,7 +315,7 @@ class TestAnswers:
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(type(model), "forward", spy)
-        generate_responses(model, tokenizer, [PAIR], [causes_of(PAIR)], max_new_tokens=3, min_new_tokens=3)
+        generate_responses(model, tokenizer, [caused(PAIR)], max_new_tokens=3, min_new_tokens=3)
         prompt = len(seen[0][0])
         assert seen[0][0][-1] == 1
         assert [roles for roles, _ in seen[1:]] == [[1], [1]]
@@ -327,7 +325,7 @@ class TestAnswers:
     def test_other_decodings(self, generator, options):
         model, tokenizer = generator
         torch.manual_seed(0)
-        answers = generate_responses(model, tokenizer, [PAIR] * 2, [causes_of(PAIR)] * 2, max_new_tokens=5, **options)
+        answers = generate_responses(model, tokenizer, [caused(PAIR)] * 2, max_new_tokens=5, **options)
         assert len(answers) == 2
 
     def test_responder(self, generator, extractor_dir):
@@ -335,7 +333,7 @@ class TestAnswers:
 
         responder = Responder(*load_extractor(extractor_dir), *generator)
         reply = responder(["My dog died.", "I'm sorry.", " He was old. "], max_new_tokens=5)
-        assert reply.emotion in EMOTIONS
+        assert reply.emotion in EMPATHETIC_DIALOGUES.emotions
         assert 0 < reply.probability <= 1
         assert [word.text for word, _ in reply.causes][:3] == ["My", "dog", "died"]
         assert all(reply.text[word.start : word.end] == word.text for word, _ in reply.causes)

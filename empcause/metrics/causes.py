@@ -1,13 +1,13 @@
-"""The metrics of the paper, as pure functions of predictions and references."""
+"""How well words are ranked by their cause probability: Top-k recall."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from empcause.data import CauseAnnotation, is_content_word, split_words
+from empcause.data import CauseAnnotation, is_content_word
 
 RECALL_CUTS = (1, 3, 5)
 # Before the name of each recall: lenient, by position, without the stop-word filter, and the best that is possible.
@@ -96,58 +96,3 @@ def score_causes(
             for kind, score in scores.items():
                 items.setdefault(f"{kind}top{cut}_recall", []).append(score)
     return CauseScores({name: np.array(values) for name, values in items.items()})
-
-
-def emotion_correct(emotion_probs: Sequence[ArrayLike], emotion_ids: Sequence[int]) -> NDArray[np.float64]:
-    """1 where the most probable emotion is the right one, else 0: `[n]`; its mean is the accuracy.
-
-    Raises:
-        ValueError: the numbers of texts differ, or a probability is not finite.
-    """
-    if len(emotion_probs) != len(emotion_ids):
-        raise ValueError(f"emotion_probs has {len(emotion_probs)} entries for {len(emotion_ids)} emotions.")
-    for index, probs in enumerate(emotion_probs):
-        if not np.isfinite(probs).all():
-            raise ValueError(f"the emotion of text {index} has a probability that is not a finite number.")
-    predicted = np.array([np.argmax(probs) for probs in emotion_probs], np.int64)
-    return (predicted == np.asarray(emotion_ids)).astype(np.float64)
-
-
-def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
-    """exp(total negative log-likelihood / number of tokens): one figure for the corpus.
-
-    Args:
-        nll: `[n]` summed negative log-likelihood per response, in nats.
-        tokens: `[n]` its number of tokens.
-    """
-    return float(np.exp(np.sum(nll) / np.sum(tokens)))
-
-
-def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float | None:
-    """Nats per word (`split_words`), which compares over tokenizers; None where there is no word."""
-    words = sum(len(split_words(text)) for text in responses)
-    return float(np.sum(nll) / words) if words else None
-
-
-def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float | None:
-    """Bits per UTF-8 byte, which compares over tokenizers; None where there is no byte."""
-    size = sum(len(text.encode()) for text in responses)
-    return float(np.sum(nll) / np.log(2) / size) if size else None
-
-
-def distinct_n(responses: Sequence[str], n: int, split: Callable[[str], Sequence[str]] | None = None) -> float:
-    """Unique n-grams of words / all n-grams, over the whole corpus; 0 where there is none.
-
-    Args:
-        responses: generated texts.
-        n: length of the n-grams.
-        split: text to words; default `split_words`, lower case.
-    """
-    split = split or (lambda text: [word.text.lower() for word in split_words(text)])
-    ngrams = [
-        gram
-        for response in responses
-        for words in [split(response)]
-        for gram in zip(*(words[start:] for start in range(n)), strict=False)
-    ]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -2,11 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from empcause.data import CauseAnnotation, split_words
-from empcause.evaluation.metrics import (
+from empcause.metrics import (
+    BertScore,
     bits_per_byte,
     distinct_n,
     emotion_correct,
@@ -16,13 +16,6 @@ from empcause.evaluation.metrics import (
     rank_words,
     score_causes,
     strict_recall,
-)
-from empcause.evaluation.significance import (
-    bootstrap,
-    difference_interval,
-    mean_interval,
-    perplexity_difference,
-    perplexity_interval,
 )
 
 
@@ -116,40 +109,6 @@ def test_distinct_over_the_corpus():
     assert distinct_n(["a b", "ab"], 1, str.split) == 1.0, "n-grams are tuples of words"
 
 
-class TestSignificance:
-    def test_interval_of_a_mean_matches_scipy(self):
-        stats = pytest.importorskip("scipy.stats")
-        values = np.random.default_rng(0).normal(0.4, 0.2, 300)
-        ours = mean_interval(values)
-        theirs = stats.bootstrap(
-            (values,), np.mean, method="percentile", rng=np.random.default_rng(1)
-        ).confidence_interval
-        assert ours.value == pytest.approx(values.mean())
-        assert ours.low == pytest.approx(theirs.low, abs=2e-3)
-        assert ours.high == pytest.approx(theirs.high, abs=2e-3)
-
-    def test_paired_difference_is_narrower_than_unpaired(self):
-        random = np.random.default_rng(0)
-        difficulty = random.normal(0, 1, 400)
-        first, second = difficulty + 0.05 + random.normal(0, 0.05, 400), difficulty + random.normal(0, 0.05, 400)
-        paired = difference_interval(first, second)
-        assert paired.low > 0
-        assert paired.high - paired.low < 0.1 * (mean_interval(first).high - mean_interval(first).low)
-
-    def test_perplexities(self):
-        nll, tokens = np.array([3.0, 8.0, 5.0]), np.array([2, 5, 3])
-        interval = perplexity_interval(nll, tokens)
-        assert interval.value == pytest.approx(math.exp(16 / 10))
-        assert interval.low <= interval.value <= interval.high
-        same = perplexity_difference(nll, nll, tokens)
-        assert tuple(same) == (0, 0, 0)
-
-    def test_same_seed_same_interval_and_no_items(self):
-        assert mean_interval([1.0, 2.0, 4.0]) == mean_interval([1.0, 2.0, 4.0])
-        with pytest.raises(ValueError, match="at least one item"):
-            bootstrap(lambda sums: sums, [])
-
-
 class TestBertScore:
     @pytest.fixture(scope="class")
     def encoder(self, tiny_encoder_dir):
@@ -158,8 +117,6 @@ class TestBertScore:
 
     def test_equals_the_formula_and_empty_responses_score_zero(self, encoder):
         from transformers import AutoModel, AutoTokenizer
-
-        from empcause.evaluation.generator import BertScore
 
         response, reference = "That sounds hard.", "I'm so sorry to hear that."
         bertscore = BertScore(encoder, 1)

@@ -1,0 +1,160 @@
+"""`empcause evaluate extractor`: what a system finds in annotated situations, Tables 5 and 6."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from empcause.data import CauseAnnotation, emotion_id, load_annotations
+from empcause.data.origin import Origin, origin
+from empcause.errors import UserError
+from empcause.evaluation.items import digest, evaluating_in, model_digest, readings
+from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
+from empcause.evaluation.report import read_items
+from empcause.evaluation.significance import Interval, difference_interval, mean_interval
+from empcause.evaluation.tables import (
+    CAUSE_COLUMNS,
+    PUBLISHED_CAUSES,
+    comparison_table,
+    format_figure,
+    markdown_table,
+)
+from empcause.files import write_text
+from empcause.metrics import RECALL_CUTS, RECALL_KINDS, emotion_correct, score_causes
+from empcause.ranges import COUNT, check_values
+from empcause.systems import Reading, Reads, load_system
+from empcause.text import code
+
+
+@dataclass
+class EvaluateCausesOptions:
+    """Options of `empcause evaluate extractor`."""
+
+    model: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    compare: str | None = field(
+        default=None, metadata={"help": "folder of an earlier evaluation; differences get paired intervals"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+    )
+    split: str = field(default="test", metadata={"help": "split of EmoCause", "choices": ["valid", "test"]})
+    output_dir: str = field(default="runs/evaluation/extractor", metadata={"help": "where report and figures go"})
+    batch_size: int = field(default=64, metadata={"help": "texts per batch"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what another evaluation left in output_dir"}
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self, {"batch_size": COUNT})
+
+
+def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
+    """Measure what a system finds in EmoCause, and write `metrics.json`, `items.json`, `report.md` and figures.
+
+    What is found in a text is saved as it comes; an evaluation that was cut short goes on from there when it is repeated.
+
+    Returns:
+        Every figure by name, and `intervals`: name to (low, high).
+
+    Raises:
+        UserError: missing data or model, a model that reads no texts, or `output_dir` holds another evaluation.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    load_pyplot()
+    annotations = load_annotations(options.split, options.data)
+    scored = digest([asdict(annotation) for annotation in annotations])
+    names = ["accuracy", *(f"{kind}top{k}_recall" for k in RECALL_CUTS for kind in RECALL_KINDS)]
+    earlier = read_items(options.compare, scored, names)
+    system = load_system(options.model)
+    if not isinstance(system, Reads):
+        raise UserError(f"{options.model} holds a system that finds neither emotions nor causes in texts.")
+    emotions = system.emotions
+    emotion_ids = [emotion_id(each.emotion, emotions) for each in annotations] if emotions else []
+    texts = [annotation.situation for annotation in annotations]
+    words = [annotation.words for annotation in annotations]
+    subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}
+    subject |= {"data": scored, "batch_size": options.batch_size}
+    folder = Path(options.output_dir)
+    with evaluating_in(folder, "empcause evaluate extractor", subject, options.overwrite_output_dir) as saved:
+        found = readings(saved, system, texts, words, options.batch_size)
+        items = _score(annotations, emotion_ids, found)
+        intervals = {name: mean_interval(values) for name, values in items.items()}
+        metrics: dict[str, Any] = {name: interval.value for name, interval in intervals.items()}
+        metrics |= {"situations": len(annotations), "intervals": {name: each[1:] for name, each in intervals.items()}}
+        differences = {}
+        if earlier is not None:
+            differences = {name: difference_interval(items[name], earlier[name]) for name in items if name in earlier}
+            metrics["difference"] = {name: list(each) for name, each in differences.items()}
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        values = {"scored": scored} | {name: values.tolist() for name, values in items.items()}
+        write_text(folder / "items.json", json.dumps(values))
+        pictures = {
+            "A situation with its cause words shaded": _plot_example(
+                system, annotations[0], found[0], folder / "causes.png"
+            ),
+            "Training curves": plot_training(system.folders["model"], "top5_recall", folder / "training.png"),
+        }
+        data = origin(options.data, annotations)
+        report = _report(options, system, data, len(annotations), intervals, differences, pictures)
+        write_text(folder / "report.md", report)
+        return metrics
+
+
+def _score(
+    annotations: Sequence[CauseAnnotation], emotion_ids: Sequence[int], found: Sequence[Reading]
+) -> dict[str, NDArray[np.float64]]:
+    """Figures per situation of what the system finds, by name."""
+    items: dict[str, NDArray[np.float64]] = {}
+    if emotion_probs := [each.emotion_probs for each in found if each.emotion_probs is not None]:
+        items["accuracy"] = emotion_correct(emotion_probs, emotion_ids)
+    if word_probs := [each.word_probs for each in found if each.word_probs is not None]:
+        items |= score_causes(annotations, word_probs).items
+    return items
+
+
+def _plot_example(system: Reads, annotation: CauseAnnotation, found: Reading, path: Path) -> Path | None:
+    """Draw a situation with the causes that were found in it; None for a system that finds none."""
+    if found.word_probs is None:
+        return None
+    title = f"annotated: {annotation.emotion}"
+    if found.emotion_probs is not None:
+        emotion = system.emotions[int(np.argmax(found.emotion_probs))]
+        title = f"{emotion} ({found.emotion_probs.max():.0%}); {title}"
+    return plot_causes(annotation.situation, annotation.words, found.word_probs.tolist(), title, path)
+
+
+def _report(
+    options: EvaluateCausesOptions,
+    system: Reads,
+    data: Origin,
+    situations: int,
+    intervals: dict[str, Interval],
+    differences: dict[str, Interval],
+    pictures: dict[str, Path | None],
+) -> str:
+    published = PUBLISHED_CAUSES.get(data.name, {}) if options.split == "test" else {}
+    measured = ", ".join(filter(None, (code(options.model), system.note)))
+    parts = [
+        "# Emotion cause extractor",
+        f"{measured} on {situations:,} situations of {data.name} (split {options.split}); 95% bootstrap intervals "
+        "over situations.",
+        comparison_table("this model", intervals, published, CAUSE_COLUMNS),
+        "" if published else "The paper's figures are not shown beside these: they are of EmoCause's test split.",
+    ]
+    if "top1_recall" in intervals:
+        kinds = {"lenient (the benchmark's)": "", "strict": "strict_", "without stop-word filter": "unfiltered_"}
+        kinds |= {"oracle ceiling": "oracle_"}
+        rows = [
+            [name, *(format_figure(intervals[f"{prefix}top{k}_recall"]) for k in RECALL_CUTS)]
+            for name, prefix in kinds.items()
+        ]
+        parts += ["Recall by variant:", markdown_table(["variant", *(f"Top-{k}" for k in RECALL_CUTS)], rows)]
+    if differences and options.compare:
+        shown = [[name, format_figure(differences[name])] for name in CAUSE_COLUMNS if name in differences]
+        parts += [f"Difference to {code(options.compare)}, paired:", markdown_table(["figure", "difference"], shown)]
+    parts += [f"![{caption}]({path.name})" for caption, path in pictures.items() if path is not None]
+    return "\n\n".join(filter(None, parts)) + "\n"

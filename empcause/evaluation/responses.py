@@ -1,0 +1,333 @@
+"""`empcause evaluate generator`: how a system scores and answers dialogues, Table 7."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from empcause.data import Dialogue, emotion_id, load_dialogues, response_pairs, split_words
+from empcause.data.origin import Origin, origin
+from empcause.errors import UserError
+from empcause.evaluation.items import SavedItems, digest, evaluating_in, model_digest, readings
+from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
+from empcause.evaluation.report import read_items
+from empcause.evaluation.significance import Interval, mean_interval, perplexity_difference, perplexity_interval
+from empcause.evaluation.tables import (
+    PUBLISHED_RESPONSES,
+    RESPONSE_COLUMNS,
+    comparison_table,
+    format_figure,
+    markdown_table,
+)
+from empcause.files import write_text
+from empcause.metrics import (
+    BertScore,
+    bits_per_byte,
+    distinct_n,
+    emotion_correct,
+    nll_per_word,
+    perplexity,
+)
+from empcause.ranges import COUNT, SEED, check_values
+from empcause.systems import Answers, Encoded, Reading, Reads, Scores, System, load_system
+from empcause.text import code, markdown
+
+
+@dataclass
+class EvaluateResponsesOptions:
+    """Options of `empcause evaluate generator`."""
+
+    model: str = field(default="runs/generator", metadata={"help": "folder of the generator"})
+    extractor: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    compare: str | None = field(
+        default=None, metadata={"help": "folder of an earlier evaluation; the difference gets a paired interval"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+    )
+    split: str = field(default="test", metadata={"help": "split of EmpatheticDialogues", "choices": ["valid", "test"]})
+    output_dir: str = field(default="runs/evaluation/generator", metadata={"help": "where report and figures go"})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "score this many responses, drawn by the seed; default: all"}
+    )
+    max_generated: int | None = field(
+        default=None, metadata={"help": "generate this many of them; default: all that are scored"}
+    )
+    max_new_tokens: int = field(default=40, metadata={"help": "longest generated response in tokens"})
+    bertscore_model: str | None = field(
+        default=None, metadata={"help": "encoder for BERTScore, by name or folder; default: no BERTScore"}
+    )
+    bertscore_layer: int | None = field(
+        default=None, metadata={"help": "its layer; default: what bert-score has chosen for it"}
+    )
+    batch_size: int = field(default=16, metadata={"help": "dialogues per batch"})
+    seed: int = field(default=0, metadata={"help": "seed of the drawing"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what another evaluation left in output_dir"}
+    )
+
+    def __post_init__(self) -> None:
+        names = ("max_samples", "max_generated", "max_new_tokens", "bertscore_layer", "batch_size")
+        check_values(self, dict.fromkeys(names, COUNT) | {"seed": SEED})
+        if self.bertscore_layer is not None and not self.bertscore_model:
+            raise UserError("bertscore_layer is a layer of bertscore_model; give that too.")
+
+
+def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
+    """Measure how a system scores and answers dialogues.
+
+    Writes `metrics.json`, `items.json`, `responses.json`, `report.md` and figures. Results per item are saved as they come; an
+    evaluation that was cut short goes on from there when it is repeated.
+
+    Returns:
+        Every figure by name, and `intervals`: name to (low, high).
+
+    Raises:
+        UserError: missing data, model or library; a model that neither scores nor answers; or `output_dir` holds another
+            evaluation.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    load_pyplot()
+    bertscore = BertScore(options.bertscore_model, options.bertscore_layer) if options.bertscore_model else None
+    dialogues = load_dialogues(options.split, options.data)
+    data, everything = origin(options.data, dialogues), response_pairs(dialogues)
+    pairs = everything
+    if options.max_samples is not None:
+        chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.max_samples]
+        pairs = [pairs[index] for index in chosen]
+    system = load_system(options.model, options.extractor)
+    if not isinstance(system, Scores | Answers):
+        raise UserError(f"{options.model} holds a system that neither scores nor answers dialogues.")
+    if isinstance(system, Answers):
+        system.check_room(options.max_new_tokens)
+    emotions = system.emotions if isinstance(system, Reads) else ()
+    emotion_ids = [emotion_id(pair.emotion, emotions) for pair in pairs] if emotions else []
+    identities = [_identity(pair) for pair in pairs]
+    scored = digest(identities, system.targets(pairs) if isinstance(system, Scores) else [])
+    earlier = read_items(options.compare, scored, ["nll"])
+    number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
+    subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}
+    subject |= {
+        "data": digest(identities),
+        "batch_size": options.batch_size,
+        "max_generated": number,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    folder = Path(options.output_dir)
+    with evaluating_in(folder, "empcause evaluate generator", subject, options.overwrite_output_dir) as saved:
+        predictions = _predict(system, pairs, number, options, bertscore, saved)
+        results = _Results(data, len(everything), scored, system, predictions, emotion_ids, bertscore)
+        return _judge(options, results, earlier)
+
+
+def _identity(pair: Dialogue) -> dict[str, Any]:
+    """What makes a response pair this one and no other, as JSON can hold it."""
+    return {
+        "conv_id": pair.conv_id,
+        "emotion": pair.emotion,
+        "context": pair.turns,
+        "roles": pair.roles,
+        "response": pair.response,
+    }
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What a system makes of response pairs, in their order; what it cannot do is empty."""
+
+    pairs: Sequence[Dialogue]
+    found: Sequence[Reading] = ()
+    encoded: Sequence[Encoded] = ()
+    nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    responses: Sequence[str] = ()
+    bertscores: dict[str, NDArray] = field(default_factory=dict)
+
+
+def _predict(
+    system: System,
+    pairs: Sequence[Dialogue],
+    number: int,
+    options: EvaluateResponsesOptions,
+    bertscore: BertScore | None,
+    saved: SavedItems,
+) -> _Predictions:
+    """Let a system read, score and answer, as far as it can.
+
+    Args:
+        system: the system.
+        pairs: dialogues with their responses.
+        number: of the first pairs that it answers.
+        options: batch size and length of answers.
+        bertscore: compares the answers with the responses, batch by batch as well.
+        saved: where results go, and where those of an earlier process are.
+    """
+    size = options.batch_size
+    found: Sequence[Reading] = ()
+    if isinstance(system, Reads):
+        texts = [pair.text for pair in pairs]
+        found = readings(saved, system, texts, [split_words(text) for text in texts], 64)
+        pairs = [replace(pair, causes=each.causes) for pair, each in zip(pairs, found, strict=True)]
+    predictions = _Predictions(pairs, found)
+    lengths = [len(pair.text) for pair in pairs]
+    if isinstance(system, Scores):
+        encoded, score = system.encode(pairs), system.score
+        lengths = [len(each) for each in encoded]
+        rows = saved.each("scoring", lengths, size, lambda batch: score([encoded[index] for index in batch], size))
+        nll, tokens = (np.array(column) for column in zip(*rows, strict=True))
+        predictions = replace(predictions, encoded=encoded, nll=nll, tokens=tokens)
+    if isinstance(system, Answers):
+        answer, longest = system.answer, options.max_new_tokens
+        responses = saved.each(
+            "answering", lengths[:number], size, lambda batch: answer([pairs[index] for index in batch], size, longest)
+        )
+        predictions = replace(predictions, responses=responses)
+        if bertscore is not None:
+            compare = bertscore
+            rows = saved.each(
+                bertscore.setting,
+                [len(response) for response in responses],
+                size,
+                lambda batch: compare(
+                    [responses[index] for index in batch], [pairs[index].response for index in batch]
+                ).tolist(),
+            )
+            bertscores = dict(zip(("bertscore_p", "bertscore_r", "bertscore_f"), np.array(rows).T, strict=True))
+            predictions = replace(predictions, bertscores=bertscores)
+    return predictions
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What an evaluation has found, and of what."""
+
+    data: Origin
+    whole: int  # number of responses of the split
+    scored: str
+    system: System
+    predictions: _Predictions
+    emotion_ids: Sequence[int]
+    bertscore: BertScore | None
+
+
+def _judge(
+    options: EvaluateResponsesOptions, results: _Results, earlier: dict[str, list[float]] | None
+) -> dict[str, Any]:
+    """The figures of what was found, scored and answered, and all files."""
+    predictions = results.predictions
+    metrics, intervals = _score(predictions, results.emotion_ids)
+    if predictions.bertscores and results.bertscore is not None:
+        metrics["bertscore_model"] = results.bertscore.setting
+    metrics["intervals"] = {name: each[1:] for name, each in intervals.items()}
+    difference = None
+    if earlier is not None and len(predictions.nll):
+        difference = perplexity_difference(predictions.nll, earlier["nll"], predictions.tokens)
+        metrics["perplexity_difference"] = list(difference)
+
+    folder = Path(options.output_dir)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    items = {"scored": results.scored, "nll": predictions.nll.tolist(), "tokens": predictions.tokens.tolist()}
+    write_text(folder / "items.json", json.dumps(items))
+    dialogues = [
+        {"context": pair.turns, "emotion": pair.emotion, "reference": pair.response, "response": response}
+        for pair, response in zip(predictions.pairs, predictions.responses, strict=False)
+    ]
+    write_text(folder / "responses.json", json.dumps(dialogues, indent=1, ensure_ascii=False) + "\n")
+    curves = plot_training(results.system.folders["model"], "perplexity", folder / "training.png")
+    example = None
+    pair = predictions.pairs[0]
+    if predictions.found and (word_probs := predictions.found[0].word_probs) is not None:
+        title = f"annotated: {pair.emotion}"
+        example = plot_causes(pair.text, split_words(pair.text), word_probs.tolist(), title, folder / "causes.png")
+    pictures = {"A dialogue with its cause words shaded": example, "Training curves": curves}
+    write_text(folder / "report.md", _report(options, results, metrics | intervals, difference, pictures))
+    return metrics
+
+
+def _score(predictions: _Predictions, emotion_ids: Sequence[int]) -> tuple[dict[str, Any], dict[str, Interval]]:
+    """Figures by name, and the intervals of those that are means over pairs."""
+    nll, tokens, responses = predictions.nll, predictions.tokens, predictions.responses
+    references = [pair.response for pair in predictions.pairs]
+    metrics: dict[str, Any] = {}
+    intervals: dict[str, Interval] = {}
+    if len(nll):
+        intervals["perplexity"] = perplexity_interval(nll, tokens)
+        # Of a response that is scored in part, neither words nor bytes are known.
+        in_part = any(each.cut_response for each in predictions.encoded)
+        metrics |= {
+            "perplexity": perplexity(nll, tokens),
+            "nll_per_word": None if in_part else nll_per_word(nll, references),
+            "bits_per_byte": None if in_part else bits_per_byte(nll, references),
+        }
+    if emotion_probs := [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]:
+        correct = emotion_correct(emotion_probs, emotion_ids)
+        intervals["emotion_accuracy"] = mean_interval(correct)
+        metrics["emotion_accuracy"] = float(correct.mean())
+    if responses:
+        metrics |= {
+            "distinct_1": distinct_n(responses, 1),
+            "distinct_2": distinct_n(responses, 2),
+            "words_per_response": float(np.mean([len(split_words(response)) for response in responses])),
+        }
+    metrics |= {"scored_responses": len(references), "generated_responses": len(responses)}
+    for name, values in predictions.bertscores.items():
+        intervals[name] = mean_interval(values)
+        metrics[name] = intervals[name].value
+    return metrics, intervals
+
+
+def _report(
+    options: EvaluateResponsesOptions,
+    results: _Results,
+    figures: dict[str, Any],
+    difference: Interval | None,
+    pictures: dict[str, Path | None],
+) -> str:
+    predictions = results.predictions
+    pairs, responses = predictions.pairs, predictions.responses
+    others = ("nll_per_word", "bits_per_byte", "emotion_accuracy", "words_per_response")
+    published: dict[str, Sequence[float | None]] = {}
+    if options.split == "test" and len(responses) == results.whole:
+        same_scale = results.bertscore is not None and results.bertscore.rescaled
+        published = {
+            name: (*values[:3], *(values[3:] if same_scale else (None, None, None)))
+            for name, values in PUBLISHED_RESPONSES.get(results.data.name, {}).items()
+        }
+    measured = ", ".join(filter(None, (code(options.model), results.system.note)))
+    shortened = sum(each.dropped_turns > 0 for each in predictions.encoded)
+    cut = sum(each.cut_response for each in predictions.encoded)
+    parts = [
+        "# Empathetic conversation generator",
+        f"{measured}, on {len(pairs):,} of {results.whole:,} responses of "
+        f"{results.data.name} (split {options.split}), "
+        f"{len(responses):,} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
+        "different tokenizers do not compare; bits per byte do.",
+        comparison_table("this model", figures, published, RESPONSE_COLUMNS),
+        ""
+        if published
+        else "The paper's figures are not shown beside these: they are of EmpatheticDialogues' whole test split.",
+        markdown_table(
+            ["figure", "value"], [[name.replace("_", " "), format_figure(figures.get(name))] for name in others]
+        ),
+    ]
+    if shortened:
+        parts.append(f"Of {shortened:,} contexts the oldest turns did not fit into the model.")
+    if cut:
+        parts.append(f"Of {cut:,} responses the end did not fit, so that figures per word and byte cannot be given.")
+    if "bertscore_model" in figures:
+        parts.append(f"BERTScore: {markdown(figures['bertscore_model'])}.")
+    if difference is not None and options.compare:
+        parts.append(f"Perplexity minus that of {code(options.compare)}, paired: {difference}.")
+    parts += [f"![{caption}]({path.name})" for caption, path in pictures.items() if path is not None]
+    rows = [
+        [markdown(" / ".join(pair.turns)), markdown(pair.response), markdown(response) or "(empty)"]
+        for pair, response in zip(pairs[:10], responses, strict=False)
+    ]
+    if rows:
+        header = "| context | reference | response |\n|---|---|---|\n"
+        parts.append(header + "\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,0 +1,48 @@
+"""How probable the right responses are, and how varied generated ones."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from empcause.data import split_words
+
+
+def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
+    """exp(total negative log-likelihood / number of tokens): one figure for the corpus.
+
+    Args:
+        nll: `[n]` summed negative log-likelihood per response, in nats.
+        tokens: `[n]` its number of tokens.
+    """
+    return float(np.exp(np.sum(nll) / np.sum(tokens)))
+
+
+def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float | None:
+    """Nats per word (`split_words`), which compares over tokenizers; None where there is no word."""
+    words = sum(len(split_words(text)) for text in responses)
+    return float(np.sum(nll) / words) if words else None
+
+
+def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float | None:
+    """Bits per UTF-8 byte, which compares over tokenizers; None where there is no byte."""
+    size = sum(len(text.encode()) for text in responses)
+    return float(np.sum(nll) / np.log(2) / size) if size else None
+
+
+def distinct_n(responses: Sequence[str], n: int, split: Callable[[str], Sequence[str]] | None = None) -> float:
+    """Unique n-grams of words / all n-grams, over the whole corpus; 0 where there is none.
+
+    Args:
+        responses: generated texts.
+        n: length of the n-grams.
+        split: text to words; default `split_words`, lower case.
+    """
+    split = split or (lambda text: [word.text.lower() for word in split_words(text)])
+    ngrams = [
+        gram
+        for response in responses
+        for words in [split(response)]
+        for gram in zip(*(words[start:] for start in range(n)), strict=False)
+    ]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

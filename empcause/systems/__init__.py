@@ -1,0 +1,6 @@
+"""Systems: whatever finds emotions and causes in texts, scores responses or answers dialogues, as an evaluation sees it."""
+
+from empcause.systems.loading import load_system
+from empcause.systems.protocol import Answers, Encoded, Reading, Reads, Scores, System
+
+__all__ = ["Answers", "Encoded", "Reading", "Reads", "Scores", "System", "load_system"]
