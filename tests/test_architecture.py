@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "empcause"
 
 # From the ground up; a module imports its own part and parts of lower levels. Modules of the first level know of no part.
 LEVELS = (
-    ("__version__", "errors", "files", "hub", "outputs", "ranges", "text", "checkpoints"),
+    ("__version__", "errors", "files", "hub", "on_import", "outputs", "ranges", "text", "checkpoints"),
     ("_C", "kernels"),
     ("ops",),
     ("data", "integration"),

@@ -254,13 +254,14 @@ class TestContract:
 
     def test_the_trainer_evaluates_and_predicts(self, generator, tmp_path):
         model, tokenizer = generator
-        encoded = encode_dialogue(tokenizer, PAIR.context, PAIR.roles, PAIR.response, 100)
-        items = [generator_item(model, encoded, PAIR.context, PAIR.roles, causes_of(PAIR)) for _ in range(3)]
-        items[2] = {name: values[3:] for name, values in items[2].items()}
+        other = Dialogue(("Hello you there.",), (0,), "Hi!")
+        dialogues = [caused(PAIR), caused(PAIR), caused(other, word="Hello")]
+        encoded = [encode_for(model, tokenizer, dialogue, 100) for dialogue in dialogues]
+        items = [each.item for each in encoded]
         args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True)
-        collate = functools.partial(pad_dialogues, pad_token_id=tokenizer.pad_token_id)
+        collate = functools.partial(pad_batch, pad_token_id=tokenizer.pad_token_id)
         trainer = Trainer(model, args, data_collator=collate, eval_dataset=items)
-        nll, tokens = response_nll(model, tokenizer, items, batch_size=2)
+        nll, tokens = response_nll(model, tokenizer, encoded, batch_size=2)
         assert trainer.evaluate()["eval_loss"] > 0
         predictions = trainer.predict(items).predictions
         assert predictions.shape == (3, len(items[0]["input_ids"]))
