@@ -32,13 +32,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def launched(monkeypatch):
     """The kernels launched so far, with their arguments by name."""
     launches = []
-    launch = operators.Call.launch
+    run = operators.Call.run
 
-    def recorded(self, kernel, programs, *arguments, **options):
-        launches.append((kernel.__name__, dict(zip(kernel.arg_names, arguments, strict=False)) | options))
-        launch(self, kernel, programs, *arguments, **options)
+    def recorded(self, kernel, programs, arguments, options):
+        launches.append((kernel.__name__, dict(zip(kernel.arg_names, arguments, strict=True))))
+        run(self, kernel, programs, arguments, options)
 
-    monkeypatch.setattr(operators.Call, "launch", recorded)
+    monkeypatch.setattr(operators.Call, "run", recorded)
     return launches
 
 

@@ -84,7 +84,7 @@ def test_shapes_and_devices(fake_cuda, dtype):
     lse = torch.empty(2, 4, 2 if dtype == torch.float32 else 1, 7)
     saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), lse)
     grads = torch.ops.empcause_triton.attention_backward(
-        *saved, cause, 0.5, None, None, True, 0.25, 0.0, None, None, True
+        *saved, cause, 0.5, None, None, None, None, 0, 0, True, 0.25, 0.0, None, None, True
     )
     for grad, tensor in zip(grads, (query, key, value, cause), strict=True):
         assert_like(grad, tensor)
@@ -98,7 +98,7 @@ def test_packed_shapes_and_devices(fake_cuda):
     )
     assert_like(output, query)
     saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), torch.empty(4, 2, 30))
-    grads = torch.ops.empcause_triton.attention_varlen_backward(
+    grads = torch.ops.empcause_triton.attention_backward(
         *saved, cause, 0.5, None, None, sums, sums, 20, 20, True, 0.25, 0.0, None, None, True
     )
     for grad, tensor in zip(grads, (query, key, value, cause), strict=True):

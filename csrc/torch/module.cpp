@@ -1,10 +1,10 @@
-// The Python module `empcause._C`. Importing it registers the operators of library.cpp with torch.
+// The Python module `empcause._C`. Importing it registers the operators of cpu.cpp with torch.
 #include <pybind11/pybind11.h>
 
 #include <numeric>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "../cpu/attention.h"
 #include "parallel.h"
 
 namespace py = pybind11;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "../cpu/attention.h"
 
 namespace empcause {
 
