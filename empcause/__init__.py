@@ -21,8 +21,8 @@ def _without_traceback(kind: type[BaseException], error: BaseException, tracebac
 sys.excepthook = _without_traceback  # torch and transformers take seconds to import, in which people press Ctrl-C
 
 from empcause.integration import check_model, steer  # noqa: E402
-from empcause.ops import biased_attention, biased_attention_varlen, info  # noqa: E402
+from empcause.ops import biased_attention, biased_attention_varlen, info, use_backend  # noqa: E402
 
 sys.excepthook = _excepthook
 
-__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer"]
+__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer", "use_backend"]

@@ -26,7 +26,8 @@ struct Cpu {
   void borrow(const Tensor&) {}
 
   void check_packing(Attention& a, int64_t longest_query, int64_t longest_key) {
-    check_prefix_sums(a.cu_queries, a.batch + 1, a.total_queries, "cu_seqlens_q must rise from 0 to the number of query rows");
+    check_prefix_sums(a.cu_queries, a.batch + 1, a.total_queries,
+                      "cu_seqlens_q must rise from 0 to the number of query rows");
     check_prefix_sums(a.cu_keys, a.batch + 1, a.total_keys, "cu_seqlens_k must rise from 0 to the number of key rows");
     a.num_queries = a.num_keys = 0;
     for (int64_t b = 0; b < a.batch; ++b) {

@@ -70,7 +70,8 @@ PYBIND11_MODULE(_C, module) {
   const py::call_guard<py::gil_scoped_release> without_lock;
   module.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("tasks"), py::arg("bfloat16") = false,
              without_lock,
-             "Runs independent chains of multiply-adds, so many rounds in each of some tasks for torch's threads: the FLOPs it did, to\n"
+             "Runs independent chains of multiply-adds, so many rounds in each of some tasks for torch's threads: the "
+             "FLOPs it did, to\n"
              "be timed. They are of fp32, or of what the kernels multiply bf16 as.");
   module.def("read_all", &read_all, py::arg("address"), py::arg("count"), py::arg("tasks"), without_lock,
              "Reads `count` fp32 values in memory, in parts for torch's threads, to be timed: their sum.");

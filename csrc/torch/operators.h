@@ -1,17 +1,19 @@
-// The raw operators over torch's stable ABI: from tensors to the problem that the kernels solve, the same for every device.
+// The raw operators over torch's stable ABI: from tensors to the problem that the kernels solve, the same for every
+// device.
 //
-// Everything that the kernels take for granted of their arguments is checked here (arguments.h), as the raw operators can be called by
-// anybody: nothing outside of the arguments is ever read or written.
+// Everything that the kernels take for granted of their arguments is checked here (arguments.h), as the raw operators
+// can be called by anybody: nothing outside of the arguments is ever read or written.
 //
 // A Device is made for one call and has
-//   takes(tensor)                          whether its kernels can read it
-//   kName                                  for messages
-//   kLeavesAllDigits                       whether its forward pass leaves of rows in 16 bits, too, two parts of LSE, and what rounding
-//                                          took from the output
-//   Device(like)                           a tensor of the call
-//   borrow(tensor)                         told of every tensor whose memory the kernels will use
-//   check_packing(attention, longest query, longest key)    of packed sequences; sets the longest ones
-//   compute_weights, reduce_grad_cause     see attention.h
+//   takes(tensor)                        whether its kernels can read it
+//   kName                                for messages
+//   kLeavesAllDigits                     whether its forward pass leaves of rows in 16 bits, too, two parts of LSE, and
+//                                        what rounding took from the output
+//   Device(like)                         a tensor of the call
+//   borrow(tensor)                       told of every tensor whose memory the kernels will use
+//   check_packing(attention, longest query, longest key)
+//                                        of packed sequences, whose lengths have these bounds; sets the longest ones
+//   compute_weights, reduce_grad_cause   see attention.h
 //   forward(attention, like), backward(attention, like)
 #pragma once
 
@@ -67,13 +69,15 @@ template <class Device>
 class Operators {
  public:
   // Output; what rounding took from it, where that is left, else nothing; LSE of the rows.
-  static std::tuple<Tensor, Tensor, Tensor> attention(
-      Tensor query, Tensor key, Tensor value, OptionalTensor cause, double strength, OptionalTensor head_strength,
-      OptionalTensor key_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
-      int64_t max_seqlen_k, bool causal, double scale, double dropout_p, OptionalTensor seed, OptionalTensor query_offset,
-      bool for_backward) {
-    Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                    max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
+  static std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
+                                                      double strength, OptionalTensor head_strength,
+                                                      OptionalTensor key_mask, OptionalTensor cu_seqlens_q,
+                                                      OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+                                                      int64_t max_seqlen_k, bool causal, double scale, double dropout_p,
+                                                      OptionalTensor seed, OptionalTensor query_offset,
+                                                      bool for_backward) {
+    Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
+                    max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
     return call.forward(for_backward);
   }
 
@@ -83,8 +87,8 @@ class Operators {
       OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask,
       OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
       double scale, double dropout_p, OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
-    Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                    max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
+    Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
+                    max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
     return call.backward(grad_output, output, rounding, statistics, cause_grad);
   }
 
@@ -116,7 +120,8 @@ class Operators {
       a_.cu_keys = data<int32_t>(cu_keys);
       device_.check_packing(a_, longest_query, longest_key);
     } else {
-      require(longest_query == 0 && longest_key == 0, "max_seqlen_q and max_seqlen_k must be 0 without cu_seqlens_q and cu_seqlens_k");
+      require(longest_query == 0 && longest_key == 0,
+              "max_seqlen_q and max_seqlen_k must be 0 without cu_seqlens_q and cu_seqlens_k");
     }
     a_.causal = problem.causal;
     arguments_.check_number("query_offset", problem.query_offset);
@@ -234,8 +239,9 @@ class Operators {
     return {output, rounding, statistics};
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output, const Tensor& rounding,
-                                                      const Tensor& statistics, bool cause_grad) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output,
+                                                      const Tensor& rounding, const Tensor& statistics,
+                                                      bool cause_grad) {
     check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
     check_rows("output", output, dtype_, rows_, a_.num_heads);
     if (leaves_rounding() && rounding.dim() != 1) {
@@ -356,17 +362,17 @@ class Operators {
 
 // Every backend has these two, in these words; `empcause/kernels/operators.py` is held to them by a test.
 #define EMPCAUSE_INPUTS "Tensor query, Tensor key, Tensor value, "
-#define EMPCAUSE_OPTIONS                                                                                                \
-  "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
-  "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, float dropout_p, Tensor? seed, "                  \
-  "Tensor? query_offset, "
+#define EMPCAUSE_OPTIONS                                                                   \
+  "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, "               \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " \
+  "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset, "
 
-#define EMPCAUSE_DEFINE_OPERATORS(library)                                                                               \
-  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_OPTIONS "bool for_backward) -> (Tensor, Tensor, Tensor)");           \
-  library.def("attention_backward(Tensor grad_output, " EMPCAUSE_INPUTS                                                  \
-              "Tensor output, Tensor rounding, Tensor statistics, " EMPCAUSE_OPTIONS                                     \
+#define EMPCAUSE_DEFINE_OPERATORS(library)                                                                     \
+  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_OPTIONS "bool for_backward) -> (Tensor, Tensor, Tensor)"); \
+  library.def("attention_backward(Tensor grad_output, " EMPCAUSE_INPUTS                                        \
+              "Tensor output, Tensor rounding, Tensor statistics, " EMPCAUSE_OPTIONS                           \
               "bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)")
 
-#define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                             \
+#define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                            \
   library.impl("attention", TORCH_BOX(&empcause::Operators<Device>::attention)); \
   library.impl("attention_backward", TORCH_BOX(&empcause::Operators<Device>::attention_backward))

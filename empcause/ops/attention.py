@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from empcause.ops.backends import choose_backend
+from empcause.ops.backends import DTYPES
+from empcause.ops.choice import choose_backend
 from empcause.ops.reference import SMALLEST_WEIGHT, biased_attention_reference
 from empcause.ops.varlen import biased_attention_varlen_reference
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENSE = torch.strided
 LARGEST_SCALE = 1e38  # so that fp32 holds it, in powers of two as well
 
@@ -60,7 +60,7 @@ def biased_attention(
         dropout_p: probability that a renormalised attention probability is dropped, in [0, 1).
         seed: int of 64 bits or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
         query_offset: int or 0-d int64 tensor, position of query 0 among the keys; default K - Q. Unused unless causal.
-        backend: "cpu", "triton", "cuda" or "reference"; default is the best one for these tensors.
+        backend: "cpu", "triton", "cuda" or "reference"; default is that of `use_backend`, else the best one for these tensors.
 
     Returns:
         `[B, H, Q, D]`, laid out so that `output.transpose(1, 2)` is contiguous. Rows that see no key are 0.

@@ -239,7 +239,7 @@ def test_second_derivatives():
 
 
 @fault(
-    Guard(OPERATOR, "        if strength.requires_grad and torch.is_grad_enabled():\n", "        if False:\n"),
+    Guard(OPERATOR, "    if strength.requires_grad and torch.is_grad_enabled():\n", "    if False:\n"),
     Guard(FORMULAS, "    if ctx.needs_input_grad[5]:\n", "    if False:\n"),
     cause="strength is learned: a tensor that requires a gradient",
     place="biased_attention on every backend, and the raw operators",

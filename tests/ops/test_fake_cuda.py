@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import empcause
 from empcause import biased_attention, biased_attention_varlen
 from empcause.integration.steering import _Steering
-from empcause.ops import backends
+from empcause.ops.choice import choose_backend
 
 pytestmark = pytest.mark.skipif(not empcause.info()["triton"].built, reason="triton is not installed")
 
@@ -59,10 +59,10 @@ def assert_like(got, expected):
 
 
 def test_the_best_backend_on_cuda_is_triton(fake_cuda):
-    assert backends.choose_backend(None, torch.empty(1, dtype=torch.bfloat16)) == "triton"
-    assert backends.choose_backend(None, torch.empty(1, dtype=torch.float64)) == "reference"
+    assert choose_backend(None, torch.empty(1, dtype=torch.bfloat16)) == "triton"
+    assert choose_backend(None, torch.empty(1, dtype=torch.float64)) == "reference"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: it takes tensors on the CPU, not on cuda"):
-        backends.choose_backend("cpu", torch.empty(1))
+        choose_backend("cpu", torch.empty(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
