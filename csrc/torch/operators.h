@@ -318,9 +318,9 @@ class Operators {
 
   // The kernels read any strides but need whole rows; only other layouts are copied.
   Matrices matrices(const Tensor& tensor) {
-    const int64_t last = packed_ ? 2 : 3;
-    copies_.push_back(a_.head_dim == 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor));
-    const Tensor& whole = copies_.back();
+    const bool copied = a_.head_dim != 1 && tensor.stride(packed_ ? 2 : 3) != 1;
+    if (copied) copies_.push_back(torch::stable::contiguous(tensor));
+    const Tensor& whole = copied ? copies_.back() : tensor;
     if (packed_) return {data<void>(whole), 0, whole.stride(1), whole.stride(0)};
     return {data<void>(whole), whole.stride(0), whole.stride(1), whole.stride(2)};
   }
@@ -353,7 +353,7 @@ class Operators {
   int64_t rows_, keys_;  // of the tensors: per batch, or of all packed sequences
   int64_t outer_;        // batch of the tensors: 1 if packed
   int64_t cause_outer_ = 1, cause_heads_ = 1;
-  // What the pointers in `a_` lead to.
+  // What the pointers in `a_` lead to, beside the arguments and results.
   std::vector<Tensor> copies_;
   std::optional<Tensor> weight_;
 };

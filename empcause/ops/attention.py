@@ -135,18 +135,18 @@ def _attention(
 ) -> Tensor:
     """Both functions: `packing` has the prefix sums of packed sequences and the bounds of their lengths."""
     packed = packing is not None
-    _check_tensors(query, key, value, packed)
-    device, shape, keys = query.device, query.shape, key.shape[0 if packed else 2]
-    heads, batch = shape[1], () if packed else (shape[0],)
+    shape, key_shape, dtype, device = _check_tensors(query, key, value, packed)
+    # Packed sequences have one axis of rows in the place of two.
+    batch, heads, keys = () if packed else (shape[0],), shape[1], key_shape[0 if packed else 2]
     scale = shape[-1] ** -0.5 if scale is None else scale
     _check_options(strength, causal, scale, dropout_p, heads, device)
     _check_cause(cause, batch, heads, keys, device)
-    _check_mask(key_mask, (*batch, keys), device)
+    _check_mask(key_mask, batch, keys, device)
     if packing is not None:
         _check_packing(*packing, device)
     seed = _seed(seed, dropout_p, device)
     offset = None if query_offset is None else _scalar("query_offset", query_offset, 62, device)
-    backend = choose_backend(backend, query)
+    backend = choose_backend(backend, device.type, dtype)
     if backend == "reference":
         return _reference(query, key, value, cause, strength, key_mask, packing, causal, scale, dropout_p, seed, offset)
     if cause is not None:
@@ -157,7 +157,17 @@ def _attention(
     if cu_q is not None and cu_k is not None:
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     others = (strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset)
-    return _apply(backend, query, key, value, cause, others)
+    # Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func` and
+    # forward mode need the registered one (`registration.py`).
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        operator = getattr(torch.ops, f"empcause_{backend}").attention.default
+        return operator(query, key, value, cause, *others, torch.is_grad_enabled())[0]
+    operators = _operators(backend)
+    if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
+        # torch looks at each argument, but not into a tuple
+        return _Attention.apply(operators, query, key, value, cause, others)
+    with below_autograd():
+        return operators[0](query, key, value, cause, *others, False)[0]
 
 
 def _reference(
@@ -229,7 +239,10 @@ def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tens
         raise RuntimeError(f"{message}; it is {value} at batch {place[0]}, key {place[2]}.")
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, packed: bool
+) -> tuple[torch.Size, torch.Size, torch.dtype, torch.device]:
+    """Shapes of query and key, and what all three share: looked up once, as a small call feels it."""
     dims = 3 if packed else 4
     try:
         shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
@@ -249,6 +262,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         raise ValueError(f"query and key must share the batch, not {shape[0]} and {key_shape[0]}.")
     if key_shape[1] < 1 or shape[1] % key_shape[1]:
         raise ValueError(f"the key heads must divide the query heads; there are {key_shape[1]} and {shape[1]}.")
+    return shape, key_shape, dtype, device
 
 
 def _kind(value: Any) -> str:
@@ -301,29 +315,28 @@ def _is_integer(value: Any) -> bool:
 
 
 def _check_cause(cause: Tensor | None, batch: tuple[int, ...], heads: int, keys: int, device: torch.device) -> None:
-    """`batch` is empty where sequences are packed."""
     if cause is None:
         return
     if not isinstance(cause, Tensor) or cause.layout is not DENSE:
         raise ValueError(f"cause must be a dense tensor or None, not {_kind(cause)}.")
-    shapes: tuple[tuple[int, ...], ...] = ((keys,), (heads, keys), (1, keys))
-    if batch:
-        (size,) = batch
-        shapes = ((size, keys), (1, keys), (size, heads, keys), (size, 1, keys), (1, heads, keys), (1, 1, keys))
-    if cause.shape not in shapes:
-        expected = "[B or 1, K] or [B or 1, H or 1, K]" if batch else "[M] or [H or 1, M]"
-        raise ValueError(f"cause must be {expected} with K = {keys}, not {list(cause.shape)}.")
+    shape = cause.shape
+    if shape != (*batch, keys):  # which most are: the others are put together where there is need
+        outer = (batch, (1,) * len(batch))
+        if shape not in [(*b, *h, keys) for b in outer for h in ((), (1,), (heads,))]:
+            expected = "[B or 1, K] or [B or 1, H or 1, K]" if batch else "[M] or [H or 1, M]"
+            raise ValueError(f"cause must be {expected} with K = {keys}, not {list(shape)}.")
     if not cause.is_floating_point() or cause.device != device:
         raise ValueError(f"cause must be floating on {device}, not {cause.dtype} on {cause.device}.")
 
 
-def _check_mask(key_mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_mask(key_mask: Tensor | None, batch: tuple[int, ...], keys: int, device: torch.device) -> None:
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.layout is not DENSE:
         raise ValueError(f"key_mask must be a dense tensor or None, not {_kind(key_mask)}.")
+    shape = (*batch, keys)
     if key_mask.dtype != torch.bool or key_mask.shape != shape or key_mask.device != device:
-        expected = "[M]" if len(shape) == 1 else "[B, K]"
+        expected = "[B, K]" if batch else "[M]"
         raise ValueError(
             f"key_mask must be bool {expected} = {list(shape)} on {device}, "
             f"not {key_mask.dtype} {list(key_mask.shape)} on {key_mask.device}."
@@ -382,25 +395,6 @@ def _operators(backend: str) -> tuple[Callable, Callable]:
     """The raw operators as eager mode calls them: looked up once, without the overloads' own wrappers."""
     operators = getattr(torch.ops, f"empcause_{backend}")
     return operators.attention.default._op, operators.attention_backward.default._op
-
-
-def _apply(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None, others: tuple[Any, ...]
-) -> Tensor:
-    """Run the raw operator, recording its gradient if it is needed.
-
-    Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func`
-    and forward mode need the registered one (`registration.py`).
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        operator = getattr(torch.ops, f"empcause_{backend}").attention.default
-        return operator(query, key, value, cause, *others, torch.is_grad_enabled())[0]
-    operators = _operators(backend)
-    if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
-        # torch looks at each argument, but not into a tuple
-        return _Attention.apply(operators, query, key, value, cause, others)
-    with below_autograd():
-        return operators[0](query, key, value, cause, *others, False)[0]
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None) -> bool:

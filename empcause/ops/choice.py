@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from torch._C._autograd import _get_sequence_nr
 
 from empcause.ops.backends import BACKENDS, find, why_not_loaded
@@ -36,9 +35,10 @@ class _Thread(threading.local):
 
 
 _chosen: str | None = None  # by the innermost use_backend, for the whole process; compiled code guards on it
-_open: list[_Context] = []  # outermost first, all of one thread
+_open: list[_Context] = []  # outermost first, all of one thread or, `again`, of autograd's threads for it
 _lock = threading.Lock()
 _changes = 0  # of the choice, so far
+_used = False  # whether there were any; apart, as compiled code guards on it
 _thread = _Thread()
 _latest = _thread.history  # of the thread that made the last change
 
@@ -66,21 +66,22 @@ def use_backend(name: str) -> Iterator[None]:
             reverse order of being entered; a call's tensors are not for the backend; a checkpointed call is computed again in a
             thread that cannot know under which choice it was made.
     """
-    global _chosen
+    global _chosen, _used
     _require_known(name)
     if torch.compiler.is_compiling():  # the graph has the backend: what is left to trace is the variable
-        before, _chosen = _chosen, name
+        before = _chosen, _used
+        _chosen, _used = name, True
         try:
             yield
         finally:
-            _chosen = before
+            _chosen, _used = before
         return
     why_not = why_not_loaded(name)
     if why_not is not None:
         raise RuntimeError(f"The backend {name!r} cannot run: {why_not}.")
     context = _Context(name)
     with _lock:
-        if _open and _open[0].thread != context.thread:
+        if _open and _open[0].thread != context.thread and not context.again:
             raise RuntimeError(
                 f"use_backend({name!r}) would hold for the whole process, in which another thread is within "
                 f"use_backend({_open[-1].name!r}); pass backend={name!r} to the calls of this thread."
@@ -102,27 +103,25 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _change(context: _Context) -> None:
     """The choice follows from the contexts that are open."""
-    global _chosen, _changes, _latest
-    _chosen = _open[-1].name if _open else None
+    global _chosen, _changes, _used, _latest
+    _chosen, _used = _open[-1].name if _open else None, True
     if not context.again:
         _changes += 1
         _thread.look()
         _latest = _thread.history
 
 
-def choose_backend(wanted: str | None, query: Tensor) -> str:
-    """The backend for these tensors.
+def choose_backend(wanted: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The backend for tensors of a device and dtype.
 
     Raises:
         RuntimeError: the wanted one is unknown, not built, or cannot take these tensors; or see `use_backend`.
     """
     if wanted is not None:
         _require_known(wanted)
-    elif torch.compiler.is_compiling() or not _changes:
-        wanted = _chosen
-    else:
-        wanted = _choice()
-    chosen, why_not = _find(wanted, query.device.type, query.dtype)
+    elif _used:
+        wanted = _chosen if torch.compiler.is_compiling() else _choice()
+    chosen, why_not = _find(wanted, device_type, dtype)
     if why_not is not None:
         raise RuntimeError(f"The backend {chosen!r} cannot run this: {why_not}.")
     return chosen

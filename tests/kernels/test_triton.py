@@ -141,6 +141,23 @@ class TestTriton(Contract):
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             assert arguments[name].data_ptr() == tensor.data_ptr(), name
 
+    def test_launches_give_every_argument_once_and_no_other(self):
+        arguments = self.raw_arguments("attention")
+        del arguments["for_backward"]
+        call, tensor = operators.Call(**arguments), torch.empty(1, device=DEVICE)
+        names = ("part_output", "part_maximum", "part_total", "output", "statistics")
+        own = dict.fromkeys(names, tensor) | {"splits": 1, "BLOCK_S": 16, "MAX_SPLITS": 16}
+        call.launch(operators.merge_kernel, 0, {}, **own)
+        for wrong, named in (
+            ({"scale_log2": 1.0}, "scale_log2"),
+            ({"rows": 3, "key": tensor}, "key, rows"),
+        ):
+            with pytest.raises(RuntimeError, match=f"merge_kernel is launched with the wrong arguments: {named}$"):
+                call.launch(operators.merge_kernel, 0, {}, **own, **wrong)
+        del own["output"], own["splits"]
+        with pytest.raises(RuntimeError, match=r"merge_kernel is launched with the wrong arguments: output, splits$"):
+            call.launch(operators.merge_kernel, 0, {}, **own)
+
     def test_prefix_sums_beyond_the_tensors_lead_nowhere(self):
         """They cannot be refused without waiting for the GPU; the sequences that fit are right all the same."""
         tensors, options = packed_case([6, 25], [6, 25])

@@ -59,10 +59,10 @@ def assert_like(got, expected):
 
 
 def test_the_best_backend_on_cuda_is_triton(fake_cuda):
-    assert choose_backend(None, torch.empty(1, dtype=torch.bfloat16)) == "triton"
-    assert choose_backend(None, torch.empty(1, dtype=torch.float64)) == "reference"
+    assert choose_backend(None, "cuda", torch.bfloat16) == "triton"
+    assert choose_backend(None, "cuda", torch.float64) == "reference"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: it takes tensors on the CPU, not on cuda"):
-        choose_backend("cpu", torch.empty(1))
+        choose_backend("cpu", "cuda", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
