@@ -10,9 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[ch]*')
-# The sources whose style .clang-format describes; the bindings to torch are still to be formatted.
-BINDINGS := $(addprefix csrc/,arguments.h operators.h library.cpp module.cpp cuda/library.cpp)
-STYLED := $(filter-out $(BINDINGS),$(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'))
+STYLED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')  # by .clang-format
 
 .PHONY: setup demo test slow faults guards lint clean
 

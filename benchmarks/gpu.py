@@ -153,7 +153,7 @@ def _time_step(
     variant: training_steps.Variant, batch: Texts, sizes: dict[str, int], device: str, stopwatch: Stopwatch
 ) -> tuple[Timing, float | None]:
     torch.compiler.reset()
-    with training_steps.using(variant.backend or "reference"):
+    with empcause.use_backend(variant.backend or "reference"):
         if stopwatch.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         model = training_steps.build(variant, sizes, device)

@@ -1,20 +1,16 @@
 """Whole training steps of the generator beside stock GPT-2: forward, backward, clipping, AdamW, in bf16 under autocast."""
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from empcause import biased_attention, biased_attention_varlen
+from empcause import use_backend
 from empcause.data.sequences import IGNORED
 from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
-from empcause.integration import attention as integration
 
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024}
 
@@ -107,14 +103,6 @@ def variants(backends: list[str], compiled: bool) -> list[Variant]:
     return found
 
 
-@contextmanager
-def using(backend: str) -> Iterator[None]:
-    """Let the generator's attention run on this backend."""
-    one, packed = (functools.partial(call, backend=backend) for call in (biased_attention, biased_attention_varlen))
-    with mock.patch.multiple(integration, biased_attention=one, biased_attention_varlen=packed):
-        yield
-
-
 def build(variant: Variant, sizes: dict[str, int], device: str) -> nn.Module:
     """The model from nothing, the same weights for all variants."""
     torch.manual_seed(0)
@@ -159,7 +147,7 @@ def judge(variant: Variant, texts: Texts, sizes: dict[str, int], device: str) ->
     model = build(variant, sizes, device).eval()
     figures = []
     for backend in ("reference", variant.backend):
-        with using(backend):
+        with use_backend(backend):
             loss = loss_of(model, variant, batch)
             loss.backward()
         norm = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None]).norm()

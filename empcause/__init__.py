@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from empcause.integration import check_model, steer
-    from empcause.ops import biased_attention, biased_attention_varlen, info
+    from empcause.ops import biased_attention, biased_attention_varlen, info, use_backend
 
-__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer"]
+__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer", "use_backend"]
 
 # By name: the package that it is from, which is imported when somebody asks for it.
 _PACKAGES = {
@@ -24,6 +24,7 @@ _PACKAGES = {
     "check_model": "integration",
     "info": "ops",
     "steer": "integration",
+    "use_backend": "ops",
 }
 
 if not TYPE_CHECKING:  # type checkers would take any name for one of ours

@@ -64,7 +64,7 @@ class Launch:
     """A kernel with what it was to be launched with."""
 
     kernel: Any
-    arguments: tuple
+    arguments: list[Any]
     options: dict[str, Any]
 
     def compiled(self, arch: int) -> Any:
@@ -75,7 +75,7 @@ class Launch:
             driver._active = None  # the next one to ask finds the machine's own
 
 
-def launches(arch: int, *arguments: Any, cause_grad: bool) -> dict[str, Launch]:
+def launches(arch: int, cause_grad: bool, **arguments: Any) -> dict[str, Launch]:
     """What a forward and a backward call launch on an architecture, by the kernel's name.
 
     Args:
@@ -84,13 +84,13 @@ def launches(arch: int, *arguments: Any, cause_grad: bool) -> dict[str, Launch]:
     recorded = {}
 
     class Recorded(Call):
-        def launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        def run(self, kernel: Any, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
             recorded[kernel.__name__] = Launch(kernel, arguments, options)
 
         def architecture(self) -> int:
             return arch
 
-    call = Recorded(*arguments)
+    call = Recorded(**arguments)
     output, rounding, statistics = call.forward()
     call.backward(output, output, rounding, statistics, cause_grad)
     return recorded
@@ -126,12 +126,28 @@ def _launches(variant: Variant, arch: int) -> dict[str, Launch]:
 
     query, key = rows(queries), rows(keys)
     cause, key_mask = meta(batch, keys, dtype=torch.float32), meta(batch, keys, dtype=torch.bool)
-    packing = None
+    sums, longest = None, (0, 0)
     if "packed" in words:
         cause, key_mask = cause.flatten(), key_mask.flatten()
-        sums = meta(batch + 1, dtype=torch.int32)
-        packing = (sums, sums, queries, keys)
-    dropout_p, seed = (0.1, meta(dtype=torch.int64)) if "dropout" in words else (0.0, None)
-    options = ("causal" in words, dim**-0.5, dropout_p, seed, None)
-    bias = (cause, 1.0, None, key_mask)
-    return launches(arch, query, key, key, bias, packing, *options, cause_grad="cause_grad" in words)
+        sums, longest = meta(batch + 1, dtype=torch.int32), (queries, keys)
+    dropout = "dropout" in words
+    return launches(
+        arch,
+        "cause_grad" in words,
+        query=query,
+        key=key,
+        value=key,
+        cause=cause,
+        strength=1.0,
+        head_strength=None,
+        key_mask=key_mask,
+        cu_seqlens_q=sums,
+        cu_seqlens_k=sums,
+        max_seqlen_q=longest[0],
+        max_seqlen_k=longest[1],
+        causal="causal" in words,
+        scale=dim**-0.5,
+        dropout_p=0.1 if dropout else 0.0,
+        seed=meta(dtype=torch.int64) if dropout else None,
+        query_offset=None,
+    )

@@ -43,6 +43,11 @@ class Configuration:
         """Of a thread, so that blocks_per_sm fit. Said even where it is all there are: ptxas left alone spills to save some."""
         return min(255, 65536 // (32 * self.num_warps * self.blocks_per_sm) // 8 * 8)
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+
 
 _C = Configuration
 

@@ -1,4 +1,4 @@
-"""The raw operators in Triton: from tensors to launches (compare csrc/operators.h).
+"""The raw operators in Triton: from tensors to launches (compare csrc/torch/operators.h).
 
 Everything that the kernels take for granted of their arguments is checked here, as the raw operators can be called by anybody:
 nothing outside of the arguments is ever read or written. Nothing waits for the GPU.
@@ -32,6 +32,10 @@ def attention(
     strength: float,
     head_strength: Tensor | None,
     key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float,
     dropout_p: float,
@@ -39,10 +43,11 @@ def attention(
     query_offset: Tensor | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, H, Q, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; LSE of
-    rows in one or two parts `[B, H, 1 or 2, Q]` (see `attention.py`). Arguments as `torch.ops.empcause_cpu.attention`."""
-    bias = (cause, strength, head_strength, key_mask)
-    return Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset).forward()
+    """Output `[B, H, Q, D]`, packed `[N, H, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; LSE
+    of rows in one or two parts `[B, H, 1 or 2, Q]`, packed `[H, 1 or 2, N]` (see `attention.py`)."""
+    weighting = (cause, strength, head_strength, key_mask)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return Call(query, key, value, *weighting, *packing, causal, scale, dropout_p, seed, query_offset).forward()
 
 
 def attention_backward(
@@ -57,6 +62,10 @@ def attention_backward(
     strength: float,
     head_strength: Tensor | None,
     key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float,
     dropout_p: float,
@@ -65,97 +74,53 @@ def attention_backward(
     cause_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and cause; the last is empty without `cause_grad`."""
-    bias = (cause, strength, head_strength, key_mask)
-    call = Call(query, key, value, bias, None, causal, scale, dropout_p, seed, query_offset)
-    return call.backward(grad_output, output, rounding, statistics, cause_grad)
-
-
-def attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cause: Tensor | None,
-    strength: float,
-    head_strength: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    query_offset: Tensor | None,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed sequences: output `[N, H, D]`, an empty tensor, LSE of rows `[H, 1 or 2, N]`."""
-    bias = (cause, strength, head_strength, key_mask)
+    weighting = (cause, strength, head_strength, key_mask)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset).forward()
-
-
-def attention_varlen_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    rounding: Tensor,
-    statistics: Tensor,
-    cause: Tensor | None,
-    strength: float,
-    head_strength: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    query_offset: Tensor | None,
-    cause_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and cause of packed sequences."""
-    bias = (cause, strength, head_strength, key_mask)
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    call = Call(query, key, value, bias, packing, causal, scale, dropout_p, seed, query_offset)
+    call = Call(query, key, value, *weighting, *packing, causal, scale, dropout_p, seed, query_offset)
     return call.backward(grad_output, output, rounding, statistics, cause_grad)
 
 
 class Call:
-    """One call: its arguments checked, its weights computed."""
+    """One call: its arguments checked, its weights computed. Its launches are made by `launch`."""
 
     def __init__(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: tuple[Tensor | None, float, Tensor | None, Tensor | None],
-        packing: tuple[Tensor, Tensor, int, int] | None,
+        cause: Tensor | None,
+        strength: float,
+        head_strength: Tensor | None,
+        key_mask: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
         causal: bool,
         scale: float,
         dropout_p: float,
         seed: Tensor | None,
         query_offset: Tensor | None,
     ) -> None:
-        self.packed = packing is not None
+        self.packed = cu_seqlens_q is not None
+        _require(self.packed == (cu_seqlens_k is not None), "cu_seqlens_q and cu_seqlens_k come together")
         self.query, self.dtype, self.device = query, query.dtype, query.device
         self.check_shapes(key, value)
         self.query, self.key, self.value = _whole_rows(query), _whole_rows(key), _whole_rows(value)
 
         self.batch, self.max_queries, self.max_keys = self.outer, self.num_queries, self.num_keys  # of sequences
-        self.cu_queries = self.cu_keys = None
-        if packing is not None:
-            self.cu_queries, self.cu_keys, self.max_queries, self.max_keys = packing
-            sums = self.cu_queries.numel()
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            sums = cu_seqlens_q.numel()
             _require(sums > 0, "cu_seqlens_q must have a number per sequence and one more, not none")
-            self.check_contiguous("cu_seqlens_q", self.cu_queries, torch.int32, (sums,))
-            self.check_contiguous("cu_seqlens_k", self.cu_keys, torch.int32, (sums,))
-            self.batch = sums - 1
-            _require(min(self.max_queries, self.max_keys) >= 0, "max_seqlen_q and max_seqlen_k must not be negative")
+            self.check_contiguous("cu_seqlens_q", cu_seqlens_q, torch.int32, (sums,))
+            self.check_contiguous("cu_seqlens_k", cu_seqlens_k, torch.int32, (sums,))
+            _require(min(max_seqlen_q, max_seqlen_k) >= 0, "max_seqlen_q and max_seqlen_k must not be negative")
+            self.batch, self.max_queries, self.max_keys = sums - 1, max_seqlen_q, max_seqlen_k
+        else:
+            _require(
+                max_seqlen_q == max_seqlen_k == 0,
+                "max_seqlen_q and max_seqlen_k must be 0 without cu_seqlens_q and cu_seqlens_k",
+            )
         longest = max(self.num_queries, self.num_keys, self.max_queries, self.max_keys)
         _require(longest < MOST_ROWS, "the Triton kernels take fewer than 2^30 queries and keys")
         self.check_number("query_offset", query_offset)
@@ -163,19 +128,42 @@ class Call:
         _require(0.0 <= dropout_p < 1.0, "dropout_p must be in [0, 1)")
         _require(dropout_p == 0.0 or seed is not None, "dropout needs a seed")
         self.check_number("seed", seed)
-        self.causal, self.scale, self.dropout_p = causal, scale, dropout_p
-        self.seed, self.query_offset = seed, query_offset
-        # A float64 product: the kernels round once.
-        self.scale_log2 = scale * math.log2(math.e)
         self.threshold = math.floor(dropout_p * 65536 + 0.5)
-        self.kept_factor = 1.0 / (1.0 - dropout_p)
-        self.cause, self.strength, self.head_strength, self.key_mask = bias
+        self.cause, self.strength, self.head_strength, self.key_mask = cause, strength, head_strength, key_mask
         self.current_device = _current_device(query)
+        self.shared: dict[str, Any] = {}
         with self.current_device:
             self.log2_weight = self.compute_weights()
         _, heads, keys = self.log2_weight.shape
-        # Of batch and heads; what is 1 there is broadcast.
-        self.weight_strides = (0 if self.log2_weight.shape[0] == 1 else heads * keys, 0 if heads == 1 else keys)
+        self.shared = {
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "log2_weight": self.log2_weight,
+            "cu_queries": cu_seqlens_q,
+            "cu_keys": cu_seqlens_k,
+            "query_offset": query_offset,
+            "seed": seed,
+            "query_strides": self.strides(self.query),
+            "key_strides": self.strides(self.key),
+            "value_strides": self.strides(self.value),
+            # Of batch and heads; what is 1 there is broadcast.
+            "weight_batch": 0 if self.log2_weight.shape[0] == 1 else heads * keys,
+            "weight_head": 0 if heads == 1 else keys,
+            "num_heads": self.num_heads,
+            "group": self.num_heads // self.num_key_heads,
+            "total_queries": self.num_queries,
+            "total_keys": self.num_keys,
+            "num_outer": self.outer,
+            # A float64 product: the kernels round once.
+            "scale": scale * math.log2(math.e),
+            "threshold": self.threshold,
+            "kept_factor": 1.0 / (1.0 - dropout_p),
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": block_d(self.head_dim),
+            "CAUSAL": causal,
+            "DROPOUT": self.threshold != 0,
+        }
 
     def check_shapes(self, key: Tensor, value: Tensor) -> None:
         """Of query, key and value; keeps their sizes."""
@@ -242,18 +230,18 @@ class Call:
         self.launch(
             weights.weights_kernel,
             batch * heads * blocks,
-            self.cause,
-            self.head_strength,
-            self.key_mask,
-            log2_weight,
-            self.strength,
-            0 if cause_outer == 1 else cause_heads * self.num_keys,
-            0 if cause_heads == 1 else self.num_keys,
-            heads,
-            self.num_keys,
-            blocks,
+            weights.OPTIONS,
+            cause=self.cause,
+            head_strength=self.head_strength,
+            key_mask=self.key_mask,
+            log2_weight=log2_weight,
+            strength=self.strength,
+            cause_batch=0 if cause_outer == 1 else cause_heads * self.num_keys,
+            cause_head=0 if cause_heads == 1 else self.num_keys,
+            num_heads=heads,
+            total_keys=self.num_keys,
+            num_blocks=blocks,
             BLOCK=weights.BLOCK,
-            **weights.OPTIONS,
         )
         return log2_weight
 
@@ -281,30 +269,12 @@ class Call:
         self.launch(
             forward_kernel,
             self.batch * self.num_heads * blocks,
-            self.query,
-            self.key,
-            self.value,
-            self.log2_weight,
-            output,
-            statistics,
-            self.cu_queries,
-            self.cu_keys,
-            self.query_offset,
-            self.seed,
-            self.strides(self.query),
-            self.strides(self.key),
-            self.strides(self.value),
-            *self.weight_strides,
-            self.num_heads,
-            self.num_heads // self.num_key_heads,
-            self.num_queries,
-            self.num_keys,
-            blocks,
-            self.scale_log2,
-            self.threshold,
-            self.kept_factor,
-            **self.constants(tiles),
-            DROPOUT=self.threshold != 0,
+            tiles.options,
+            output=output,
+            statistics=statistics,
+            num_blocks=blocks,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
         )
 
     def decode(self, output: Tensor, statistics: Tensor, packed_heads: int) -> None:
@@ -312,56 +282,30 @@ class Call:
         units = self.batch * self.num_heads // packed_heads
         wanted = triton.cdiv(2 * _multiprocessors(self.query.device), max(units, 1))
         parts = max(1, min(wanted, triton.cdiv(self.max_keys, 256), MAX_PARTS))
-        part_keys = triton.cdiv(triton.cdiv(self.max_keys, parts), tiles.block_n) * tiles.block_n
         rows = self.outer * self.num_queries * self.num_heads
         part_output = self.query.new_empty((parts, rows, self.head_dim), dtype=torch.float32)
         part_maximum, part_total = self.query.new_empty((2, parts, rows), dtype=torch.float32)
+        found = {"part_output": part_output, "part_maximum": part_maximum, "part_total": part_total, "parts": parts}
         self.launch(
             decode_kernel,
             units * parts,
-            self.query,
-            self.key,
-            self.value,
-            self.log2_weight,
-            part_output,
-            part_maximum,
-            part_total,
-            self.cu_queries,
-            self.cu_keys,
-            self.query_offset,
-            self.strides(self.query),
-            self.strides(self.key),
-            self.strides(self.value),
-            *self.weight_strides,
-            self.num_heads,
-            self.num_heads // self.num_key_heads,
-            packed_heads,
-            self.num_queries,
-            self.num_keys,
-            max(self.max_queries, 1),
-            self.outer,
-            parts,
-            part_keys,
-            self.scale_log2,
-            **self.constants(tiles),
+            tiles.options,
+            **found,
+            packed_heads=packed_heads,
+            max_queries=max(self.max_queries, 1),
+            part_keys=triton.cdiv(triton.cdiv(self.max_keys, parts), tiles.block_n) * tiles.block_n,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
         )
         self.launch(
             merge_kernel,
             rows,
-            part_output,
-            part_maximum,
-            part_total,
-            output,
-            statistics,
-            self.num_heads,
-            self.num_queries,
-            self.outer,
-            parts,
-            HEAD_DIM=self.head_dim,
-            BLOCK_D=block_d(self.head_dim),
+            {"num_warps": 4},
+            **found,
+            output=output,
+            statistics=statistics,
             BLOCK_P=16,
             MAX_PARTS=MAX_PARTS,
-            num_warps=4,
         )
 
     def backward(
@@ -382,77 +326,62 @@ class Call:
         grad_weight = None
         if cause_grad:
             grad_weight = self.query.new_empty((self.outer, self.num_heads, self.num_keys), dtype=torch.float32)
+        self.shared |= {
+            "grad_output": grad_output,
+            "grad_output_strides": self.strides(grad_output),
+            "statistics": statistics,
+            "delta": delta,
+        }
         with self.current_device:
-            self.compute_delta(output, grad_output, statistics, delta)
-            rows = (grad_output, self.query, self.key, self.value)
-            strides = (*(self.strides(tensor) for tensor in rows), *self.weight_strides)
-            packing = (self.cu_queries, self.cu_keys, self.query_offset, self.seed)
-            sizes = (self.num_heads, self.num_heads // self.num_key_heads, self.num_queries, self.num_keys)
-            numbers = (self.scale_log2, self.threshold, self.kept_factor)
-            tiles = self.configuration("backward_keys")
-            blocks = triton.cdiv(self.max_keys, tiles.block_n)
-            self.launch(
-                backward_keys_kernel,
-                self.batch * self.num_key_heads * blocks,
-                *rows,
-                self.log2_weight,
-                self.key_mask if cause_grad else None,
-                statistics,
-                delta,
-                grad_key,
-                grad_value,
-                grad_weight,
-                *packing,
-                *strides,
-                *sizes,
-                blocks,
-                *numbers,
-                **self.constants(tiles),
-                DROPOUT=self.threshold != 0,
-                CAUSE_GRAD=cause_grad,
-            )
-            tiles = self.configuration("backward_queries")
-            blocks = triton.cdiv(self.max_queries, tiles.block_m)
-            self.launch(
-                backward_queries_kernel,
-                self.batch * self.num_heads * blocks,
-                *rows,
-                self.log2_weight,
-                statistics,
-                delta,
-                grad_query,
-                *packing,
-                *strides,
-                *sizes,
-                blocks,
-                *numbers,
-                **self.constants(tiles),
-                DROPOUT=self.threshold != 0,
-            )
+            self.compute_delta(output)
+            self.backward_keys(grad_key, grad_value, grad_weight)
+            self.backward_queries(grad_query)
         grad_cause = self.query.new_empty(0, dtype=torch.float32)
         if grad_weight is not None:
             grad_cause = self.reduce_grad_cause(grad_weight)
         return grad_query, grad_key, grad_value, grad_cause
 
-    def compute_delta(self, output: Tensor, grad_output: Tensor, statistics: Tensor, delta: Tensor) -> None:
+    def compute_delta(self, output: Tensor) -> None:
         tiles = self.configuration("delta")
         blocks = triton.cdiv(self.num_queries, tiles.block_m)
         self.launch(
             delta_kernel,
             self.outer * self.num_heads * blocks,
-            output,
-            grad_output,
-            statistics,
-            delta,
-            self.strides(output),
-            self.strides(grad_output),
-            self.num_heads,
-            self.num_queries,
-            blocks,
-            HEAD_DIM=self.head_dim,
+            {"num_warps": tiles.num_warps},
+            output=output,
+            output_strides=self.strides(output),
+            num_blocks=blocks,
             BLOCK_M=tiles.block_m,
-            BLOCK_D=block_d(self.head_dim),
-            num_warps=tiles.num_warps,
+        )
+
+    def backward_keys(self, grad_key: Tensor, grad_value: Tensor, grad_weight: Tensor | None) -> None:
+        tiles = self.configuration("backward_keys")
+        blocks = triton.cdiv(self.max_keys, tiles.block_n)
+        self.launch(
+            backward_keys_kernel,
+            self.batch * self.num_key_heads * blocks,
+            tiles.options,
+            key_mask=None if grad_weight is None else self.key_mask,
+            grad_key=grad_key,
+            grad_value=grad_value,
+            grad_weight=grad_weight,
+            num_blocks=blocks,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            CAUSE_GRAD=grad_weight is not None,
+        )
+
+    def backward_queries(self, grad_query: Tensor) -> None:
+        tiles = self.configuration("backward_queries")
+        blocks = triton.cdiv(self.max_queries, tiles.block_m)
+        self.launch(
+            backward_queries_kernel,
+            self.batch * self.num_heads * blocks,
+            tiles.options,
+            grad_query=grad_query,
+            num_blocks=blocks,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
         )
 
     def reduce_grad_cause(self, grad_weight: Tensor) -> Tensor:
@@ -462,7 +391,21 @@ class Call:
         outer, heads = self.cause_sizes()
         return (grad_weight * strength).sum_to_size(outer, heads, self.num_keys).reshape(self.cause.shape)
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    def launch(self, kernel: Any, programs: int, options: dict[str, Any], **own: Any) -> None:
+        """Launch a kernel, its arguments in the order in which it has them: `own` by their names, and of `shared` those it takes.
+
+        Args:
+            options: what the compiler is told, as `num_warps`.
+
+        Raises:
+            RuntimeError: an argument that the kernel has and nobody gives, or the other way round.
+        """
+        named = self.shared | own
+        wrong = {name for name in kernel.arg_names if name not in named} | (own.keys() - kernel.arg_names)
+        _require(not wrong, f"{kernel.__name__} is launched with the wrong arguments: {', '.join(sorted(wrong))}")
+        self.run(kernel, programs, [named[name] for name in kernel.arg_names], options)
+
+    def run(self, kernel: Any, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
         if programs > 0:
             kernel[(programs,)](*arguments, **options)
 
@@ -471,18 +414,6 @@ class Call:
 
     def configuration(self, kernel: str) -> Configuration:
         return configuration(kernel, self.head_dim, self.query.dtype, self.architecture(), self.threshold != 0)
-
-    def constants(self, tiles: Configuration) -> dict[str, Any]:
-        return {
-            "HEAD_DIM": self.head_dim,
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_D": block_d(self.head_dim),
-            "CAUSAL": self.causal,
-            "num_warps": tiles.num_warps,
-            "num_stages": tiles.num_stages,
-            "maxnreg": tiles.max_registers,
-        }
 
     def strides(self, tensor: Tensor) -> tuple[int, int, int]:
         """Of batch, heads and rows."""

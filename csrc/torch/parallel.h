@@ -12,8 +12,8 @@
 
 namespace empcause {
 
-// Each thread has a range of neighbouring tasks, and when these are done it helps the others with theirs: tasks differ in length,
-// and so do processors that others use too.
+// Each thread has a range of neighbouring tasks, and when these are done it helps the others with theirs: tasks differ in
+// length, and so do processors that others use too.
 inline void parallel_for(int64_t count, cpu::Task task, void* context) {
   struct alignas(64) Range {
     std::atomic<int64_t> next;

@@ -2,5 +2,6 @@
 
 from empcause.ops.attention import biased_attention, biased_attention_varlen
 from empcause.ops.backends import BackendInfo, Info, info
+from empcause.ops.choice import use_backend
 
-__all__ = ["BackendInfo", "Info", "biased_attention", "biased_attention_varlen", "info"]
+__all__ = ["BackendInfo", "Info", "biased_attention", "biased_attention_varlen", "info", "use_backend"]

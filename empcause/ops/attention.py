@@ -1,4 +1,4 @@
-"""The operator: argument checks, choice of the backend, autograd in eager mode."""
+"""The operator: its two public functions, argument checks, autograd in eager mode."""
 
 import math
 from collections.abc import Callable
@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from empcause.ops.backends import choose_backend
+from empcause.ops.backends import DTYPES
+from empcause.ops.choice import choose_backend
 from empcause.ops.reference import SMALLEST_WEIGHT, biased_attention_reference
 from empcause.ops.varlen import biased_attention_varlen_reference
 
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DENSE = torch.strided
 LARGEST_SCALE = 1e38  # so that fp32 holds it, in powers of two as well
 
@@ -61,7 +60,7 @@ def biased_attention(
         dropout_p: probability that a renormalised attention probability is dropped, in [0, 1).
         seed: int of 64 bits or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
         query_offset: int or 0-d int64 tensor, position of query 0 among the keys; default K - Q. Unused unless causal.
-        backend: "cpu", "triton", "cuda" or "reference"; default is the best one for these tensors.
+        backend: "cpu", "triton", "cuda" or "reference"; default is that of `use_backend`, else the best one for these tensors.
 
     Returns:
         `[B, H, Q, D]`, laid out so that `output.transpose(1, 2)` is contiguous. Rows that see no key are 0.
@@ -70,37 +69,9 @@ def biased_attention(
         ValueError: an argument of wrong shape, dtype, device or range.
         RuntimeError: a backend that is not there, a cause whose value is not allowed, or a derivative that the backend lacks.
     """
-    _check_tensors(query, key, value, packed=False)
-    batch, heads, _, dim = query.shape
-    device = query.device
-    keys = key.shape[2]
-    scale = dim**-0.5 if scale is None else scale
-    _check_options(strength, causal, scale, dropout_p, heads, device)
-    per_key = ((batch, keys), (1, keys))
-    per_head = ((batch, heads, keys), (batch, 1, keys), (1, heads, keys), (1, 1, keys))
-    _check_cause(cause, per_key + per_head, "[B or 1, K] or [B or 1, H or 1, K]", device)
-    _check_mask(key_mask, (batch, keys), "[B, K]", device)
-    seed = _seed(seed, dropout_p, device)
-    offset = None if query_offset is None else _scalar("query_offset", query_offset, 62, device)
-    backend = choose_backend(backend, query)
-    if backend == "reference":
-        check_weights(cause, strength, key_mask)
-        return biased_attention_reference(
-            query,
-            key,
-            value,
-            cause,
-            strength=strength,
-            key_mask=key_mask,
-            causal=causal,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            query_offset=offset,
-        )[0]
-    cause, strength, head_strength, key_mask = _kernel_weights(cause, strength, key_mask)
-    others = (strength, head_strength, key_mask, causal, scale, dropout_p, seed, offset)
-    return _apply(_Attention, "attention", backend, query, key, value, cause, others)
+    return _attention(
+        query, key, value, cause, strength, key_mask, None, causal, scale, dropout_p, seed, query_offset, backend
+    )
 
 
 def biased_attention_varlen(
@@ -141,53 +112,97 @@ def biased_attention_varlen(
     Raises:
         ValueError, RuntimeError: see `biased_attention`.
     """
-    _check_tensors(query, key, value, packed=True)
-    _, heads, dim = query.shape
-    device = query.device
-    keys = key.shape[0]
-    scale = dim**-0.5 if scale is None else scale
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _attention(
+        query, key, value, cause, strength, key_mask, packing, causal, scale, dropout_p, seed, None, backend
+    )
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None,
+    strength: float | Tensor,
+    key_mask: Tensor | None,
+    packing: tuple[Tensor, Tensor, int, int] | None,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    query_offset: int | Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Both functions: `packing` has the prefix sums of packed sequences and the bounds of their lengths."""
+    packed = packing is not None
+    shape, key_shape, dtype, device = _check_tensors(query, key, value, packed)
+    # Packed sequences have one axis of rows in the place of two.
+    batch, heads, keys = () if packed else (shape[0],), shape[1], key_shape[0 if packed else 2]
+    scale = shape[-1] ** -0.5 if scale is None else scale
     _check_options(strength, causal, scale, dropout_p, heads, device)
-    _check_cause(cause, ((keys,), (heads, keys), (1, keys)), "[M] or [H or 1, M]", device)
-    _check_mask(key_mask, (keys,), "[M]", device)
-    for name, sums in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if not isinstance(sums, Tensor) or sums.device != device:
-            kind = f"on {sums.device}" if isinstance(sums, Tensor) else _kind(sums)
-            raise ValueError(f"{name} must be a tensor on {device}, as query is, not {kind}.")
-        if sums.dtype != torch.int32 or sums.dim() != 1 or sums.shape[0] < 1 or sums.shape != cu_seqlens_q.shape:
-            raise ValueError(
-                f"{name} must be int32 [sequences + 1], the same length for both, not {sums.dtype} {list(sums.shape)}."
-            )
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not _is_integer(longest) or longest < 0:
-            raise ValueError(f"{name} must be an int, 0 or more, not {longest!r}.")
+    _check_cause(cause, batch, heads, keys, device)
+    _check_mask(key_mask, batch, keys, device)
+    if packing is not None:
+        _check_packing(*packing, device)
     seed = _seed(seed, dropout_p, device)
-    packing = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
-    backend = choose_backend(backend, query)
+    offset = None if query_offset is None else _scalar("query_offset", query_offset, 62, device)
+    backend = choose_backend(backend, device.type, dtype)
     if backend == "reference":
-        check_weights(
-            None if cause is None else cause[None],
-            strength,
-            None if key_mask is None else key_mask[None],
-        )
-        return biased_attention_varlen_reference(
-            query,
-            key,
-            value,
-            cause,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            strength=strength,
-            key_mask=key_mask,
-            causal=causal,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-        )[0]
-    cause, strength, head_strength, key_mask = _kernel_weights(cause, strength, key_mask)
-    others = (strength, head_strength, key_mask, *packing, causal, scale, dropout_p, seed, None)
-    return _apply(_AttentionVarlen, "attention_varlen", backend, query, key, value, cause, others)
+        return _reference(query, key, value, cause, strength, key_mask, packing, causal, scale, dropout_p, seed, offset)
+    if cause is not None:
+        cause = (cause if cause.dtype == torch.float32 else cause.to(torch.float32)).contiguous()
+    strength, head_strength = _kernel_strength(strength)
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    cu_q, cu_k, max_q, max_k = (None, None, 0, 0) if packing is None else packing
+    if cu_q is not None and cu_k is not None:
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    others = (strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset)
+    # Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func` and
+    # forward mode need the registered one (`registration.py`).
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        operator = getattr(torch.ops, f"empcause_{backend}").attention.default
+        return operator(query, key, value, cause, *others, torch.is_grad_enabled())[0]
+    operators = _operators(backend)
+    if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
+        # torch looks at each argument, but not into a tuple
+        return _Attention.apply(operators, query, key, value, cause, others)
+    with below_autograd():
+        return operators[0](query, key, value, cause, *others, False)[0]
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cause: Tensor | None,
+    strength: float | Tensor,
+    key_mask: Tensor | None,
+    packing: tuple[Tensor, Tensor, int, int] | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    options: dict[str, Any] = {
+        "strength": strength,
+        "key_mask": key_mask,
+        "causal": causal,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "seed": seed,
+    }
+    if packing is None:
+        check_weights(cause, strength, key_mask)
+        return biased_attention_reference(query, key, value, cause, query_offset=offset, **options)[0]
+    check_weights(
+        None if cause is None else cause[None],
+        strength,
+        None if key_mask is None else key_mask[None],
+    )
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    bounds: dict[str, Any] = dict(zip(names, packing, strict=True))
+    return biased_attention_varlen_reference(query, key, value, cause, **bounds, **options)[0]
 
 
 def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
@@ -224,7 +239,10 @@ def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tens
         raise RuntimeError(f"{message}; it is {value} at batch {place[0]}, key {place[2]}.")
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, packed: bool
+) -> tuple[torch.Size, torch.Size, torch.dtype, torch.device]:
+    """Shapes of query and key, and what all three share: looked up once, as a small call feels it."""
     dims = 3 if packed else 4
     try:
         shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
@@ -244,6 +262,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         raise ValueError(f"query and key must share the batch, not {shape[0]} and {key_shape[0]}.")
     if key_shape[1] < 1 or shape[1] % key_shape[1]:
         raise ValueError(f"the key heads must divide the query heads; there are {key_shape[1]} and {shape[1]}.")
+    return shape, key_shape, dtype, device
 
 
 def _kind(value: Any) -> str:
@@ -295,29 +314,49 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int | Integral | torch.SymInt) and not isinstance(value, bool)
 
 
-def _check_cause(
-    cause: Tensor | None, shapes: tuple[tuple[int, ...], ...], expected: str, device: torch.device
-) -> None:
+def _check_cause(cause: Tensor | None, batch: tuple[int, ...], heads: int, keys: int, device: torch.device) -> None:
     if cause is None:
         return
     if not isinstance(cause, Tensor) or cause.layout is not DENSE:
         raise ValueError(f"cause must be a dense tensor or None, not {_kind(cause)}.")
-    if cause.shape not in shapes:
-        raise ValueError(f"cause must be {expected} with K = {shapes[0][-1]}, not {list(cause.shape)}.")
+    shape = cause.shape
+    if shape != (*batch, keys):  # which most are: the others are put together where there is need
+        outer = (batch, (1,) * len(batch))
+        if shape not in [(*b, *h, keys) for b in outer for h in ((), (1,), (heads,))]:
+            expected = "[B or 1, K] or [B or 1, H or 1, K]" if batch else "[M] or [H or 1, M]"
+            raise ValueError(f"cause must be {expected} with K = {keys}, not {list(shape)}.")
     if not cause.is_floating_point() or cause.device != device:
         raise ValueError(f"cause must be floating on {device}, not {cause.dtype} on {cause.device}.")
 
 
-def _check_mask(key_mask: Tensor | None, shape: tuple[int, ...], expected: str, device: torch.device) -> None:
+def _check_mask(key_mask: Tensor | None, batch: tuple[int, ...], keys: int, device: torch.device) -> None:
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.layout is not DENSE:
         raise ValueError(f"key_mask must be a dense tensor or None, not {_kind(key_mask)}.")
+    shape = (*batch, keys)
     if key_mask.dtype != torch.bool or key_mask.shape != shape or key_mask.device != device:
+        expected = "[B, K]" if batch else "[M]"
         raise ValueError(
             f"key_mask must be bool {expected} = {list(shape)} on {device}, "
             f"not {key_mask.dtype} {list(key_mask.shape)} on {key_mask.device}."
         )
+
+
+def _check_packing(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, device: torch.device
+) -> None:
+    for name, sums in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(sums, Tensor) or sums.device != device:
+            kind = f"on {sums.device}" if isinstance(sums, Tensor) else _kind(sums)
+            raise ValueError(f"{name} must be a tensor on {device}, as query is, not {kind}.")
+        if sums.dtype != torch.int32 or sums.dim() != 1 or sums.shape[0] < 1 or sums.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"{name} must be int32 [sequences + 1], the same length for both, not {sums.dtype} {list(sums.shape)}."
+            )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not _is_integer(longest) or longest < 0:
+            raise ValueError(f"{name} must be an int, 0 or more, not {longest!r}.")
 
 
 def _scalar(name: str, value: int | Tensor, bits: int, device: torch.device) -> Tensor:
@@ -340,55 +379,22 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     return _scalar("seed", seed, 63, device)
 
 
-def _kernel_weights(
-    cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None
-) -> tuple[Tensor | None, float, Tensor | None, Tensor | None]:
-    """What the raw operators take: fp32 cause, strength as a number or per head, key_mask."""
-    if cause is not None:
-        cause = (cause if cause.dtype == torch.float32 else cause.to(torch.float32)).contiguous()
-    key_mask = None if key_mask is None else key_mask.contiguous()
-    if isinstance(strength, Tensor):
-        if strength.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                'strength gets a gradient on backend="reference" alone; pass strength.detach(), or multiply cause by it.'
-            )
-        return cause, 1.0, strength.to(torch.float32).contiguous(), key_mask
-    return cause, float(strength), None, key_mask
-
-
-def _operator(backend: str, name: str) -> OpOverload:
-    return getattr(getattr(torch.ops, f"empcause_{backend}"), name).default
+def _kernel_strength(strength: float | Tensor) -> tuple[float, Tensor | None]:
+    """Strength as the raw operators take it: a number, or one per head in fp32."""
+    if not isinstance(strength, Tensor):
+        return float(strength), None
+    if strength.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            'strength gets a gradient on backend="reference" alone; pass strength.detach(), or multiply cause by it.'
+        )
+    return 1.0, strength.to(torch.float32).contiguous()
 
 
 @cache
-def _operators(backend: str, name: str) -> tuple[Callable, Callable]:
-    """The raw operator and its gradient as eager mode calls them: looked up once, without the overloads' own wrappers."""
-    return _operator(backend, name)._op, _operator(backend, f"{name}_backward")._op
-
-
-def _apply(
-    function: type["_Attention"] | type["_AttentionVarlen"],
-    name: str,
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cause: Tensor | None,
-    others: tuple,
-) -> Tensor:
-    """Run a raw operator, recording its gradient if it is needed.
-
-    Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func`
-    and forward mode need the registered one (`registration.py`).
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _operator(backend, name)(query, key, value, cause, *others, torch.is_grad_enabled())[0]
-    operators = _operators(backend, name)
-    if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
-        # torch looks at each argument, but not into a tuple
-        return function.apply(operators, query, key, value, cause, others)
-    with below_autograd():
-        return operators[0](query, key, value, cause, *others, False)[0]
+def _operators(backend: str) -> tuple[Callable, Callable]:
+    """The raw operators as eager mode calls them: looked up once, without the overloads' own wrappers."""
+    operators = getattr(torch.ops, f"empcause_{backend}")
+    return operators.attention.default._op, operators.attention_backward.default._op
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None) -> bool:
@@ -407,21 +413,21 @@ class _Attention(torch.autograd.Function):
         forward, backward = operators
         with below_autograd():
             output, rounding, statistics = forward(query, key, value, cause, *others, True)
-        strength, head_strength, key_mask, causal, scale, dropout_p, seed, offset = others
+        strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset = others
         ctx.save_for_backward(
-            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, seed, offset
+            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed, offset
         )
-        ctx.constants = backward, strength, causal, scale, dropout_p
+        ctx.constants = backward, strength, max_q, max_k, causal, scale, dropout_p
         return output
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, seed, offset = (
+        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed, offset = (
             ctx.saved_tensors
         )
-        backward, strength, causal, scale, dropout_p = ctx.constants
+        backward, strength, max_q, max_k, causal, scale, dropout_p = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
-        # Each by its name: putting 16 arguments together from parts is felt in a small call.
+        # Each by its name: putting 20 arguments together from parts is felt in a small call.
         with _guard():
             grad_query, grad_key, grad_value, grad_cause = backward(
                 grad_output,
@@ -435,36 +441,15 @@ class _Attention(torch.autograd.Function):
                 strength,
                 head_strength,
                 key_mask,
+                cu_q,
+                cu_k,
+                max_q,
+                max_k,
                 causal,
                 scale,
                 dropout_p,
                 seed,
                 offset,
                 wants_cause,
-            )
-        return None, grad_query, grad_key, grad_value, grad_cause if wants_cause else None, None
-
-
-class _AttentionVarlen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
-        forward, backward = operators
-        with below_autograd():
-            output, rounding, statistics = forward(query, key, value, cause, *others, True)
-        strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, _ = others
-        ctx.save_for_backward(
-            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed
-        )
-        ctx.constants = backward, strength, max_q, max_k, causal, scale, dropout_p
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        *inputs, head_strength, key_mask, cu_q, cu_k, seed = ctx.saved_tensors
-        backward, strength, *options = ctx.constants
-        wants_cause = ctx.needs_input_grad[4]
-        with _guard():
-            grad_query, grad_key, grad_value, grad_cause = backward(
-                grad_output, *inputs, strength, head_strength, key_mask, cu_q, cu_k, *options, seed, None, wants_cause
             )
         return None, grad_query, grad_key, grad_value, grad_cause if wants_cause else None, None

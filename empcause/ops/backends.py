@@ -1,25 +1,41 @@
-"""Which backends are built, which would run, and why."""
+"""The registry of backends: which there are, which are built, which would run here, and why."""
 
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverloadPacket, _OpNamespace
 
 from empcause.ops.registration import OPERATORS, define, register, registered
 from empcause.text import visible
 
-# Best first, for tensors of each type of device; where none of these can run, the reference does.
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-KERNEL_BACKENDS = ("cpu", "triton", "cuda")
-BACKENDS = (*KERNEL_BACKENDS, "reference")
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_LIBRARY = Path(__file__).parents[1] / "libempcause_cuda.so"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operator.
+
+    Attributes:
+        name: what `backend=` calls it; its raw operators are `torch.ops.empcause_<name>`.
+        devices: types of the devices that it is made for; None: all.
+        dtypes: of query, key and value.
+        load: makes its raw operators known to torch; why not, if that fails.
+        describe: once it is loaded, whether it would run here, and what it takes or why it would not.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+    load: Callable[[], str | None]
+    describe: Callable[[], tuple[bool, str]]
 
 
 @dataclass(frozen=True)
@@ -55,42 +71,93 @@ def info() -> Info:
     """What is built, what would run here, and why."""
     from empcause import __version__
 
-    backends = (_cpu_info(), _gpu_info("triton"), _gpu_info("cuda"), _reference_info())
-    return Info(__version__, torch.__version__, backends)
+    return Info(__version__, torch.__version__, tuple(map(_info, BACKENDS.values())))
 
 
-def _cpu_info() -> BackendInfo:
-    why_not = _load("cpu")
+def _info(backend: Backend) -> BackendInfo:
+    why_not = why_not_loaded(backend.name)
     if why_not is not None:
-        return BackendInfo("cpu", False, False, why_not)
+        return BackendInfo(backend.name, False, False, why_not)
+    return BackendInfo(backend.name, True, *backend.describe())
+
+
+def _load_cpu() -> str | None:
+    try:
+        importlib.import_module("empcause._C")
+    except ImportError as error:
+        return f"the compiled module is missing or does not fit the installed torch ({error})"
+    register("empcause_cpu")
+    return None
+
+
+def _describe_cpu() -> tuple[bool, str]:
     try:
         facts = importlib.import_module("empcause._C").build_info()
     except UnicodeDecodeError:
-        return BackendInfo("cpu", True, False, "EMPCAUSE_CPU_ISA is not UTF-8 text")
+        return False, "EMPCAUSE_CPU_ISA is not UTF-8 text"
     except RuntimeError as error:
-        return BackendInfo("cpu", True, False, visible(str(error)))
-    reason = (
+        return False, visible(str(error))
+    return True, (
         f"CPU tensors in fp32, bf16, fp16; instruction set {facts['isa_selected']} "
         f"(built: {', '.join(facts['isa_built'])}), {torch.get_num_threads()} threads, {facts['compiler']}, "
         f"for torch {facts['torch_target']} and newer"
     )
-    return BackendInfo("cpu", True, True, reason)
 
 
-def _gpu_info(name: str) -> BackendInfo:
-    why_not = _load(name)
-    if why_not is not None:
-        return BackendInfo(name, False, False, why_not)
+def _load_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed (pip install "empcause[gpu]")'
+    try:
+        module = importlib.import_module("empcause.kernels.operators")
+    except ImportError as error:
+        return f"the installed triton does not fit ({error})"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    define("empcause_triton", module, ["CUDA", "CPU"] if interpreted else ["CUDA"])
+    register("empcause_triton")
+    return None
+
+
+def _load_cuda() -> str | None:
+    if not _CUDA_LIBRARY.exists():
+        return "built where asked for, with -DEMPCAUSE_CUDA=ON"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return f"{_CUDA_LIBRARY.name} does not fit the installed torch ({error})"
+    register("empcause_cuda")
+    return None
+
+
+def _describe_gpu(name: str, on_cpu: str) -> tuple[bool, str]:
     if _has_kernels(name, "cpu"):
-        how = "in Triton's interpreter" if name == "triton" else "under the emulator"
-        return BackendInfo(name, True, True, f"CPU tensors, {how}: to test and debug the GPU kernels, slow")
+        return True, f"CPU tensors, {on_cpu}: to test and debug the GPU kernels, slow"
     if not torch.cuda.is_available():
-        return BackendInfo(name, True, False, "torch sees no CUDA device")
-    return BackendInfo(name, True, True, f"CUDA tensors in fp32, bf16, fp16; {torch.cuda.get_device_name()}")
+        return False, "torch sees no CUDA device"
+    return True, f"CUDA tensors in fp32, bf16, fp16; {torch.cuda.get_device_name()}"
 
 
-def _reference_info() -> BackendInfo:
-    return BackendInfo("reference", True, True, "any device and fp64: the equations in plain torch, quadratic memory")
+# By name, best first: tensors go to the first that is made for their device, takes their dtype and is there.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", ("cpu",), _KERNEL_DTYPES, _load_cpu, _describe_cpu),
+        Backend(
+            "triton",
+            ("cuda",),
+            _KERNEL_DTYPES,
+            _load_triton,
+            lambda: _describe_gpu("triton", "in Triton's interpreter"),
+        ),
+        Backend("cuda", ("cuda",), _KERNEL_DTYPES, _load_cuda, lambda: _describe_gpu("cuda", "under the emulator")),
+        Backend(
+            "reference",
+            None,
+            tuple(DTYPES),
+            lambda: None,
+            lambda: (True, "any device and fp64: the equations in plain torch, quadratic memory"),
+        ),
+    )
+}
 
 
 def load_cuda(path: str | Path) -> None:
@@ -103,42 +170,18 @@ def load_cuda(path: str | Path) -> None:
         RuntimeError: a CUDA backend is loaded already.
         OSError: the file is missing or does not fit the installed torch.
     """
-    if _load("cuda") is None:
+    if why_not_loaded("cuda") is None:
         raise RuntimeError("The CUDA backend is loaded already.")
     torch.ops.load_library(path)
     register("empcause_cuda")
-    _load.cache_clear()
-    _find.cache_clear()
+    why_not_loaded.cache_clear()
+    find.cache_clear()
 
 
 @cache
-def _load(name: str) -> str | None:
-    """Make `torch.ops.empcause_<name>` known to torch; why not, if that fails."""
-    if f"empcause_{name}" in registered:
-        return None
-    if name == "cpu":
-        try:
-            importlib.import_module("empcause._C")
-        except ImportError as error:
-            return f"the compiled module is missing or does not fit the installed torch ({error})"
-    elif name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return 'triton is not installed (pip install "empcause[gpu]")'
-        try:
-            module = importlib.import_module("empcause.kernels.operators")
-        except ImportError as error:
-            return f"the installed triton does not fit ({error})"
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        define("empcause_triton", module, ["CUDA", "CPU"] if interpreted else ["CUDA"])
-    else:
-        if not _CUDA_LIBRARY.exists():
-            return "built where asked for, with -DEMPCAUSE_CUDA=ON"
-        try:
-            torch.ops.load_library(_CUDA_LIBRARY)
-        except OSError as error:
-            return f"{_CUDA_LIBRARY.name} does not fit the installed torch ({error})"
-    register(f"empcause_{name}")
-    return None
+def why_not_loaded(name: str) -> str | None:
+    """Load a backend; why that fails, if it does, the same for the whole process."""
+    return None if f"empcause_{name}" in registered else BACKENDS[name].load()
 
 
 class _Namespace(_OpNamespace):
@@ -151,55 +194,39 @@ class _Namespace(_OpNamespace):
         self.backend = backend
 
     def __getattr__(self, name: str) -> OpOverloadPacket:
-        if name in OPERATORS and (why_not := _load(self.backend)) is not None:
+        if name in OPERATORS and (why_not := why_not_loaded(self.backend)) is not None:
             raise AttributeError(f"The backend {self.backend!r} has no operators here: {why_not}.")
         return super().__getattr__(name)
 
 
-for _name in KERNEL_BACKENDS:
+for _name in BACKENDS.keys() - {"reference"}:  # which has no raw operators
     setattr(torch.ops, f"empcause_{_name}", _Namespace(_name))
 
 
 def _has_kernels(name: str, device_type: str) -> bool:
+    """Whether a loaded backend takes tensors there; of a GPU's, the interpreter's and the emulator's take those of the CPU."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or _load(name) is not None:
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"empcause_{name}::attention", key)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"empcause_{name}::attention", key)
 
 
-# A compiler takes the answer as it is: loading a backend is not for it to trace.
-@torch.compiler.assume_constant_result
-def _choose(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str | None, str]:
-    """The backend, or None and why the wanted one cannot run."""
-    return _find(wanted, device_type, dtype)
+def _why_not(backend: Backend, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot take such tensors; None if it can."""
+    why_not = why_not_loaded(backend.name)
+    if why_not is not None:
+        return why_not
+    if backend.devices is not None and not _has_kernels(backend.name, device_type):
+        takes = "the CPU" if _has_kernels(backend.name, "cpu") else "CUDA devices"
+        return f"it takes tensors on {takes}, not on {device_type}"
+    if dtype not in backend.dtypes:
+        *most, last = (DTYPES[taken] for taken in backend.dtypes)
+        return f"it takes {', '.join(most)} and {last}, not {dtype}"
+    return None
 
 
 @cache
-def _find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str | None, str]:
-    if wanted == "reference":
-        return wanted, ""
-    takes_dtype = dtype in _KERNEL_DTYPES
-    if wanted is None:
-        kernels = (name for name in _PREFERRED.get(device_type, ()) if takes_dtype and _has_kernels(name, device_type))
-        return next(kernels, "reference"), ""
-    why_not = _load(wanted)
-    if why_not is None and not _has_kernels(wanted, device_type):
-        takes = "the CPU" if _has_kernels(wanted, "cpu") else "CUDA devices"
-        why_not = f"it takes tensors on {takes}, not on {device_type}"
-    if why_not is None and not takes_dtype:
-        why_not = f"it takes fp32, bf16 and fp16, not {dtype}"
-    return (wanted, "") if why_not is None else (None, why_not)
-
-
-def choose_backend(wanted: str | None, query: Tensor) -> str:
-    """The backend for these tensors.
-
-    Raises:
-        RuntimeError: the wanted one is unknown, not built, or cannot take these tensors.
-    """
-    if wanted is not None and wanted not in BACKENDS:
-        raise RuntimeError(f"Unknown backend {wanted!r}; expected one of {', '.join(BACKENDS)}.")
-    chosen, why_not = _choose(wanted, query.device.type, query.dtype)
-    if chosen is None:
-        raise RuntimeError(f"The backend {wanted!r} cannot run this: {why_not}.")
-    return chosen
+def find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The name of the wanted backend, or of the best one, for tensors of a device and dtype, and why it cannot take them."""
+    if wanted is not None:
+        return wanted, _why_not(BACKENDS[wanted], device_type, dtype)
+    made = (b for b in BACKENDS.values() if b.devices is None or device_type in b.devices)
+    return next(backend.name for backend in made if _why_not(backend, device_type, dtype) is None), None

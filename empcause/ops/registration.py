@@ -1,7 +1,8 @@
 """What torch needs to know of a backend's raw operators: schemas, shapes (fake kernels), gradients and `torch.vmap`.
 
-Each kernel backend has the same four operators under a namespace of its own: `torch.ops.empcause_cpu`, `empcause_triton`
-and `empcause_cuda`. Those of the C++ backends are defined where they are compiled (csrc/operators.h).
+Each backend with kernels has the same two operators, `attention` and `attention_backward`, under a namespace of its own:
+`torch.ops.empcause_cpu`, `empcause_triton` and `empcause_cuda`. Those of the C++ backends are defined where they are compiled
+(csrc/torch/operators.h). Tensors are `[B, H, N, D]`, or `[N, H, D]` where prefix sums of packed sequences are given.
 
 Kernels give first derivatives in reverse mode. Forward mode and second derivatives are refused by name.
 """
@@ -141,7 +142,7 @@ def _vmap(operator: OpOverload) -> Callable:
     return rule
 
 
-OPERATORS = ("attention", "attention_backward", "attention_varlen", "attention_varlen_backward")
+OPERATORS = ("attention", "attention_backward")
 registered: set[str] = set()  # namespaces that `define` or `register` has seen
 _libraries: list[torch.library.Library] = []  # a definition lasts as long as its library
 
@@ -163,14 +164,11 @@ def register(namespace: str) -> None:
     registered.add(namespace)
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
-    for name in ("attention", "attention_varlen"):
-        forward, backward = (
-            getattr(getattr(torch.ops, namespace), which).default for which in (name, f"{name}_backward")
-        )
-        torch.library.register_fake(f"{namespace}::{name}", _make_forward_shapes(namespace))
-        torch.library.register_fake(f"{namespace}::{name}_backward", _backward_shapes)
-        library.impl(name, _differentiable(forward, _setup_context, _make_backward(backward)), "Autograd")
-        once = _refuse("second derivatives", forward)
-        library.impl(f"{name}_backward", _differentiable(backward, lambda *_: None, once), "Autograd")
-        for operator in (forward, backward):
-            torch.library.register_vmap(operator, _vmap(operator), lib=library)
+    forward, backward = (getattr(getattr(torch.ops, namespace), name).default for name in OPERATORS)
+    torch.library.register_fake(f"{namespace}::attention", _make_forward_shapes(namespace))
+    torch.library.register_fake(f"{namespace}::attention_backward", _backward_shapes)
+    library.impl("attention", _differentiable(forward, _setup_context, _make_backward(backward)), "Autograd")
+    once = _refuse("second derivatives", forward)
+    library.impl("attention_backward", _differentiable(backward, lambda *_: None, once), "Autograd")
+    for operator in (forward, backward):
+        torch.library.register_vmap(operator, _vmap(operator), lib=library)

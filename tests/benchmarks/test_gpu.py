@@ -21,6 +21,9 @@ from empcause.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwat
 from empcause.benchmarks.training_steps import Texts
 from torch.nn.attention import SDPBackend
 
+from empcause.integration import attention as integration
+from empcause.ops.choice import choose_backend
+
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "n_positions": 64}
 SMALL = Case("small", 3, 4, 4, 48, 48, 16, torch.float32)
@@ -260,12 +263,13 @@ class TestRun:
     def test_a_wrong_loss_is_red(self, monkeypatch):
         texts, variant = Texts("padded", 3, 24), training_steps.variants(["cpu"], False)[0]
         assert training_steps.judge(variant, texts, SIZES, "cpu") is None
-        right = training_steps.biased_attention
+        right = integration.biased_attention
 
-        def wrong_on_the_cpu(*leaves, backend, **options):
-            return right(*leaves, backend=backend, **options) * (1.5 if backend == "cpu" else 1.0)
+        def wrong_on_the_cpu(query, *others, **options):
+            factor = 1.5 if choose_backend(None, "cpu", query.dtype) == "cpu" else 1.0
+            return right(query, *others, **options) * factor
 
-        monkeypatch.setattr(training_steps, "biased_attention", wrong_on_the_cpu)
+        monkeypatch.setattr(integration, "biased_attention", wrong_on_the_cpu)
         assert "with the reference" in training_steps.judge(variant, texts, SIZES, "cpu")
 
     def test_batches_hold_the_same_texts(self):

@@ -464,8 +464,8 @@ def test_recipes_that_are_none(tmp_path):
     ),
     Guard(
         "empcause/ops/backends.py",
-        'BackendInfo("cpu", True, False, visible(str(error)))',
-        'BackendInfo("cpu", True, False, str(error))',
+        "return False, visible(str(error))",
+        "return False, str(error)",
     ),
     cause="EMPCAUSE_CPU_ISA names an instruction set that is unknown or that this processor has not",
     place="any command",

@@ -201,7 +201,7 @@ def test_forward_mode():
     Guard(OPERATOR, "nullcontext() if torch.is_grad_enabled() else below_autograd()", "below_autograd()"),
     Guard(
         FORMULAS,
-        'library.impl(f"{name}_backward", _differentiable(backward, lambda *_: None, once), "Autograd")',
+        'library.impl("attention_backward", _differentiable(backward, lambda *_: None, once), "Autograd")',
         "pass",
     ),
     Guard(FORMULAS, "torch.enable_grad(), _set_fwd_grad_enabled(True), ", ""),
@@ -239,7 +239,7 @@ def test_second_derivatives():
 
 
 @fault(
-    Guard(OPERATOR, "        if strength.requires_grad and torch.is_grad_enabled():\n", "        if False:\n"),
+    Guard(OPERATOR, "    if strength.requires_grad and torch.is_grad_enabled():\n", "    if False:\n"),
     Guard(FORMULAS, "    if ctx.needs_input_grad[5]:\n", "    if False:\n"),
     cause="strength is learned: a tensor that requires a gradient",
     place="biased_attention on every backend, and the raw operators",
@@ -259,7 +259,9 @@ def test_gradient_of_strength():
     with pytest.raises(ValueError, match="strength gets a gradient on backend="):
         biased_attention(*inputs, strength=learned, backend="cpu")
     with pytest.raises(RuntimeError, match="head_strength gets no gradient"):
-        torch.ops.empcause_cpu.attention(*inputs, 1.0, learned, None, True, 0.3, 0.0, None, None, True)
+        torch.ops.empcause_cpu.attention(
+            *inputs, 1.0, learned, None, None, None, 0, 0, True, 0.3, 0.0, None, None, True
+        )
     assert_close(
         biased_attention(*inputs, strength=learned.detach(), backend="cpu"),
         biased_attention(*inputs, strength=learned, backend="reference").detach(),

@@ -12,7 +12,7 @@ from ops.cases import gradients, raw_arguments
 from empcause.ops import biased_attention
 from empcause.ops.reference import biased_attention_reference
 
-OPERATORS, BACKWARD = "csrc/operators.h", "csrc/cpu/backward.h"
+OPERATORS, BACKWARD = "csrc/torch/operators.h", "csrc/cpu/backward.h"
 REFERENCE, TRITON = "empcause/ops/reference.py", "kernels/operators.py"
 
 

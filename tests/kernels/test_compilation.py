@@ -29,14 +29,32 @@ for queries, dropout_p, packed, per_head in CALLS:
     query = meta(batch, heads, queries, dim + 1, dtype=torch.bfloat16)[..., 1:]
     key = meta(batch, key_heads, keys, dim, dtype=torch.bfloat16)
     cause, key_mask = meta(batch, keys), None if per_head else meta(batch, keys, dtype=torch.bool)
-    offset, packing = meta(dtype=torch.int64), None
+    offset, sums, longest = meta(dtype=torch.int64), None, (0, 0)
     if packed:
         query, key = query.transpose(1, 2).flatten(0, 1), key.transpose(1, 2).flatten(0, 1)
         cause, key_mask, offset = cause.flatten(), None if per_head else key_mask.flatten(), None
-        packing = (meta(batch + 1, dtype=torch.int32), meta(batch + 1, dtype=torch.int32), queries, keys)
-    bias = (cause, 0.5, meta(heads) if per_head else None, key_mask)
-    options = (causal, 0.1, dropout_p, meta(dtype=torch.int64) if dropout_p else None, offset)
-    for launch in launches(arch, query, key, key, bias, packing, *options, cause_grad=True).values():
+        sums, longest = meta(batch + 1, dtype=torch.int32), (queries, keys)
+    calls = launches(
+        arch,
+        True,
+        query=query,
+        key=key,
+        value=key,
+        cause=cause,
+        strength=0.5,
+        head_strength=meta(heads) if per_head else None,
+        key_mask=key_mask,
+        cu_seqlens_q=sums,
+        cu_seqlens_k=sums,
+        max_seqlen_q=longest[0],
+        max_seqlen_k=longest[1],
+        causal=causal,
+        scale=0.1,
+        dropout_p=dropout_p,
+        seed=meta(dtype=torch.int64) if dropout_p else None,
+        query_offset=offset,
+    )
+    for launch in calls.values():
         kernel = launch.compiled(arch)
         assert kernel.metadata.shared <= {80: 163, 86: 99, 90: 227, 100: 227}[arch] * 1024, kernel.name
         compiled += 1

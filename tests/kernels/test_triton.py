@@ -32,13 +32,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def launched(monkeypatch):
     """The kernels launched so far, with their arguments by name."""
     launches = []
-    launch = operators.Call.launch
+    run = operators.Call.run
 
-    def recorded(self, kernel, programs, *arguments, **options):
-        launches.append((kernel.__name__, dict(zip(kernel.arg_names, arguments, strict=False)) | options))
-        launch(self, kernel, programs, *arguments, **options)
+    def recorded(self, kernel, programs, arguments, options):
+        launches.append((kernel.__name__, dict(zip(kernel.arg_names, arguments, strict=True))))
+        run(self, kernel, programs, arguments, options)
 
-    monkeypatch.setattr(operators.Call, "launch", recorded)
+    monkeypatch.setattr(operators.Call, "run", recorded)
     return launches
 
 
@@ -142,6 +142,23 @@ class TestTriton(Contract):
         (arguments,) = [arguments for name, arguments in launched if name == "forward_kernel"]
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             assert arguments[name].data_ptr() == tensor.data_ptr(), name
+
+    def test_launches_give_every_argument_once_and_no_other(self):
+        arguments = self.raw_arguments("attention")
+        del arguments["for_backward"]
+        call, tensor = operators.Call(**arguments), torch.empty(1, device=DEVICE)
+        names = ("part_output", "part_maximum", "part_total", "output", "statistics")
+        own = dict.fromkeys(names, tensor) | {"parts": 1, "BLOCK_P": 16, "MAX_PARTS": 16}
+        call.launch(operators.merge_kernel, 0, {}, **own)
+        for wrong, named in (
+            ({"scale_log2": 1.0}, "scale_log2"),
+            ({"rows": 3, "key": tensor}, "key, rows"),
+        ):
+            with pytest.raises(RuntimeError, match=f"merge_kernel is launched with the wrong arguments: {named}$"):
+                call.launch(operators.merge_kernel, 0, {}, **own, **wrong)
+        del own["output"], own["parts"]
+        with pytest.raises(RuntimeError, match=r"merge_kernel is launched with the wrong arguments: output, parts$"):
+            call.launch(operators.merge_kernel, 0, {}, **own)
 
     def test_prefix_sums_beyond_the_tensors_lead_nowhere(self):
         """They cannot be refused without waiting for the GPU; the sequences that fit are right all the same."""

@@ -165,9 +165,12 @@ def pack(tensor: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([tensor[index, :, :length].transpose(0, 1) for index, length in enumerate(lengths)])
 
 
-def raw_arguments(namespace: str, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Arguments of a raw operator by name, none of them left out, with what its forward pass left if it is a backward one."""
-    packed, generator = "varlen" in name, torch.Generator().manual_seed(0)
+def raw_arguments(
+    namespace: str, name: str, packed: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Arguments of a raw operator by name, all tensors among them but sums where nothing is packed, with what its forward pass
+    left if it is the backward one."""
+    generator = torch.Generator().manual_seed(0)
 
     def random(heads: int, rows: int) -> Tensor:
         shape = (rows, heads, 8) if packed else (3, heads, rows, 8)
@@ -179,6 +182,7 @@ def raw_arguments(namespace: str, name: str, device: str = "cpu", dtype: torch.d
     cause = torch.rand((4, 7) if packed else (3, 7), generator=generator)
     arguments |= {"cause": cause, "strength": 1.0, "head_strength": torch.rand(4, generator=generator)}
     arguments |= {"key_mask": torch.ones(keys, dtype=torch.bool)}
+    arguments |= {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": 0, "max_seqlen_k": 0}
     if packed:
         sums = (torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 3, 7], dtype=torch.int32))
         arguments |= {"cu_seqlens_q": sums[0], "cu_seqlens_k": sums[1], "max_seqlen_q": 3, "max_seqlen_k": 4}
@@ -192,8 +196,7 @@ def raw_arguments(namespace: str, name: str, device: str = "cpu", dtype: torch.d
     arguments = {name: move(value, device) for name, value in arguments.items()}
     if not name.endswith("backward"):
         return arguments | {"for_backward": True}
-    operators = getattr(torch.ops, namespace)
-    results = getattr(operators, name.removesuffix("_backward"))(**arguments, for_backward=True)
+    results = getattr(torch.ops, namespace).attention(**arguments, for_backward=True)
     left = dict(zip(("output", "rounding", "statistics"), results, strict=True))
     return {"grad_output": torch.ones_like(left["output"]), **arguments, **left, "cause_grad": True}
 

@@ -1,5 +1,5 @@
-"""What every backend with kernels is tested for, and what those for GPUs are. Each has a class that derives from one here, and
-cases of its own: test_cpu.py, tests/kernels for Triton, tests/csrc for CUDA C++."""
+"""What every backend with kernels is tested for. Each has a class that derives from `Contract`, and cases of its own:
+test_cpu.py, tests/kernels for Triton, tests/csrc for CUDA C++."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -13,7 +13,15 @@ from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference
 from empcause.ops.registration import OPERATORS
 
-NOT_FINITE = "cause must be finite with 1 \\+ strength \\* cause >= 0 wherever key_mask is True"
+PROBLEM = (
+    "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset"
+)
+SCHEMAS = {
+    "attention": f"(Tensor query, Tensor key, Tensor value, {PROBLEM}, bool for_backward) -> (Tensor, Tensor, Tensor)",
+    "attention_backward": "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, "
+    f"Tensor statistics, {PROBLEM}, bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
@@ -59,7 +67,7 @@ OTHER_DTYPE = {
     torch.int64: torch.int32,
 }
 READ_AS_THEY_LIE = ("cause", "head_strength", "key_mask", "cu_seqlens_q", "cu_seqlens_k", "statistics")
-WRONG_NUMBERS = [
+WRONG_OPTIONS = [
     ("dropout_p", -0.1, r"dropout_p must be in \[0, 1\)"),
     ("dropout_p", 1.0, r"dropout_p must be in \[0, 1\)"),
     ("dropout_p", float("nan"), r"dropout_p must be in \[0, 1\)"),
@@ -67,11 +75,23 @@ WRONG_NUMBERS = [
     ("scale", float("inf"), "scale must be finite in fp32"),
     ("scale", float("nan"), "scale must be finite in fp32"),
     ("scale", 1e39, "scale must be finite in fp32"),
-    ("max_seqlen_q", -1, "max_seqlen_q and max_seqlen_k must not be negative"),
-    ("max_seqlen_k", -1, "max_seqlen_q and max_seqlen_k must not be negative"),
-    ("cu_seqlens_q", torch.zeros(0, dtype=torch.int32), "cu_seqlens_q must have a number per sequence and one more"),
     ("cause", None, "cause_grad without cause"),
 ]
+NO_SUMS = torch.zeros(0, dtype=torch.int32)
+WRONG_PACKING = [
+    ("max_seqlen_q", -1, "max_seqlen_q and max_seqlen_k must not be negative"),
+    ("max_seqlen_k", -1, "max_seqlen_q and max_seqlen_k must not be negative"),
+    ("cu_seqlens_q", NO_SUMS, "cu_seqlens_q must have a number per sequence and one more"),
+    ("cu_seqlens_q", None, "cu_seqlens_q and cu_seqlens_k come together"),
+    ("cu_seqlens_k", None, "cu_seqlens_q and cu_seqlens_k come together"),
+]
+WRONG_WITHOUT_PACKING = [
+    ("max_seqlen_q", 5, "max_seqlen_q and max_seqlen_k must be 0 without cu_seqlens_q and cu_seqlens_k"),
+    ("max_seqlen_k", 7, "max_seqlen_q and max_seqlen_k must be 0 without cu_seqlens_q and cu_seqlens_k"),
+    ("cu_seqlens_q", NO_SUMS, "cu_seqlens_q and cu_seqlens_k come together"),
+    ("cu_seqlens_k", NO_SUMS, "cu_seqlens_q and cu_seqlens_k come together"),
+]
+WRONG_NUMBERS = {False: WRONG_OPTIONS + WRONG_WITHOUT_PACKING, True: WRONG_OPTIONS + WRONG_PACKING}
 
 
 def wrong_shapes(tensor):
@@ -84,16 +104,57 @@ def wrong_shapes(tensor):
             yield tensor.narrow(axis, 0, size - 1).contiguous()
 
 
-class EveryBackend:
-    """Tests of every backend with kernels, the CPU's too; tensors go to `device` and back."""
+class Contract:
+    """Tests with tensors of the CPU, which go to `device` and back.
+
+    A few queries are decoded, by kernels of their own; tests that are run twice, "decoding" and "general", meet both.
+    """
 
     backend: str
     device: str
-    # Of queries and keys at once. Their products are 1e10, which fp32 holds, as it does not hold fp32's own largest.
-    largest: ClassVar = {torch.float32: 49152.0, torch.float16: 49152.0}
+    dtypes: list[torch.dtype]
+    # Of queries and keys at once. Their products are 1e10, which fp32 holds, as it does not hold fp32's own largest. In 16 bits a
+    # GPU's backward pass, as that of FlashAttention, has LSE in one fp32 number, whose last digit grows with it.
+    largest: ClassVar = {torch.float32: 49152.0, torch.float16: 32.0}
+    # What a cause that is not allowed raises where the host runs the kernels, and in which words.
+    assertion: type[Exception] = RuntimeError
+    assertion_message = "cause must be finite with 1 \\+ strength \\* cause >= 0 wherever key_mask is True"
 
-    def raw_arguments(self, name, dtype=torch.float32):
-        return raw_arguments(f"empcause_{self.backend}", name, self.device, dtype)
+    def pytest_generate_tests(self, metafunc):
+        given = {
+            name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")
+        }
+        if "dtype" in metafunc.fixturenames and "dtype" not in given:
+            metafunc.parametrize("dtype", self.dtypes, ids=str)
+
+    @pytest.fixture(autouse=True)
+    def _poisoned_memory(self):
+        """Memory that is allocated is full of NaN, so that what a kernel leaves out shows."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    def moved(self, value):
+        return move(value, self.device)
+
+    def attend(self, *tensors, operator=biased_attention, **options):
+        """The operator on `device`, for tensors of the CPU."""
+        options = {name: self.moved(value) for name, value in options.items()}
+        return operator(*map(self.moved, tensors), **options, backend=self.backend).cpu()
+
+    def measured(self, case):
+        """Output and gradients of the kernels."""
+        return measured(case, self.backend, self.device)
+
+    def assert_close(self, case):
+        assert_close(case, self.backend, self.device)
+
+    def leave_memory_alone(self, monkeypatch):
+        """Neither fills nor copies what a test allocates."""
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+    def raw_arguments(self, name, packed=False, dtype=torch.float32):
+        return raw_arguments(f"empcause_{self.backend}", name, packed, self.device, dtype)
 
     def refused(self, name, arguments, message):
         """The raw operator refuses these arguments in these words, on whatever devices the tensors are."""
@@ -102,14 +163,20 @@ class EveryBackend:
         with pytest.raises(RuntimeError, match=f"empcause: {message}"):
             operator.redispatch(keys, *(arguments[argument.name] for argument in operator._schema.arguments))
 
+    def test_schemas_are_those_of_every_backend(self):
+        for name in OPERATORS:
+            operator = getattr(getattr(torch.ops, f"empcause_{self.backend}"), name).default
+            assert str(operator._schema) == f"empcause_{self.backend}::{name}{SCHEMAS[name]}"
+
     @pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
     @pytest.mark.parametrize("name", OPERATORS)
-    def test_raw_operators_refuse_every_tensor_that_does_not_fit(self, name, kept):
+    def test_raw_operators_refuse_every_tensor_that_does_not_fit(self, name, packed, kept):
         """Of another dtype or shape, with gaps where it is read as it lies, or on another device."""
-        arguments = self.raw_arguments(name, kept)
+        arguments = self.raw_arguments(name, packed, kept)
         tensors = {argument: value for argument, value in arguments.items() if isinstance(value, torch.Tensor)}
-        assert len(tensors) == 8 + 2 * ("varlen" in name) + 4 * name.endswith("backward")
-        row_axis = 0 if "varlen" in name else 2
+        assert len(tensors) == 8 + 2 * packed + 4 * name.endswith("backward")
+        row_axis = 0 if packed else 2
         for argument, tensor in tensors.items():
             message = f"({FITS.get(argument, argument)}) must be"
             wrong = [tensor.to(OTHER_DTYPE[tensor.dtype]), *wrong_shapes(tensor)]
@@ -127,11 +194,12 @@ class EveryBackend:
                 apart = torch.stack([tensor, tensor], -1)[..., 0]
                 self.refused(name, arguments | {argument: apart}, f"{argument} must be contiguous")
 
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
     @pytest.mark.parametrize("name", OPERATORS)
-    def test_raw_operators_refuse_numbers_out_of_range(self, name):
-        arguments = self.raw_arguments(name)
-        for argument, value, message in WRONG_NUMBERS:
-            if argument in arguments and ("cause_grad" in arguments or argument != "cause"):
+    def test_raw_operators_refuse_numbers_out_of_range(self, name, packed):
+        arguments = self.raw_arguments(name, packed)
+        for argument, value, message in WRONG_NUMBERS[packed]:
+            if "cause_grad" in arguments or argument != "cause":
                 self.refused(name, arguments | {argument: move(value, self.device)}, message)
 
     def test_raw_operators_refuse_sizes_that_no_kernel_takes(self):
@@ -201,53 +269,6 @@ class EveryBackend:
         key[:, :, 2] *= 500
         cause[0, 2] = -1.0
         self.against_fp64((query, key, value, cause), {}, 1e-3)
-
-
-class Contract(EveryBackend):
-    """Tests of the backends for GPUs, with CPU tensors.
-
-    A few queries are decoded, by kernels of their own; tests that are run twice, "decoding" and "general", meet both.
-    """
-
-    dtypes: list[torch.dtype]
-    # In 16 bits a GPU's backward pass, as that of FlashAttention, has LSE in one fp32 number, whose last digit grows with it.
-    largest: ClassVar = EveryBackend.largest | {torch.float16: 32.0}
-    assertion: type[Exception] = (
-        RuntimeError  # what a failed assertion of the device raises where the host runs the kernels
-    )
-
-    def pytest_generate_tests(self, metafunc):
-        given = {
-            name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")
-        }
-        if "dtype" in metafunc.fixturenames and "dtype" not in given:
-            metafunc.parametrize("dtype", self.dtypes, ids=str)
-
-    @pytest.fixture(autouse=True)
-    def _poisoned_memory(self):
-        """Memory that is allocated is full of NaN, so that what a kernel leaves out shows."""
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-        torch.use_deterministic_algorithms(False)
-
-    def moved(self, value):
-        return move(value, self.device)
-
-    def attend(self, *tensors, operator=biased_attention, **options):
-        """The operator on `device`, for tensors of the CPU."""
-        options = {name: self.moved(value) for name, value in options.items()}
-        return operator(*map(self.moved, tensors), **options, backend=self.backend).cpu()
-
-    def measured(self, case):
-        """Output and gradients of the kernels."""
-        return measured(case, self.backend, self.device)
-
-    def assert_close(self, case):
-        assert_close(case, self.backend, self.device)
-
-    def leave_memory_alone(self, monkeypatch):
-        """Neither fills nor copies what a test allocates."""
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
     def test_allocated_memory_is_full_of_nan(self):
         assert torch.zeros(1, device=self.device).new_empty(4).isnan().all()
@@ -349,10 +370,11 @@ class Contract(EveryBackend):
         assert torch.equal(output, self.attend(query, key, value, key_mask=keep[None]))
         assert all(grad.isfinite().all() for grad in grads)
 
-    def test_huge_logits_of_a_removed_key_stay_finite(self):
-        query, key, value = (torch.ones(1, 1, 20, 4) for _ in range(3))
+    @pytest.mark.parametrize("queries", [3, 20], ids=["decoding", "general"])
+    def test_huge_logits_of_a_removed_key_stay_finite(self, queries):
+        query, key, value = (torch.ones(1, 1, queries, 4) for _ in range(3))
         key[:, :, 0] = 500.0
-        cause = torch.zeros(1, 20)
+        cause = torch.zeros(1, queries)
         cause[0, 0] = -1.0
         output, *grads = gradients(self.attend, (query, key, value, cause))
         assert torch.equal(output[0, 0, 0], torch.zeros(4)), "the only key of the first row is removed"
@@ -391,12 +413,12 @@ class Contract(EveryBackend):
         self.assert_close(case)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -2.0])
-    def test_forbidden_cause_is_a_device_assertion(self, value):
+    def test_a_forbidden_cause_is_refused(self, value):
         if self.device == "cuda":
             pytest.skip("a failed assertion ends the use of the CUDA device by this process")
         (query, key, _, cause), options = Case(batch=1).make()
         cause[0, 7] = value
-        with pytest.raises(self.assertion, match=NOT_FINITE):
+        with pytest.raises(self.assertion, match=self.assertion_message):
             self.attend(query, key, key, cause, **options)
         options["key_mask"] = (torch.arange(33) != 7)[None]
         assert self.attend(query, key, key, cause, **options).isfinite().all()
@@ -511,13 +533,13 @@ class Contract(EveryBackend):
         tensors, _ = Case(queries=7, keys=9).make()
         leaves = [self.moved(tensor).requires_grad_(requires_grad) for tensor in tensors]
         mask, seed = self.moved(torch.rand(2, 9) > 0.2), self.moved(torch.tensor(3))
-        options = (0.7, None, mask, True, 0.25, 0.1, seed, None, True)
+        options = (0.7, None, mask, None, None, 0, 0, True, 0.25, 0.1, seed, None, True)
         torch.library.opcheck(operators.attention, (*leaves, *options))
         sums = self.moved(torch.tensor([0, 3, 7], dtype=torch.int32))
         packed = [self.moved(torch.randn(7, heads, 16)).requires_grad_(requires_grad) for heads in (4, 2, 2)]
         packed_cause = self.moved(torch.rand(7)).requires_grad_(requires_grad)
         options = (0.7, None, None, sums, sums, 4, 4, True, 0.25, 0.0, None, None, True)
-        torch.library.opcheck(operators.attention_varlen, (*packed, packed_cause, *options))
+        torch.library.opcheck(operators.attention, (*packed, packed_cause, *options))
 
     def test_case_bound_can_fail(self):
         """The comparison itself notices a wrong result."""

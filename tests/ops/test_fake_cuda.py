@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import empcause
 from empcause import biased_attention, biased_attention_varlen
 from empcause.integration.steering import _Steering
-from empcause.ops import backends
+from empcause.ops.choice import choose_backend
 
 pytestmark = pytest.mark.skipif(not empcause.info()["triton"].built, reason="triton is not installed")
 
@@ -59,10 +59,10 @@ def assert_like(got, expected):
 
 
 def test_the_best_backend_on_cuda_is_triton(fake_cuda):
-    assert backends.choose_backend(None, torch.empty(1, dtype=torch.bfloat16)) == "triton"
-    assert backends.choose_backend(None, torch.empty(1, dtype=torch.float64)) == "reference"
+    assert choose_backend(None, "cuda", torch.bfloat16) == "triton"
+    assert choose_backend(None, "cuda", torch.float64) == "reference"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: it takes tensors on the CPU, not on cuda"):
-        backends.choose_backend("cpu", torch.empty(1))
+        choose_backend("cpu", "cuda", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -84,7 +84,7 @@ def test_shapes_and_devices(fake_cuda, dtype):
     lse = torch.empty(2, 4, 2 if dtype == torch.float32 else 1, 7)
     saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), lse)
     grads = torch.ops.empcause_triton.attention_backward(
-        *saved, cause, 0.5, None, None, True, 0.25, 0.0, None, None, True
+        *saved, cause, 0.5, None, None, None, None, 0, 0, True, 0.25, 0.0, None, None, True
     )
     for grad, tensor in zip(grads, (query, key, value, cause), strict=True):
         assert_like(grad, tensor)
@@ -98,7 +98,7 @@ def test_packed_shapes_and_devices(fake_cuda):
     )
     assert_like(output, query)
     saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), torch.empty(4, 2, 30))
-    grads = torch.ops.empcause_triton.attention_varlen_backward(
+    grads = torch.ops.empcause_triton.attention_backward(
         *saved, cause, 0.5, None, None, sums, sums, 20, 20, True, 0.25, 0.0, None, None, True
     )
     for grad, tensor in zip(grads, (query, key, value, cause), strict=True):

@@ -32,6 +32,32 @@ def test_without_cause_it_is_torchs_attention():
     torch.testing.assert_close(biased_attention_reference(query, key, value)[0], expected)
 
 
+def test_removed_key():
+    """cause = -1 / strength gives weight 0: the key is gone exactly, yet its cause has a gradient."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
+    strength = 0.3
+    cause = torch.zeros(1, 12)
+    cause[0, 4] = -1 / strength
+    keep = torch.arange(12) != 4
+    expected = biased_attention_reference(query, key, value, key_mask=keep[None])[0]
+    poisoned_key, poisoned_value = key.clone(), value.clone()
+    poisoned_key[:, :, 4], poisoned_value[:, :, 4] = float("nan"), float("nan")
+    removed = biased_attention_reference(query, poisoned_key, poisoned_value, cause, strength=strength)[0]
+    torch.testing.assert_close(removed, expected, rtol=0, atol=1e-6)
+
+    def loss(c):
+        return biased_attention_reference(query.double(), key.double(), value.double(), c, strength=strength)[0].sum()
+
+    step = torch.zeros(1, 12, dtype=torch.float64)
+    step[0, 4] = 1e-6
+    numeric = float((loss(cause.double() + 2 * step) - loss(cause.double())) / 2e-6)
+    leaf = cause.clone().requires_grad_(True)
+    output = biased_attention_reference(query, key, value, leaf, strength=strength)[0]
+    grad = torch.autograd.grad(output.sum(), leaf)[0]
+    assert float(grad[0, 4]) == pytest.approx(numeric, rel=1e-2, abs=1e-3)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradcheck(causal, dropout_p):

@@ -60,8 +60,9 @@ struct Place {
 };
 
 [[noreturn]] inline void refuse(const char* name, const std::string& expected, const Tensor& tensor) {
-  throw std::runtime_error("empcause: " + (name + (" must be " + expected)) + ", not " + dtype_name(tensor.scalar_type()) + " " +
-                           size_list(tensor.sizes()) + " on " + Place(tensor).name());
+  throw std::runtime_error("empcause: " + (name + (" must be " + expected)) + ", not " +
+                           dtype_name(tensor.scalar_type()) + " " + size_list(tensor.sizes()) + " on " +
+                           Place(tensor).name());
 }
 
 // The tensors of one call: on the device of the first, each with its dtype and sizes.
@@ -79,7 +80,8 @@ class Arguments {
   }
 
   // The same of memory without gaps, which is read as it lies.
-  void check_contiguous(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) const {
+  void check_contiguous(const char* name, const Tensor& tensor, ScalarType dtype,
+                        std::initializer_list<int64_t> sizes) const {
     check(name, tensor, dtype, sizes);
     if (!tensor.is_contiguous()) throw std::runtime_error(std::string("empcause: ") + name + " must be contiguous");
   }

@@ -5,10 +5,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-#include "../operators.h"
-#include "kernels.h"
+#include "../cuda/kernels.h"
+#include "operators.h"
 #if defined(EMPCAUSE_CUDA_EMULATION)
-#include "emulator/emulator.h"
+#include "../cuda/emulator/emulator.h"
 #endif
 
 namespace empcause {
@@ -70,9 +70,9 @@ class Cuda {
   void borrow(const Tensor& tensor) { context_.borrow(tensor); }
 
   // The sums themselves stay on the device: nobody waits for them here, and the kernels never follow them outside.
-  void check_packing(Attention& a, const Packing& packing) {
-    a.num_queries = packing.max_queries;
-    a.num_keys = packing.max_keys;
+  void check_packing(Attention& a, int64_t longest_query, int64_t longest_key) {
+    a.num_queries = longest_query;
+    a.num_keys = longest_key;
   }
 
   void compute_weights(const KeyWeights& w) { cuda::compute_weights(w, context_.stream()); }

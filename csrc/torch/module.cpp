@@ -1,12 +1,12 @@
-// The Python module `empcause._C`. Importing it registers the operators of library.cpp with torch.
+// The Python module `empcause._C`. Importing it registers the operators of cpu.cpp with torch.
 #include <pybind11/pybind11.h>
 
 #include <numeric>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/limits.h"
-#include "torch/parallel.h"
+#include "../cpu/kernels.h"
+#include "../cpu/limits.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -71,7 +71,8 @@ PYBIND11_MODULE(_C, module) {
   const py::call_guard<py::gil_scoped_release> without_lock;
   module.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("tasks"), py::arg("bfloat16") = false,
              without_lock,
-             "Runs independent chains of multiply-adds, so many rounds in each of some tasks for torch's threads: the FLOPs it did, to\n"
+             "Runs independent chains of multiply-adds, so many rounds in each of some tasks for torch's threads: the "
+             "FLOPs it did, to\n"
              "be timed. They are of fp32, or of what the kernels multiply bf16 as.");
   module.def("read_all", &read_all, py::arg("address"), py::arg("count"), py::arg("tasks"), without_lock,
              "Reads `count` fp32 values in memory, in parts for torch's threads, to be timed: their sum.");

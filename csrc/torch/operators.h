@@ -1,17 +1,19 @@
-// The raw operators over torch's stable ABI: from tensors to the problem that the kernels solve, the same for every device.
+// The raw operators over torch's stable ABI: from tensors to the problem that the kernels solve, the same for every
+// device.
 //
-// Everything that the kernels take for granted of their arguments is checked here (arguments.h), as the raw operators can be called by
-// anybody: nothing outside of the arguments is ever read or written.
+// Everything that the kernels take for granted of their arguments is checked here (arguments.h), as the raw operators
+// can be called by anybody: nothing outside of the arguments is ever read or written.
 //
 // A Device is made for one call and has
-//   takes(tensor)                          whether its kernels can read it
-//   kName                                  for messages
-//   kLeavesAllDigits                       whether its forward pass leaves of rows in 16 bits, too, two parts of LSE, and what rounding
-//                                          took from the output
-//   Device(like)                           a tensor of the call
-//   borrow(tensor)                         told of every tensor whose memory the kernels will use
-//   check_packing(attention, packing)      of packed sequences; sets the longest ones
-//   compute_weights, reduce_grad_cause     see attention.h
+//   takes(tensor)                        whether its kernels can read it
+//   kName                                for messages
+//   kLeavesAllDigits                     whether its forward pass leaves of rows in 16 bits, too, two parts of LSE, and
+//                                        what rounding took from the output
+//   Device(like)                         a tensor of the call
+//   borrow(tensor)                       told of every tensor whose memory the kernels will use
+//   check_packing(attention, longest query, longest key)
+//                                        of packed sequences, whose lengths have these bounds; sets the longest ones
+//   compute_weights, reduce_grad_cause   see attention.h
 //   forward(attention, like), backward(attention, like)
 #pragma once
 
@@ -23,8 +25,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../attention.h"
 #include "arguments.h"
-#include "attention.h"
 
 namespace empcause {
 
@@ -50,102 +52,87 @@ Tensor empty(const Tensor& like, const std::array<int64_t, kDims>& sizes, Scalar
   return empty(like, sizes, strides, dtype);
 }
 
-struct Packing {
-  Tensor cu_queries, cu_keys;
-  int64_t max_queries, max_keys;
+// What both directions are told, as torch hands it over; references to the arguments of the call.
+struct Problem {
+  const Tensor &query, &key, &value;  // [B, H, Q, D], [B, Hkv, K, D] twice; packed [N, H, D], [M, Hkv, D] twice
+  const OptionalTensor& cause;
+  double strength;
+  const OptionalTensor &head_strength, &key_mask;
+  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k;  // both, and the call is of packed sequences; or neither
+  int64_t max_seqlen_q, max_seqlen_k;                 // bounds of their lengths; 0 without them
+  bool causal;
+  double scale, dropout_p;
+  const OptionalTensor &seed, &query_offset;
 };
 
 template <class Device>
 class Operators {
  public:
+  // Output; what rounding took from it, where that is left, else nothing; LSE of the rows.
   static std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
-                                              double strength, OptionalTensor head_strength, OptionalTensor key_mask,
-                                              bool causal, double scale, double dropout_p, OptionalTensor seed,
-                                              OptionalTensor query_offset, bool for_backward) {
-    Operators call(query, key, value, {cause, strength, head_strength, key_mask}, std::nullopt,
-                   {causal, scale, dropout_p, seed, query_offset});
+                                                      double strength, OptionalTensor head_strength,
+                                                      OptionalTensor key_mask, OptionalTensor cu_seqlens_q,
+                                                      OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+                                                      int64_t max_seqlen_k, bool causal, double scale, double dropout_p,
+                                                      OptionalTensor seed, OptionalTensor query_offset,
+                                                      bool for_backward) {
+    Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
+                    max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
     return call.forward(for_backward);
   }
 
+  // Gradients of query, key, value and, if asked for, cause.
   static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, Tensor statistics,
-      OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask, bool causal,
+      OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask,
+      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
       double scale, double dropout_p, OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
-    Operators call(query, key, value, {cause, strength, head_strength, key_mask}, std::nullopt,
-                   {causal, scale, dropout_p, seed, query_offset});
-    return call.backward(grad_output, output, rounding, statistics, cause_grad);
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor> attention_varlen(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
-                                                     double strength, OptionalTensor head_strength,
-                                                     OptionalTensor key_mask, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-                                                     int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
-                                                     double scale, double dropout_p, OptionalTensor seed,
-                                                     OptionalTensor query_offset, bool for_backward) {
-    Operators call(query, key, value, {cause, strength, head_strength, key_mask},
-                   Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
-                   {causal, scale, dropout_p, seed, query_offset});
-    return call.forward(for_backward);
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
-      Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, Tensor statistics,
-      OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask, Tensor cu_seqlens_q,
-      Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, double scale, double dropout_p,
-      OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
-    Operators call(query, key, value, {cause, strength, head_strength, key_mask},
-                   Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
-                   {causal, scale, dropout_p, seed, query_offset});
+    Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
+                    max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
     return call.backward(grad_output, output, rounding, statistics, cause_grad);
   }
 
  private:
-  struct Bias {
-    OptionalTensor cause;
-    double strength;
-    OptionalTensor head_strength, key_mask;
-  };
-  struct Options {
-    bool causal;
-    double scale, dropout_p;
-    OptionalTensor seed, query_offset;
-  };
+  // Checks the arguments, describes the problem in `a_` and computes its weights.
+  explicit Operators(const Problem& problem)
+      : arguments_(problem.query),
+        device_(on_device(problem.query)),
+        problem_(problem),
+        query_(problem.query),
+        dtype_(problem.query.scalar_type()),
+        packed_(problem.cu_seqlens_q.has_value()) {
+    require(packed_ == problem.cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k come together");
+    check_shapes(problem.key, problem.value);
+    a_.query = matrices(query_);
+    a_.key = matrices(problem.key);
+    a_.value = matrices(problem.value);
 
-  // Checks the arguments, describes the problem in `a` and computes its weights.
-  Operators(const Tensor& query, const Tensor& key, const Tensor& value, const Bias& bias,
-            const std::optional<Packing>& packing, const Options& options)
-      : arguments_(query),
-        device_(on_device(query)),
-        query_(query),
-        dtype_(query.scalar_type()),
-        packed_(packing.has_value()),
-        bias_(bias) {
-    check_shapes(key, value);
-    a_.query = matrices(query);
-    a_.key = matrices(key);
-    a_.value = matrices(value);
-
+    const int64_t longest_query = problem.max_seqlen_q, longest_key = problem.max_seqlen_k;
     if (packed_) {
-      const int64_t sums = packing->cu_queries.numel();
+      const Tensor &cu_queries = *problem.cu_seqlens_q, &cu_keys = *problem.cu_seqlens_k;
+      const int64_t sums = cu_queries.numel();
       require(sums > 0, "cu_seqlens_q must have a number per sequence and one more, not none");
       a_.batch = sums - 1;
-      arguments_.check_contiguous("cu_seqlens_q", packing->cu_queries, ScalarType::Int, {sums});
-      arguments_.check_contiguous("cu_seqlens_k", packing->cu_keys, ScalarType::Int, {sums});
-      require(packing->max_queries >= 0 && packing->max_keys >= 0, "max_seqlen_q and max_seqlen_k must not be negative");
-      a_.cu_queries = data<int32_t>(packing->cu_queries);
-      a_.cu_keys = data<int32_t>(packing->cu_keys);
-      device_.check_packing(a_, *packing);
+      arguments_.check_contiguous("cu_seqlens_q", cu_queries, ScalarType::Int, {sums});
+      arguments_.check_contiguous("cu_seqlens_k", cu_keys, ScalarType::Int, {sums});
+      require(longest_query >= 0 && longest_key >= 0, "max_seqlen_q and max_seqlen_k must not be negative");
+      a_.cu_queries = data<int32_t>(cu_queries);
+      a_.cu_keys = data<int32_t>(cu_keys);
+      device_.check_packing(a_, longest_query, longest_key);
+    } else {
+      require(longest_query == 0 && longest_key == 0,
+              "max_seqlen_q and max_seqlen_k must be 0 without cu_seqlens_q and cu_seqlens_k");
     }
-    a_.causal = options.causal;
-    arguments_.check_number("query_offset", options.query_offset);
-    a_.query_offset = optional_data<int64_t>(options.query_offset);
-    a_.scale = static_cast<float>(options.scale);
+    a_.causal = problem.causal;
+    arguments_.check_number("query_offset", problem.query_offset);
+    a_.query_offset = optional_data<int64_t>(problem.query_offset);
+    a_.scale = static_cast<float>(problem.scale);
     require(std::isfinite(a_.scale), "scale must be finite in fp32");
-    a_.dropout_p = options.dropout_p;
+    a_.dropout_p = problem.dropout_p;
     require(a_.dropout_p >= 0.0 && a_.dropout_p < 1.0, "dropout_p must be in [0, 1)");
-    require(a_.dropout_p == 0.0 || options.seed.has_value(), "dropout needs a seed");
-    arguments_.check_number("seed", options.seed);
-    a_.seed = optional_data<int64_t>(options.seed);
+    require(a_.dropout_p == 0.0 || problem.seed.has_value(), "dropout needs a seed");
+    arguments_.check_number("seed", problem.seed);
+    a_.seed = optional_data<int64_t>(problem.seed);
     compute_weights();
   }
 
@@ -194,22 +181,22 @@ class Operators {
   void compute_weights() {
     KeyWeights w{};
     w.keys = keys_;
-    w.strength = static_cast<float>(bias_.strength);
-    if (bias_.head_strength.has_value()) {
-      arguments_.check_contiguous("head_strength", *bias_.head_strength, ScalarType::Float, {a_.num_heads});
-      w.head_strength = data<float>(*bias_.head_strength);
+    w.strength = static_cast<float>(problem_.strength);
+    if (problem_.head_strength.has_value()) {
+      arguments_.check_contiguous("head_strength", *problem_.head_strength, ScalarType::Float, {a_.num_heads});
+      w.head_strength = data<float>(*problem_.head_strength);
     }
-    if (bias_.key_mask.has_value()) {
+    if (problem_.key_mask.has_value()) {
       if (packed_) {
-        arguments_.check_contiguous("key_mask", *bias_.key_mask, ScalarType::Bool, {keys_});
+        arguments_.check_contiguous("key_mask", *problem_.key_mask, ScalarType::Bool, {keys_});
       } else {
-        arguments_.check_contiguous("key_mask", *bias_.key_mask, ScalarType::Bool, {outer_, keys_});
+        arguments_.check_contiguous("key_mask", *problem_.key_mask, ScalarType::Bool, {outer_, keys_});
       }
-      w.key_mask = data<bool>(*bias_.key_mask);
+      w.key_mask = data<bool>(*problem_.key_mask);
     }
-    if (bias_.cause.has_value()) {
-      check_cause(*bias_.cause);
-      w.cause = data<float>(*bias_.cause);
+    if (problem_.cause.has_value()) {
+      check_cause(*problem_.cause);
+      w.cause = data<float>(*problem_.cause);
       w.cause_head = cause_heads_ == 1 ? 0 : keys_;
       w.cause_batch = cause_outer_ == 1 ? 0 : cause_heads_ * keys_;
     }
@@ -252,8 +239,9 @@ class Operators {
     return {output, rounding, statistics};
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output, const Tensor& rounding,
-                                                      const Tensor& statistics, bool cause_grad) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output,
+                                                      const Tensor& rounding, const Tensor& statistics,
+                                                      bool cause_grad) {
     check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
     check_rows("output", output, dtype_, rows_, a_.num_heads);
     if (leaves_rounding() && rounding.dim() != 1) {
@@ -266,7 +254,7 @@ class Operators {
     } else {
       arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, parts(), rows_});
     }
-    require(!cause_grad || bias_.cause.has_value(), "cause_grad without cause");
+    require(!cause_grad || problem_.cause.has_value(), "cause_grad without cause");
     set_results(output, rounding, statistics);
     AttentionBackward g;
     g.forward = a_;
@@ -281,7 +269,7 @@ class Operators {
     if (cause_grad) {
       grad_weight = empty<3>(query_, {outer_, a_.num_heads, keys_}, ScalarType::Float);
       g.grad_weight = {data<float>(*grad_weight), packed_ ? 0 : a_.num_heads * keys_, keys_};
-      g.key_mask = bias_.key_mask.has_value() ? data<bool>(*bias_.key_mask) : nullptr;
+      g.key_mask = problem_.key_mask.has_value() ? data<bool>(*problem_.key_mask) : nullptr;
       g.key_mask_batch = packed_ ? 0 : keys_;
     }
     device_.backward(g, query_);
@@ -301,14 +289,14 @@ class Operators {
 
   // Gradient of cause from the gradient of the weights, summed over what was broadcast.
   Tensor reduce_grad_cause(const Tensor& grad_weight) {
-    Tensor grad_cause = torch::stable::new_empty(*bias_.cause, bias_.cause->sizes());
+    Tensor grad_cause = torch::stable::new_empty(*problem_.cause, problem_.cause->sizes());
     GradCause g{};
     g.batch = outer_;
     g.heads = a_.num_heads;
     g.keys = keys_;
     g.grad_weight = data<float>(grad_weight);
-    g.head_strength = bias_.head_strength.has_value() ? data<float>(*bias_.head_strength) : nullptr;
-    g.strength = static_cast<float>(bias_.strength);
+    g.head_strength = problem_.head_strength.has_value() ? data<float>(*problem_.head_strength) : nullptr;
+    g.strength = static_cast<float>(problem_.strength);
     g.cause_batch = cause_outer_;
     g.cause_heads = cause_heads_;
     g.grad_cause = data<float>(grad_cause);
@@ -330,9 +318,9 @@ class Operators {
 
   // The kernels read any strides but need whole rows; only other layouts are copied.
   Matrices matrices(const Tensor& tensor) {
-    const int64_t last = packed_ ? 2 : 3;
-    copies_.push_back(a_.head_dim == 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor));
-    const Tensor& whole = copies_.back();
+    const bool copied = a_.head_dim != 1 && tensor.stride(packed_ ? 2 : 3) != 1;
+    if (copied) copies_.push_back(torch::stable::contiguous(tensor));
+    const Tensor& whole = copied ? copies_.back() : tensor;
     if (packed_) return {data<void>(whole), 0, whole.stride(1), whole.stride(0)};
     return {data<void>(whole), whole.stride(0), whole.stride(1), whole.stride(2)};
   }
@@ -357,37 +345,34 @@ class Operators {
 
   Arguments arguments_;
   Device device_;
+  Problem problem_;
   Attention a_{};
-  Tensor query_;
+  const Tensor& query_;
   ScalarType dtype_;
   bool packed_;
   int64_t rows_, keys_;  // of the tensors: per batch, or of all packed sequences
   int64_t outer_;        // batch of the tensors: 1 if packed
-  Bias bias_;
   int64_t cause_outer_ = 1, cause_heads_ = 1;
-  // What the pointers in `a_` lead to.
+  // What the pointers in `a_` lead to, beside the arguments and results.
   std::vector<Tensor> copies_;
   std::optional<Tensor> weight_;
 };
 
 }  // namespace empcause
 
+// Every backend has these two, in these words; `empcause/kernels/operators.py` is held to them by a test.
 #define EMPCAUSE_INPUTS "Tensor query, Tensor key, Tensor value, "
-#define EMPCAUSE_SAVED "Tensor grad_output, " EMPCAUSE_INPUTS "Tensor output, Tensor rounding, Tensor statistics, "
-#define EMPCAUSE_BIAS "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, "
-#define EMPCAUSE_PACKING "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-#define EMPCAUSE_OPTIONS "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset"
-#define EMPCAUSE_RESULTS ", bool for_backward) -> (Tensor output, Tensor rounding, Tensor statistics)"
-#define EMPCAUSE_GRADIENTS ", bool cause_grad) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_cause)"
+#define EMPCAUSE_OPTIONS                                                                   \
+  "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, "               \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " \
+  "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset, "
 
-#define EMPCAUSE_DEFINE_OPERATORS(library)                                                                            \
-  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_BIAS EMPCAUSE_OPTIONS EMPCAUSE_RESULTS);                         \
-  library.def("attention_backward(" EMPCAUSE_SAVED EMPCAUSE_BIAS EMPCAUSE_OPTIONS EMPCAUSE_GRADIENTS);                \
-  library.def("attention_varlen(" EMPCAUSE_INPUTS EMPCAUSE_BIAS EMPCAUSE_PACKING EMPCAUSE_OPTIONS EMPCAUSE_RESULTS);   \
-  library.def("attention_varlen_backward(" EMPCAUSE_SAVED EMPCAUSE_BIAS EMPCAUSE_PACKING EMPCAUSE_OPTIONS EMPCAUSE_GRADIENTS)
+#define EMPCAUSE_DEFINE_OPERATORS(library)                                                                     \
+  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_OPTIONS "bool for_backward) -> (Tensor, Tensor, Tensor)"); \
+  library.def("attention_backward(Tensor grad_output, " EMPCAUSE_INPUTS                                        \
+              "Tensor output, Tensor rounding, Tensor statistics, " EMPCAUSE_OPTIONS                           \
+              "bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)")
 
-#define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                                               \
-  library.impl("attention", TORCH_BOX(&empcause::Operators<Device>::attention));                    \
-  library.impl("attention_backward", TORCH_BOX(&empcause::Operators<Device>::attention_backward));  \
-  library.impl("attention_varlen", TORCH_BOX(&empcause::Operators<Device>::attention_varlen));      \
-  library.impl("attention_varlen_backward", TORCH_BOX(&empcause::Operators<Device>::attention_varlen_backward))
+#define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                            \
+  library.impl("attention", TORCH_BOX(&empcause::Operators<Device>::attention)); \
+  library.impl("attention_backward", TORCH_BOX(&empcause::Operators<Device>::attention_backward))

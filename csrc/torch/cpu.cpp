@@ -1,10 +1,10 @@
 // torch.ops.empcause_cpu: the raw operators on the CPU.
 #include <algorithm>
 
-#include "cpu/kernels.h"
-#include "cpu/weights.h"
+#include "../cpu/kernels.h"
+#include "../cpu/weights.h"
 #include "operators.h"
-#include "torch/parallel.h"
+#include "parallel.h"
 
 namespace empcause {
 namespace {
@@ -25,15 +25,16 @@ struct Cpu {
 
   void borrow(const Tensor&) {}
 
-  void check_packing(Attention& a, const Packing& packing) {
-    check_prefix_sums(a.cu_queries, a.batch + 1, a.total_queries, "cu_seqlens_q must rise from 0 to the number of query rows");
+  void check_packing(Attention& a, int64_t longest_query, int64_t longest_key) {
+    check_prefix_sums(a.cu_queries, a.batch + 1, a.total_queries,
+                      "cu_seqlens_q must rise from 0 to the number of query rows");
     check_prefix_sums(a.cu_keys, a.batch + 1, a.total_keys, "cu_seqlens_k must rise from 0 to the number of key rows");
     a.num_queries = a.num_keys = 0;
     for (int64_t b = 0; b < a.batch; ++b) {
       a.num_queries = std::max<int64_t>(a.num_queries, a.cu_queries[b + 1] - a.cu_queries[b]);
       a.num_keys = std::max<int64_t>(a.num_keys, a.cu_keys[b + 1] - a.cu_keys[b]);
     }
-    require(a.num_queries <= packing.max_queries && a.num_keys <= packing.max_keys,
+    require(a.num_queries <= longest_query && a.num_keys <= longest_key,
             "a sequence is longer than max_seqlen_q or max_seqlen_k says");
   }
 
