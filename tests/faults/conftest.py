@@ -19,6 +19,15 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture
+def one_thread():
+    """As a fork has, where sums are to be the same; and threads that wait for each other cost tiny models most of their time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def small_extractor(tiny_encoder_dir, tmp_path_factory):
     """Folder of an extractor that has learned nothing."""

@@ -1,4 +1,4 @@
-"""Takes each guard of the fault tests away in turn; the test that claims to need it must fail.
+"""Takes each guard of the fault tests away in turn; the test that claims to need it must fail, and pass where none is taken.
 
     make guards              all guards
     make guards K=steer      those of tests whose name contains "steer"
@@ -42,40 +42,45 @@ def replacement(guard: Guard, folder: Path) -> dict[str, str]:
     return {"EMPCAUSE_REPLACED_FILE": str(replaced), "EMPCAUSE_REPLACEMENT_FILE": str(by)}
 
 
-def judge(kind: Kind, guard: Guard) -> str | None:
-    """Run a test without one of its guards; None if it fails as it must, otherwise what happened instead."""
+def judge(kind: Kind, guard: Guard | None) -> str | None:
+    """Run a test alone, without one of its guards or (None) with all; None if it fails or passes as it must, otherwise what
+    happened instead."""
     with tempfile.TemporaryDirectory() as folder:
-        variables = replacement(guard, Path(folder))
+        variables = {} if guard is None else replacement(guard, Path(folder))
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER / "removal"), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"{ROOT}/{kind.test}"]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False
         )
-    if done.returncode == 1 and " failed" in done.stdout:
+    if (done.returncode == 0) if guard is None else (done.returncode == 1 and " failed" in done.stdout):
         return None
-    what = "the test still passes" if done.returncode == 0 else f"pytest ended with {done.returncode}"
-    return f"{kind.test}: without {guard.path}\n{guard.text}\n{what}\n{done.stdout[-1500:]}"
+    removed = "with all guards" if guard is None else f"without {guard.path}\n{guard.text}"
+    what = "the test passes" if done.returncode == 0 else f"pytest ended with {done.returncode}"
+    return f"{kind.test}: {removed}\n{what}\n{done.stdout[-1500:]}"
 
 
 def main() -> int:
-    """Judge all guards, or those of the tests that -k names; 1 if a removal goes unnoticed."""
+    """Judge all guards, or those of the tests that -k names; 1 if one goes unnoticed, or a test fails with all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", metavar="TEXT", help="only tests whose name contains this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tests at a time")
     options = parser.parse_args()
-    pairs = [(kind, guard) for kind in kinds() for guard in kind.guards if options.k in kind.test]
+    pairs = [(kind, guard) for kind in kinds() for guard in (None, *kind.guards) if options.k in kind.test]
     if not pairs:
         print(f"No fault test has {options.k!r} in its name.")
         return 1
-    unnoticed = 0
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(pairs), unit="guard") as bar:
+    wrong = 0
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(pairs), unit="test") as bar:
         for verdict in pool.map(lambda pair: judge(*pair), pairs):
             bar.update()
             if verdict is not None:
-                unnoticed += 1
+                wrong += 1
                 bar.write(verdict)
-    print(f"{len(pairs)} guards removed in turn; {unnoticed} removals went unnoticed.")
-    return 1 if unnoticed else 0
+    guards = sum(guard is not None for _, guard in pairs)
+    print(
+        f"{guards} guards removed in turn, {len(pairs) - guards} tests run with all; {wrong} judged otherwise than they must."
+    )
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -596,6 +596,7 @@ def test_interrupted_imports(name, tmp_path):
     place="empcause train generator",
     promise="the next run computes the rest, and all causes are those of a run that nothing disturbed, bit for bit",
 )
+@pytest.mark.usefixtures("one_thread")
 def test_killed_while_causes_are_extracted(models, tmp_path, monkeypatch):
     texts = [f"I lost {number} of my {'old ' * number}friends." for number in range(12)]
     monkeypatch.setattr(causes, "SAVED_AT_A_TIME", 4)

@@ -45,15 +45,7 @@ LLAMA = LlamaConfig(
 )
 CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaModel.forward).parameters)
 NEW = {"max_new_tokens": 6, "do_sample": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other cost tiny models most of their time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(config=LLAMA) -> PreTrainedModel:
