@@ -173,9 +173,9 @@ def load_cuda(path: str | Path) -> None:
     if why_not_loaded("cuda") is None:
         raise RuntimeError("The CUDA backend is loaded already.")
     torch.ops.load_library(path)
-    register("empcause_cuda")
     why_not_loaded.cache_clear()
     find.cache_clear()
+    register("empcause_cuda")
 
 
 @cache

@@ -48,7 +48,8 @@ else:
 assert not {"torch", "transformers"} & set(sys.modules)
 import torch
 query = torch.randn(1, 2, 3, 4)
-assert torch.ops.empcause_cpu.attention(query, query, query, None, 1.0, None, None, True, 1.0, 0.0, None, None, True)
+others = (None, 1.0, None, None, None, None, 0, 0, True, 1.0, 0.0, None, None, True)
+assert torch.ops.empcause_cpu.attention(query, query, query, *others)
 assert "transformers" not in sys.modules
 assert empcause.info is empcause.ops.info
 assert empcause.steer is empcause.integration.steer
