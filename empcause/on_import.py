@@ -39,6 +39,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+_half_made: set[str] = set()  # modules that some thread is loading
 
 
 class _Loader:
@@ -54,9 +55,11 @@ class _Loader:
         """Load the module. Then, and afterwards, its loader is its own."""
         module.__loader__ = module.__spec__.loader = self.loader
         _thread.importing += 1
+        _half_made.add(module.__name__)
         try:
             self.loader.exec_module(module)
         finally:
+            _half_made.discard(module.__name__)
             _thread.importing -= 1
         import_parts()
 
@@ -96,7 +99,7 @@ def import_parts() -> None:
         return
     _thread.importing += 1
     try:
-        while ready := next((name for name in list(_waiting) if name in sys.modules), None):
+        while ready := next((name for name in list(_waiting) if name in sys.modules.keys() - _half_made), None):
             for part in _waiting.get(ready, ()):
                 importlib.import_module(part)
             _waiting.pop(ready, None)  # another thread may have done the same
