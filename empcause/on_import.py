@@ -4,7 +4,8 @@ Importing torch and transformers takes seconds, so `import empcause` does withou
 something with them are imported when they are, whoever imports them, before or after `import empcause`.
 
 A part imports more of transformers, whose modules import each other; in the middle of that it would meet modules that are
-half made. So it waits until the thread imports no module of torch, transformers or this package any more.
+half made. So it waits until the thread imports no module of torch, transformers or this package any more, and until no other
+thread is loading the module that it waits for.
 """
 
 import importlib
@@ -89,7 +90,8 @@ _finder = _Finder()
 
 def watch_imports() -> None:
     """Import the parts whose module is there, and the others when theirs is imported."""
-    sys.meta_path.insert(0, _finder)  # type: ignore[arg-type]
+    if _waiting and _finder not in sys.meta_path:  # as it may be where the package is loaded again
+        sys.meta_path.insert(0, _finder)  # type: ignore[arg-type]
     import_parts()
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -22,6 +24,9 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+
+from empcause.extractor import CauseExtractor, CauseExtractorConfig
+from empcause.generator import GENERATORS, add_separator
 
 CORPUS = [
     "I feel so lonely sometimes because all my friends live in a different country.",
@@ -125,5 +130,31 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_extractor(tiny_encoder_dir, tmp_path_factory):
+    """Folder of an extractor that has learned nothing."""
+    folder = tmp_path_factory.mktemp("small") / "extractor"
+    torch.manual_seed(0)
+    encoder = AutoModel.from_pretrained(tiny_encoder_dir, add_pooling_layer=False)
+    CauseExtractor(CauseExtractorConfig(encoder=encoder.config.to_dict()), encoder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_generator(tiny_gpt2_dir, tmp_path_factory):
+    """Folder of a generator with bias that has learned nothing."""
+    folder = tmp_path_factory.mktemp("small") / "generator"
+    torch.manual_seed(0)
+    config_class, model_class = GENERATORS["gpt2"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2_dir)
+    tokenizer.sep_token = None
+    model = model_class(config_class.from_pretrained(tiny_gpt2_dir))
+    add_separator(model, tokenizer)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

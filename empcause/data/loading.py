@@ -81,7 +81,10 @@ def load_annotations(split: str, data: str | os.PathLike[str] | None = None) -> 
     corpus, place = find_corpus(data)
     if corpus.annotations is None:
         raise UserError(f"{corpus.dialogues.title} has no annotated causes; give other --data.")
-    return corpus.annotations.load(split, place)
+    annotations = corpus.annotations.load(split, place)
+    if not annotations:
+        raise UserError(f"No word is marked as a cause in {place} (split {split}); give other --data.")
+    return annotations
 
 
 @dataclass

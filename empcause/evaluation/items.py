@@ -159,10 +159,15 @@ def model_digest(folder: str | os.PathLike[str]) -> str:
 def readings(
     saved: SavedItems, system: Reads, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int
 ) -> list[Reading]:
-    """What a system finds in texts, saved batch by batch."""
+    """What a system finds in texts, saved batch by batch.
+
+    Raises:
+        UserError: what it finds does not fit the texts, or is not finite; nothing of that batch is saved.
+    """
 
     def compute(batch: list[int]) -> list[Any]:
         found = system.read([texts[index] for index in batch], [words[index] for index in batch], batch_size)
+        _check_readings(system, found, [len(words[index]) for index in batch])
         arrays = [(each.emotion_probs, each.word_probs, *(each.causes or (None, None))) for each in found]
         return [[None if array is None else array.tolist() for array in each] for each in arrays]
 
@@ -178,3 +183,18 @@ def readings(
             "extracting causes", [len(text) for text in texts], batch_size, compute
         )
     ]
+
+
+def _check_readings(system: Reads, found: Sequence[Reading], words: Sequence[int]) -> None:
+    """Refuse what does not fit texts of so many words."""
+    folder = system.folders["model"]
+    if len(found) != len(words):
+        raise UserError(f"The system in {folder} gave {len(found)} readings of {len(words)} texts.")
+    for reading, number in zip(found, words, strict=True):
+        sizes = {"emotion": (reading.emotion_probs, len(system.emotions)), "word": (reading.word_probs, number)}
+        for name, (probs, size) in sizes.items():
+            if probs is not None and (np.shape(probs) != (size,) or not np.isfinite(probs).all()):
+                raise UserError(
+                    f"The system in {folder} gave {name} probabilities of shape {np.shape(probs)}, or such as are not finite, "
+                    f"where {size} finite ones are due."
+                )

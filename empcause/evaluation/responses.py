@@ -95,6 +95,8 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     bertscore = BertScore(options.bertscore_model, options.bertscore_layer) if options.bertscore_model else None
     dialogues = load_dialogues(options.split, options.data)
     data, everything = origin(options.data, dialogues), response_pairs(dialogues)
+    if not everything:
+        raise UserError(f"No turn is answered in the split {options.split} of {data.name}; give other --data.")
     pairs = everything
     if options.max_samples is not None:
         chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.max_samples]
@@ -107,6 +109,10 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     emotions = system.emotions if isinstance(system, Reads) else ()
     emotion_ids = [emotion_id(pair.emotion, emotions) for pair in pairs] if emotions else []
     identities = [_identity(pair) for pair in pairs]
+    if options.compare and not isinstance(system, Scores):
+        raise UserError(f"{options.model} scores no responses, and scores are what --compare compares.")
+    if options.bertscore_model and not isinstance(system, Answers):
+        raise UserError(f"{options.model} answers no dialogues, and answers are what --bertscore_model compares.")
     scored = digest(identities, system.targets(pairs) if isinstance(system, Scores) else [])
     earlier = read_items(options.compare, scored, ["nll"])
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
@@ -167,6 +173,15 @@ def _predict(
         saved: where results go, and where those of an earlier process are.
     """
     size = options.batch_size
+
+    def score_batch(batch: list[int]) -> list[tuple[float, int]]:
+        scores = score([encoded[index] for index in batch], size)
+        if len(scores) != len(batch) or not all(np.isfinite(nll) and count > 0 for nll, count in scores):
+            raise UserError(
+                f"{options.model} gave {scores!r:.100} where {len(batch)} finite scores of responses are due."
+            )
+        return scores
+
     found: Sequence[Reading] = ()
     if isinstance(system, Reads):
         texts = [pair.text for pair in pairs]
@@ -177,7 +192,7 @@ def _predict(
     if isinstance(system, Scores):
         encoded, score = system.encode(pairs), system.score
         lengths = [len(each) for each in encoded]
-        rows = saved.each("scoring", lengths, size, lambda batch: score([encoded[index] for index in batch], size))
+        rows = saved.each("scoring", lengths, size, score_batch)
         nll, tokens = (np.array(column) for column in zip(*rows, strict=True))
         predictions = replace(predictions, encoded=encoded, nll=nll, tokens=tokens)
     if isinstance(system, Answers):

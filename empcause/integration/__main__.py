@@ -55,6 +55,8 @@ def main(chosen: list[str]) -> None:
         table = json.loads(TABLE.read_text(encoding="utf-8"))
     table["transformers"] = transformers.__version__
     fork = multiprocessing.get_context("fork")
+    if unknown := set(chosen) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        sys.exit(f"transformers has no causal language model named {', '.join(sorted(unknown))}; nothing was written.")
     models = [
         (kind, model) for kind, model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if not chosen or model in chosen
     ]

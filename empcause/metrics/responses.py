@@ -14,18 +14,32 @@ def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
     Args:
         nll: `[n]` summed negative log-likelihood per response, in nats.
         tokens: `[n]` its number of tokens.
+
+    Raises:
+        ValueError: the numbers of responses differ, there is none, or a figure is not finite.
     """
+    _check(nll, len(np.atleast_1d(tokens)))
     return float(np.exp(np.sum(nll) / np.sum(tokens)))
 
 
 def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float | None:
-    """Nats per word (`split_words`), which compares over tokenizers; None where there is no word."""
+    """Nats per word (`split_words`), which compares over tokenizers; None where there is no word.
+
+    Raises:
+        ValueError: see `perplexity`.
+    """
+    _check(nll, len(responses))
     words = sum(len(split_words(text)) for text in responses)
     return float(np.sum(nll) / words) if words else None
 
 
 def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float | None:
-    """Bits per UTF-8 byte, which compares over tokenizers; None where there is no byte."""
+    """Bits per UTF-8 byte, which compares over tokenizers; None where there is no byte.
+
+    Raises:
+        ValueError: see `perplexity`.
+    """
+    _check(nll, len(responses))
     size = sum(len(text.encode()) for text in responses)
     return float(np.sum(nll) / np.log(2) / size) if size else None
 
@@ -46,3 +60,8 @@ def distinct_n(responses: Sequence[str], n: int, split: Callable[[str], Sequence
         for gram in zip(*(words[start:] for start in range(n)), strict=False)
     ]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _check(nll: ArrayLike, responses: int) -> None:
+    if np.shape(nll) != (responses,) or not responses or not np.isfinite(nll).all():
+        raise ValueError(f"nll of shape {np.shape(nll)} is not a finite number for each of {responses} responses.")

@@ -54,9 +54,10 @@ def use_backend(name: str) -> Iterator[None]:
     under another (a graph without guards, as `torch.export` makes, keeps the backend it was traced with). The innermost of
     nested contexts holds. A call's own `backend=` wins.
 
-    Backward passes, wherever they run, are on the backend of the forward pass, and so is a checkpointed call that they compute
-    again. Where `torch.compile` is applied to a function within a checkpointed one, run the backward pass in the same context:
-    torch refuses what is computed again otherwise.
+    Backward passes, wherever they run, are on the backend of the forward pass. So is a checkpointed call that they compute again,
+    provided that they run in the forward pass' thread, in one of autograd's own, or in one that has chosen nothing itself. Where
+    `torch.compile` is applied to a function within a checkpointed one, run the backward pass in the same context: torch refuses
+    what is computed again otherwise.
 
     Args:
         name: "cpu", "triton", "cuda" or "reference".
@@ -134,7 +135,7 @@ def _find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str
 
 
 def _require_known(name: str) -> None:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise RuntimeError(f"Unknown backend {name!r}; expected one of {', '.join(BACKENDS)}.")
 
 

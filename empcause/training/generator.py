@@ -110,6 +110,9 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     train_dialogues, valid_dialogues = load_dialogues("train", args.data), load_dialogues("valid", args.data)
     data = origin(args.data, train_dialogues, valid_dialogues)
     train_responses, valid_responses = response_pairs(train_dialogues), response_pairs(valid_dialogues)
+    for split, responses in (("train", train_responses), ("valid", valid_responses)):
+        if not responses:
+            raise UserError(f"No turn is answered in the split {split} of {data.name}; give other --data.")
     train_pairs = _draw(train_responses, args.max_train_samples, args.seed)
     valid_pairs = _draw(valid_responses, args.max_eval_samples, args.seed)
     set_seed(args.seed)

@@ -243,3 +243,21 @@ class TestSample:
 
     def test_check(self):
         assert not check_data("sample").problems
+
+
+def test_splits_with_nothing_to_learn_or_to_measure(folder, small_extractor, small_generator, tmp_path, capsys):
+    """Sound files, in which no turn is answered and no word is marked."""
+    for split in ("train", "valid", "test"):
+        row = f"c:{split},1,sad,My dog died.,9,He was {split}.,,\n"
+        (folder / "empatheticdialogues" / f"{split}.csv").write_text(HEADER + row)
+    for split in ("valid", "test"):
+        record = RECORD | {"annotation": [], "labels": []}
+        (folder / "emocause" / f"{split}.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=r"No word is marked as a cause in .* \(split valid\)"):
+        load_annotations("valid", folder)
+    models = ["--model", str(small_generator), "--extractor", str(small_extractor)]
+    evaluated = ["evaluate", "generator", *models, "--output_dir", str(tmp_path / "evaluation")]
+    trained = ["train", "generator", "--model_name_or_path", str(small_generator), "--gamma", "0"]
+    for command in (evaluated, [*trained, "--output_dir", str(tmp_path / "training")]):
+        assert main([*command, "--data", str(folder)]) == 2
+        assert "No turn is answered in the split t" in capsys.readouterr().err

@@ -12,13 +12,13 @@ from kinds import Guard, fault
 from safetensors.torch import load_file, save_file
 from small_training import ITEMS, SmallTrainer, arguments, collate, train, weights
 from tokenizers.normalizers import Lowercase
-from transformers import AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from empcause.checkpoints import load_whole
 from empcause.data import EMPATHETIC_DIALOGUES, Dialogue, split_words
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
-from empcause.extractor import CauseExtractor, CauseExtractorConfig, extract, load_extractor
+from empcause.extractor import extract, load_extractor
 from empcause.generator import GENERATORS, CauseCache, add_separator, load_generator, response_nll
 from empcause.training import settings
 from empcause.training.common import StageTrainer
@@ -82,17 +82,6 @@ def generator_dir(tiny_gpt2_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generator")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def extractor_dir(tiny_encoder_dir, tmp_path_factory):
-    """A finished extractor, untrained."""
-    torch.manual_seed(0)
-    encoder = AutoModel.from_pretrained(tiny_encoder_dir, add_pooling_layer=False)
-    folder = tmp_path_factory.mktemp("extractor")
-    CauseExtractor(CauseExtractorConfig(encoder=encoder.config.to_dict()), encoder).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_encoder_dir).save_pretrained(folder)
     return folder
 
 
@@ -311,10 +300,10 @@ def test_label_smoothing(tmp_path, generator_dir):
     place="training the extractor",
     promise="automatic labels are made from that epoch on, and not before",
 )
-def test_warm_up_of_automatic_labels(tmp_path, extractor_dir):
-    model, tokenizer = load_extractor(extractor_dir)
+def test_warm_up_of_automatic_labels(tmp_path, small_extractor):
+    model, tokenizer = load_extractor(small_extractor)
     ids = tokenizer("My dog died.")["input_ids"]
-    options = extractor_options(extractor_dir, tmp_path, automatic_label_start=1)
+    options = extractor_options(small_extractor, tmp_path, automatic_label_start=1)
     trainer = ExtractorTrainer(
         model=model,
         args=options,
@@ -357,13 +346,19 @@ def damaged(folder, into, change):
     place="loading an extractor, a generator, or the model that a training starts from",
     promise="refused by name of a weight; nothing answers or trains with random numbers",
 )
-def test_weights_of_another_model(tmp_path, generator_dir, extractor_dir, tiny_encoder_dir):
+def test_weights_of_another_model(tmp_path, generator_dir, small_extractor, tiny_encoder_dir):
     head, layer = "cause_head.weight", "transformer.h.1.mlp.c_fc.weight"
     for name, folder, load, change, message in [
-        ("a", extractor_dir, load_extractor, lambda t: t.pop(head), f"missing: {head}"),
+        ("a", small_extractor, load_extractor, lambda t: t.pop(head), f"missing: {head}"),
         ("b", generator_dir, load_generator, lambda t: t.pop(layer), f"missing: {layer}"),
         ("c", generator_dir, load_generator, lambda t: t.update({layer: torch.ones(3)}), f"of another shape: {layer}"),
-        ("d", extractor_dir, load_extractor, lambda t: t.update({"more": torch.ones(3)}), "unknown to the model: more"),
+        (
+            "d",
+            small_extractor,
+            load_extractor,
+            lambda t: t.update({"more": torch.ones(3)}),
+            "unknown to the model: more",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             load(damaged(folder, tmp_path / name, change))
@@ -391,14 +386,14 @@ def test_weights_of_another_model(tmp_path, generator_dir, extractor_dir, tiny_e
     place="loading a model, finding causes",
     promise="refused; a model of NaN gets no scores and no model card",
 )  # fmt: skip
-def test_models_of_nan(tmp_path, extractor_dir, generator_dir):
+def test_models_of_nan(tmp_path, small_extractor, generator_dir):
     def spoil(tensors):
         tensors[min(tensors)].view(-1)[-1] = math.nan
 
-    for folder, load in ((extractor_dir, load_extractor), (generator_dir, load_generator)):
+    for folder, load in ((small_extractor, load_extractor), (generator_dir, load_generator)):
         with pytest.raises(UserError, match="not finite: "):
             load(damaged(folder, tmp_path / folder.name, spoil))
-    model, tokenizer = load_extractor(extractor_dir)
+    model, tokenizer = load_extractor(small_extractor)
     with torch.no_grad():
         model.cause_head.weight.fill_(3e38)
     with pytest.raises(UserError, match=r"The extractor's probabilities are not numbers \(NaN\)"):
@@ -418,12 +413,12 @@ def test_models_of_nan(tmp_path, extractor_dir, generator_dir):
     place="loading an extractor or a generator",
     promise="one sentence that names the value",
 )
-def test_damaged_configurations(tmp_path, extractor_dir, generator_dir):
+def test_damaged_configurations(tmp_path, small_extractor, generator_dir):
     for number, (folder, load, name, value) in enumerate([
         (generator_dir, load_generator, "gamma", math.nan), (generator_dir, load_generator, "gamma", None),
         (generator_dir, load_generator, "cause_scope", "everything"), (generator_dir, load_generator, "cause_threshold", 7),
-        (extractor_dir, load_extractor, "automatic_top_k", -3), (extractor_dir, load_extractor, "cause_from", "tail"),
-        (extractor_dir, load_extractor, "max_length", "long"),
+        (small_extractor, load_extractor, "automatic_top_k", -3), (small_extractor, load_extractor, "cause_from", "tail"),
+        (small_extractor, load_extractor, "max_length", "long"),
     ]):  # fmt: skip
         copy = shutil.copytree(folder, tmp_path / str(number))
         config = json.loads((copy / "config.json").read_text())
@@ -470,8 +465,8 @@ def test_separator_starts_at_the_mean(tiny_llama_dir, spare):
     place="training the extractor",
     promise="refused before the first step: too many tokens, or no class token to read the emotion from",
 )
-def test_tokenizer_of_another_model(tokenizer, extractor_dir):
-    model, own = load_extractor(extractor_dir)
+def test_tokenizer_of_another_model(tokenizer, small_extractor):
+    model, own = load_extractor(small_extractor)
     check_tokenizer(own, model)
     with pytest.raises(UserError, match="writes no class token"):
         check_tokenizer(tokenizer, model)
@@ -487,10 +482,10 @@ def test_tokenizer_of_another_model(tokenizer, extractor_dir):
     place="finding causes, encoding dialogues",
     promise="it is cut and that is said; words beyond have probability 0",
 )
-def test_texts_that_are_too_long(tokenizer, extractor_dir, caplog, monkeypatch):
+def test_texts_that_are_too_long(tokenizer, small_extractor, caplog, monkeypatch):
     said = []
     monkeypatch.setattr("empcause.extractor.inference.logger.warning", said.append)
-    model, own = load_extractor(extractor_dir)
+    model, own = load_extractor(small_extractor)
     long = "My dog died and the house is silent now. " * 20
     found = extract(model, own, [long, "We won!"])
     assert said == ["1 of 2 texts have more than 128 tokens; no causes are found in the rest."]
@@ -510,8 +505,8 @@ def test_texts_that_are_too_long(tokenizer, extractor_dir, caplog, monkeypatch):
 
 
 @pytest.fixture
-def causes(extractor_dir):
-    model, tokenizer = load_extractor(extractor_dir)
+def causes(small_extractor):
+    model, tokenizer = load_extractor(small_extractor)
     return [found.causes.probs for found in extract(model, tokenizer, TEXTS)]
 
 
@@ -526,17 +521,17 @@ def same(found, expected):
     place="the cache of causes",
     promise="its causes are found anew",
 )
-def test_kept_causes_of_another_tokenizer(tmp_path, extractor_dir):
-    first = CauseCache(extractor_dir, tmp_path)
+def test_kept_causes_of_another_tokenizer(tmp_path, small_extractor):
+    first = CauseCache(small_extractor, tmp_path)
     for number, change in enumerate(
         [lambda t: setattr(t.backend_tokenizer, "normalizer", Lowercase()), lambda t: setattr(t, "model_max_length", 9)]
     ):
-        folder = shutil.copytree(extractor_dir, tmp_path / str(number))
+        folder = shutil.copytree(small_extractor, tmp_path / str(number))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         change(tokenizer)
         tokenizer.save_pretrained(folder)
         assert CauseCache(folder, tmp_path).path != first.path
-    assert CauseCache(shutil.copytree(extractor_dir, tmp_path / "same"), tmp_path).path == first.path
+    assert CauseCache(shutil.copytree(small_extractor, tmp_path / "same"), tmp_path).path == first.path
 
 
 @fault(
@@ -545,8 +540,8 @@ def test_kept_causes_of_another_tokenizer(tmp_path, extractor_dir):
     place="the cache of causes",
     promise="causes are found anew, with the right values",
 )
-def test_kept_causes_that_are_damaged(tmp_path, extractor_dir, causes):
-    cache = CauseCache(extractor_dir, tmp_path)
+def test_kept_causes_that_are_damaged(tmp_path, small_extractor, causes):
+    cache = CauseCache(small_extractor, tmp_path)
     assert same(cache.get(TEXTS), causes)
     whole = cache.path.read_bytes()
     random = np.random.default_rng(0)
@@ -554,9 +549,9 @@ def test_kept_causes_that_are_damaged(tmp_path, extractor_dir, causes):
         content = bytearray(whole)
         content[place] ^= 0x41
         cache.path.write_bytes(content)
-        assert same(CauseCache(extractor_dir, tmp_path).get(TEXTS), causes)
+        assert same(CauseCache(small_extractor, tmp_path).get(TEXTS), causes)
     cache.path.write_bytes(whole[: len(whole) // 2])
-    assert same(CauseCache(extractor_dir, tmp_path).get(TEXTS), causes)
+    assert same(CauseCache(small_extractor, tmp_path).get(TEXTS), causes)
 
 
 @fault(
@@ -565,15 +560,15 @@ def test_kept_causes_that_are_damaged(tmp_path, extractor_dir, causes):
     place="the cache of causes",
     promise="the work goes on without it, with a word and the right values",
 )
-def test_kept_causes_that_cannot_be_written(tmp_path, extractor_dir, causes, monkeypatch):
+def test_kept_causes_that_cannot_be_written(tmp_path, small_extractor, causes, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    assert same(CauseCache(extractor_dir, tmp_path / "file").get(TEXTS), causes)
+    assert same(CauseCache(small_extractor, tmp_path / "file").get(TEXTS), causes)
     said = []
     monkeypatch.setattr("empcause.generator.causes.logger.warning", said.append)
     monkeypatch.setattr(
         "empcause.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
-    assert same(CauseCache(extractor_dir, tmp_path).get(TEXTS), causes)
+    assert same(CauseCache(small_extractor, tmp_path).get(TEXTS), causes)
     assert "No space left on device" in said[0]
 
 
@@ -583,12 +578,12 @@ def test_kept_causes_that_cannot_be_written(tmp_path, extractor_dir, causes, mon
     place="the cache of causes",
     promise="what both found is kept",
 )
-def test_kept_causes_of_two_runs(tmp_path, extractor_dir, monkeypatch):
-    first, second = CauseCache(extractor_dir, tmp_path), CauseCache(extractor_dir, tmp_path)
+def test_kept_causes_of_two_runs(tmp_path, small_extractor, monkeypatch):
+    first, second = CauseCache(small_extractor, tmp_path), CauseCache(small_extractor, tmp_path)
     first.get(TEXTS[:2])
     second.get(TEXTS[2:])
     monkeypatch.setattr("empcause.generator.causes.extract", lambda *_, **__: pytest.fail("found again"))
-    assert len(CauseCache(extractor_dir, tmp_path).get(TEXTS)) == 3
+    assert len(CauseCache(small_extractor, tmp_path).get(TEXTS)) == 3
 
 
 # Divergence and resumption

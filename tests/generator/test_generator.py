@@ -6,13 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from empcause.data import EMPATHETIC_DIALOGUES, Causes, Dialogue
 from empcause.data.collation import pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
-from empcause.extractor import CauseExtractor, CauseExtractorConfig
 from empcause.generator import (
     GENERATORS,
     CauseCache,
@@ -37,16 +36,6 @@ def generator(request, tiny_gpt2_dir, tiny_llama_dir):
     model = model_class.from_pretrained(folder, config=config, attn_implementation="empcause").eval()
     add_separator(model, tokenizer)
     return model, tokenizer
-
-
-@pytest.fixture(scope="module")
-def extractor_dir(tiny_encoder_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("extractor")
-    torch.manual_seed(0)
-    encoder = AutoModel.from_pretrained(tiny_encoder_dir, add_pooling_layer=False)
-    CauseExtractor(CauseExtractorConfig(encoder=encoder.config.to_dict()), encoder).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_encoder_dir).save_pretrained(folder)
-    return folder
 
 
 def caused(dialogue, probability=0.9, word="dog"):
@@ -130,22 +119,22 @@ class TestCauses:
         model.config.gamma = 0.0
         assert encode_for(model, tokenizer, caused(PAIR), 100).cause_probs is None
 
-    def test_computed_once(self, extractor_dir, tmp_path, monkeypatch):
+    def test_computed_once(self, small_extractor, tmp_path, monkeypatch):
         texts = ["My dog died.", "We won!", "My dog died."]
-        cache = CauseCache(extractor_dir, tmp_path)
+        cache = CauseCache(small_extractor, tmp_path)
         first = cache.get(texts)
         assert len(first) == 3
-        again = CauseCache(extractor_dir, tmp_path)
+        again = CauseCache(small_extractor, tmp_path)
         monkeypatch.setattr("empcause.generator.causes.extract", lambda *_, **__: pytest.fail("extracted again"))
         for before, after in zip(first, again.get(texts), strict=True):
             assert np.array_equal(before.spans, after.spans)
             assert np.array_equal(before.probs, after.probs)
 
-    def test_damaged_cache_is_made_again(self, extractor_dir, tmp_path):
-        cache = CauseCache(extractor_dir, tmp_path)
+    def test_damaged_cache_is_made_again(self, small_extractor, tmp_path):
+        cache = CauseCache(small_extractor, tmp_path)
         cache.get(["We won!"])
         cache.path.write_bytes(cache.path.read_bytes()[:50])
-        assert len(CauseCache(extractor_dir, tmp_path).get(["We won!"])) == 1
+        assert len(CauseCache(small_extractor, tmp_path).get(["We won!"])) == 1
 
 
 class TestModel:
@@ -329,10 +318,10 @@ class TestAnswers:
         answers = generate_responses(model, tokenizer, [caused(PAIR)] * 2, max_new_tokens=5, **options)
         assert len(answers) == 2
 
-    def test_responder(self, generator, extractor_dir):
+    def test_responder(self, generator, small_extractor):
         from empcause.extractor import load_extractor
 
-        responder = Responder(*load_extractor(extractor_dir), *generator)
+        responder = Responder(*load_extractor(small_extractor), *generator)
         reply = responder(["My dog died.", "I'm sorry.", " He was old. "], max_new_tokens=5)
         assert reply.emotion in EMPATHETIC_DIALOGUES.emotions
         assert 0 < reply.probability <= 1

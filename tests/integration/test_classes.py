@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import empcause
 from empcause.errors import UserError
 from empcause.integration import classes
-from empcause.integration.__main__ import judge
+from empcause.integration.__main__ import judge, main
 from empcause.integration.classes import TABLE
 
 FAMILIES = "apertus biogpt gemma gpt2 gpt_neox granite llama mistral mixtral olmo2 opt phi3 qwen2 qwen3 smollm3".split()
@@ -137,3 +137,10 @@ def test_compiled_models(padded, monkeypatch):
     # Without a mask and a cache, traced code cannot know whether position_ids hold packed sequences: one break to look.
     compiled = torch.compile(model, backend="eager", fullgraph=padded)(**inputs).logits
     torch.testing.assert_close(compiled[mask.bool()], model(**inputs).logits[mask.bool()])
+
+
+def test_names_that_are_no_causal_models_write_nothing():
+    before = classes.TABLE.read_bytes()
+    with pytest.raises(SystemExit, match="no causal language model named BertModel, NoSuchClass; nothing was written"):
+        main(["GPT2LMHeadModel", "NoSuchClass", "BertModel"])
+    assert classes.TABLE.read_bytes() == before

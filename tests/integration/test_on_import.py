@@ -111,6 +111,47 @@ def test_beside_another_tool_that_has_every_finder_look():
     run(AMONG_OTHERS)
 
 
+AT_ONCE = """
+import threading
+import empcause
+
+def one():
+    import transformers.utils.logging, transformers
+    transformers.AutoConfig
+
+def other():
+    import torch
+    torch.zeros(1)
+
+failed = []
+threading.excepthook = failed.append
+threads = [threading.Thread(target=each) for each in (one, other)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+import torch
+torch.ops.empcause_cpu.attention
+"""
+
+
+def test_two_threads_import_torch_and_transformers_at_once():
+    run(AT_ONCE)
+
+
+def test_the_package_is_loaded_again():
+    run(
+        "import importlib, sys, empcause\n"
+        "finders = list(sys.meta_path)\n"
+        "importlib.reload(empcause)\n"
+        "assert sys.meta_path == finders\n"
+        "import empcause.integration, empcause.generator\n"
+        "importlib.reload(empcause)\n"
+        "assert not [finder for finder in sys.meta_path if finder is finders[0]]"
+    )
+
+
 class Biased(torch.nn.Module):
     def forward(self, query, cause):
         return biased_attention(query, query, query, cause)

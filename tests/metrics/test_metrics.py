@@ -141,3 +141,19 @@ class TestBertScore:
         assert scores[0, 1] == pytest.approx(recall, abs=2e-3)
         f = 2 * precision * recall / (precision + recall)
         assert scores[0, 2] == pytest.approx(f, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: perplexity([1.0, 2.0, 3.0], [1]),
+        lambda: perplexity([math.nan], [1]),
+        lambda: perplexity([], []),
+        lambda: nll_per_word([1.0, 2.0], ["a"]),
+        lambda: bits_per_byte([math.inf], ["a"]),
+        lambda: emotion_correct([[0.1, 0.9]], [31]),
+    ],
+)
+def test_what_does_not_fit_is_refused(measure):
+    with pytest.raises(ValueError, match=r"is not a finite number for each|is none of 2"):
+        measure()

@@ -101,6 +101,8 @@ def test_contexts_that_overlap_without_being_nested_are_refused():
 def test_what_cannot_run_is_refused():
     with pytest.raises(RuntimeError, match="Unknown backend 'gpu'; expected one of cpu, triton, cuda, reference"):
         use_backend("gpu").__enter__()
+    with pytest.raises(RuntimeError, match=r"Unknown backend \['cpu'\]; expected one of"):
+        use_backend(["cpu"]).__enter__()
     doubles = [tensor.double() for tensor in TENSORS]
     with (
         use_backend("cpu"),

@@ -6,54 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModel, AutoTokenizer
 
 from empcause.data import EMPATHETIC_DIALOGUES, load_dialogues, response_pairs, split_words
 from empcause.errors import UserError
 from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
-from empcause.extractor import CauseExtractor, CauseExtractorConfig
-from empcause.generator import GENERATORS, add_separator
 from empcause.systems import Answers, Reading, Reads, Scores, System, load_system
 from empcause.systems.loading import SYSTEMS
-
-
-@pytest.fixture(scope="module")
-def extractor(tiny_encoder_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("systems") / "extractor"
-    torch.manual_seed(0)
-    encoder = AutoModel.from_pretrained(tiny_encoder_dir, add_pooling_layer=False)
-    CauseExtractor(CauseExtractorConfig(encoder=encoder.config.to_dict()), encoder).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_encoder_dir).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def generator(tiny_gpt2_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("systems") / "generator"
-    config_class, model_class = GENERATORS["gpt2"]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2_dir)
-    tokenizer.sep_token = None
-    torch.manual_seed(0)
-    model = model_class(config_class.from_pretrained(tiny_gpt2_dir))
-    add_separator(model, tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def abilities(system):
     return [kind for kind in (System, Reads, Scores, Answers) if isinstance(system, kind)]
 
 
-def test_our_own_systems(extractor, generator):
-    reader, speaker = load_system(extractor), load_system(generator, extractor)
+def test_our_own_systems(small_extractor, small_generator):
+    reader, speaker = load_system(small_extractor), load_system(small_generator, small_extractor)
     assert abilities(reader) == [System, Reads]
     assert abilities(speaker) == [System, Reads, Scores, Answers]
     assert reader.emotions == speaker.emotions == EMPATHETIC_DIALOGUES.emotions
     assert (reader.note, speaker.note) == ("", "biased towards causes (gamma 1)")
-    assert speaker.folders == {"model": generator, "extractor": extractor}
+    assert speaker.folders == {"model": small_generator, "extractor": small_extractor}
     pair = response_pairs(load_dialogues("test", "sample"))[0]
     (reading,) = speaker.read([pair.text], [split_words(pair.text)], 1)
     assert reading.word_probs.shape == (len(split_words(pair.text)),)
@@ -67,13 +39,13 @@ def test_our_own_systems(extractor, generator):
         speaker.check_room(65)
 
 
-def test_folders_that_hold_no_system(generator, tiny_gpt2_dir, tmp_path):
+def test_folders_that_hold_no_system(small_generator, tiny_gpt2_dir, tmp_path):
     with pytest.raises(UserError, match=r"There is no model at .*: the folder does not exist"):
         load_system(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds a model of type 'gpt2', not a system to evaluate"):
         load_system(tiny_gpt2_dir)
     with pytest.raises(UserError, match="holds a generator, which needs an extractor beside it"):
-        load_system(generator)
+        load_system(small_generator)
 
 
 @dataclass
@@ -216,3 +188,44 @@ def test_emotions_that_a_system_does_not_know(evaluate, monkeypatch):
     monkeypatch.setattr(FindsEmotions, "emotions", ("joyful", "sad"))
     with pytest.raises(UserError, match=r"Unknown emotion .*; expected one of these 2: joyful, sad"):
         evaluate(FindsEmotions, EvaluateCausesOptions, evaluate_causes)
+
+
+@pytest.mark.parametrize(
+    ("readings", "message"),
+    [
+        (lambda count, words: [Reading()] * (count - 1), "readings of"),
+        (
+            lambda count, words: [Reading(word_probs=np.zeros(1000, np.float32))] * count,
+            r"word probabilities of shape \(1000,\)",
+        ),
+        (lambda count, words: [Reading(word_probs=np.full(len(each), np.nan)) for each in words], "not finite"),
+        (lambda count, words: [Reading(emotion_probs=np.ones(2, np.float32))] * count, "where 32 finite ones are due"),
+    ],
+    ids=["too few", "of another text", "NaN", "of other emotions"],
+)
+def test_readings_that_do_not_fit_are_not_kept(evaluate, monkeypatch, readings, message):
+    """The system's mistake is named, and once it is mended the same evaluation is right."""
+    right = FindsEmotions.read
+    monkeypatch.setattr(FindsEmotions, "read", lambda self, texts, words, batch_size: readings(len(texts), words))
+    with pytest.raises(UserError, match=message):
+        evaluate(FindsEmotions, EvaluateCausesOptions, evaluate_causes)
+    monkeypatch.setattr(FindsEmotions, "read", right)
+    figures, _, _ = evaluate(FindsEmotions, EvaluateCausesOptions, evaluate_causes)
+    assert figures["accuracy"] > 0
+
+
+def test_scores_that_are_not_finite_are_not_kept(evaluate, monkeypatch):
+    right = ScoresAlone.score
+    monkeypatch.setattr(ScoresAlone, "score", lambda self, encoded, batch_size: [(float("nan"), 3)] * len(encoded))
+    with pytest.raises(UserError, match="finite scores of responses are due"):
+        evaluate(ScoresAlone, EvaluateResponsesOptions, evaluate_responses, max_samples=5)
+    monkeypatch.setattr(ScoresAlone, "score", right)
+    figures, _, _ = evaluate(ScoresAlone, EvaluateResponsesOptions, evaluate_responses, max_samples=5)
+    assert figures["perplexity"] == pytest.approx(2)
+
+
+def test_options_for_what_a_system_cannot_do(evaluate):
+    _, _, folder = evaluate(ScoresAlone, EvaluateResponsesOptions, evaluate_responses, max_samples=5)
+    options = {"max_samples": 5, "max_new_tokens": 7, "compare": str(folder)}
+    with pytest.raises(UserError, match="scores no responses, and scores are what --compare compares"):
+        evaluate(AnswersAlone, EvaluateResponsesOptions, evaluate_responses, **options)
