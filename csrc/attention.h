@@ -1,17 +1,19 @@
-// What the kernels compute, on the CPU and on GPUs, in plain C++: raw pointers and strides in elements.
+// The problem that the kernels solve, on the CPU and on GPUs, as raw pointers and strides in elements.
 //
 //   x_ij = scale * q_i . k_j          for keys j <= i + query_offset, if causal
 //   b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
 //   o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
 //
-// The forward pass leaves LSE in two parts, each with all its digits: 2^maximum, which a row's terms are relative to, and their sum.
-// The backward pass makes the same terms of the same numbers, so its probabilities sum to 1 however large the logits are. On a GPU
-// LSE has the form of cuda/logsumexp.h.
+// The forward pass stores LSE in two parts, so that neither loses digits to the other: the base-2
+// exponent `maximum` that the terms of a row are divided by, and `total`, the sum of these terms. The
+// backward pass computes the same terms from the same numbers, so its probabilities sum to 1 however
+// large the logits are. On a GPU LSE is stored as cuda/logsumexp.h describes.
 #pragma once
 
 #include <cstdint>
 
-// Of every function of this header, which every unit has for itself: the CPU's units must not share one (cpu/isa.h).
+// Marks every function of this header: each unit has its own copy, as the CPU's units must not share a
+// function (cpu/isa.h).
 #if defined(__CUDACC__)
 #define EMPCAUSE_EVERYWHERE __host__ __device__
 #else
@@ -30,7 +32,7 @@ struct Matrices {
   EMPCAUSE_EVERYWHERE int64_t offset(int64_t b, int64_t h, int64_t r) const { return b * batch + h * head + r * row; }
 };
 
-// A contiguous-in-rows fp32 quantity per [batch, head, row].
+// One fp32 value per [batch, head, row]; the values of neighbouring rows are contiguous.
 struct Rows {
   float* data = nullptr;
   int64_t batch = 0, head = 0;
@@ -38,11 +40,12 @@ struct Rows {
   EMPCAUSE_EVERYWHERE float* of(int64_t b, int64_t h) const { return data + b * batch + h * head; }
 };
 
-// Every pointer leads to memory of the device that computes, so that nobody waits for a GPU to read a number.
+// The forward pass. Every pointer, also those to single numbers, leads to memory of the device that
+// computes, so that the host never waits for a GPU.
 struct Attention {
   int64_t batch, num_heads, num_key_heads, head_dim;
-  int64_t num_queries, num_keys;      // of every sequence; of the longest one if packed
-  int64_t total_queries, total_keys;  // rows of the tensors per batch; of all sequences together if packed
+  int64_t num_queries, num_keys;      // of every sequence; if packed, of the longest one
+  int64_t total_queries, total_keys;  // rows of the tensors per batch; if packed, of all sequences together
   // Prefix sums [batch + 1] over the rows of packed sequences; null otherwise.
   const int32_t* cu_queries = nullptr;
   const int32_t* cu_keys = nullptr;
@@ -53,46 +56,57 @@ struct Attention {
   const int64_t* seed = nullptr;  // null without dropout
   DType dtype;
   Matrices query, key, value, output;
-  // int16: the output before it was rounded to bf16 or fp16, less the output, in units of fp32's last place; may be null.
+  // int16: the fp32 output before it was rounded to bf16 or fp16, minus the rounded output, in units of
+  // fp32's last place. Its data may be null.
   Matrices rounding;
-  Rows weight;          // w_j; 0 takes the key out
+  Rows weight;          // w_j; a key of weight 0 is not attended to
   Rows maximum, total;  // LSE_i = ln 2 * maximum_i + log total_i; a row without a key has total 0
 };
 
+// The backward pass of a forward pass.
 struct AttentionBackward {
   Attention forward;
   Matrices grad_output, grad_query, grad_key, grad_value;
-  // Per query head; summed over what was broadcast by the caller. Null where grad_cause is not asked for.
+  // The gradient of the weights for every query head; the caller sums it over broadcast dimensions. Its
+  // data is null where grad_cause is not needed.
   Rows grad_weight;
-  const bool* key_mask = nullptr;  // [batch, keys]; grad_weight is wanted where it holds, also where the weight is 0
+  // [batch, keys], or null: grad_weight is computed for the keys that it marks, also for those of weight 0.
+  const bool* key_mask = nullptr;
   int64_t key_mask_batch = 0;
 };
 
-// Key weights w_j = key_mask_j * (1 + strength * cause_j) to be computed, contiguous [batch, heads, keys].
+// The arguments of compute_weights: w_j = key_mask_j * (1 + strength * cause_j), contiguous [batch, heads, keys].
 struct KeyWeights {
-  int64_t batch, heads, keys;            // of the result
+  int64_t batch, heads, keys;            // sizes of `weight`
   const float* cause = nullptr;          // null: all weights are 0 or 1
-  int64_t cause_batch, cause_head;       // strides; keys are contiguous
-  const float* head_strength = nullptr;  // [heads], or null: `strength` for all
+  int64_t cause_batch, cause_head;       // strides of `cause`, 0 where it is broadcast; its keys are contiguous
+  const float* head_strength = nullptr;  // [heads], or null: `strength` holds for all heads
   float strength;
   const bool* key_mask = nullptr;  // [batch, keys], or null: all keys
   float* weight;
 };
 
-// grad_cause, contiguous [batch or 1, heads or 1, keys], from the gradient of the weights [batch, heads, keys].
+// The arguments of reduce_grad_cause: grad_cause, contiguous [batch or 1, heads or 1, keys], from the gradient of the
+// weights [batch, heads, keys].
 struct GradCause {
   int64_t batch, heads, keys;
   const float* grad_weight;
   const float* head_strength = nullptr;
   float strength;
-  int64_t cause_batch, cause_heads;  // sizes of grad_cause: what is 1 there was broadcast
+  int64_t cause_batch, cause_heads;  // sizes of grad_cause; the gradient is summed over a dimension that is 1 here only
   float* grad_cause;
 };
 
-// Rounding may leave a weight meant as 0 slightly below it.
+// Weights from here to 0 count as 0: rounding may leave a weight that is meant as 0 slightly below it.
 constexpr float kSmallestWeight = -1e-6f;
 
-// The queries and keys of one sequence.
+constexpr float kLog2E = 1.4426950408889634f;
+
+// e = exp(x - LSE) may overflow for a key of weight 0, where only the gradient of the weight uses it.
+// Every backend caps x - LSE at 80 there; this is the cap in base 2.
+constexpr float kLargestExponent = 80.0f * kLog2E;
+
+// The rows of queries and keys of one sequence. Query i has the position i + offset among the keys.
 struct Sequence {
   int64_t query_begin, num_queries, key_begin, num_keys, offset;
 };
@@ -101,7 +115,8 @@ EMPCAUSE_EVERYWHERE static inline int64_t clamped(int64_t value, int64_t low, in
   return value < low ? low : value > high ? high : value;
 }
 
-// Prefix sums that do not fit the tensors, which cannot be refused without waiting for a GPU, never lead outside them.
+// Returns sequence `batch`. Prefix sums in memory of a GPU cannot be checked without waiting for it,
+// so those that do not fit the tensors are clamped: no kernel accesses memory outside of the tensors.
 EMPCAUSE_EVERYWHERE static inline Sequence sequence(const Attention& a, int64_t batch) {
   Sequence s{0, a.num_queries, 0, a.num_keys, 0};
   if (a.cu_queries != nullptr) {

@@ -1,24 +1,22 @@
-// Backward pass: probabilities are computed again from what the forward pass left of each row. A task owns some tiles of keys of a key head,
-// and all query heads that share it, so every sum runs in a fixed order and nothing is shared between threads. grad_query
-// is summed over tiles in memory of the task's own; where few heads are cut into several tasks, their sums are added in order.
+// The backward pass. It recomputes probabilities from the statistics that the forward pass stored for
+// each row. A task owns some tiles of keys of a key head, for all query heads that share it, so every sum
+// has a fixed order and threads share nothing. A task sums grad_query over its tiles in memory of its
+// own; if the tiles of a key head are divided among several tasks, the sums of these are added in order.
 #pragma once
 
 #include "forward.h"
 
 namespace empcause::cpu::EMPCAUSE_ISA {
 
-// e = exp(x - LSE) may overflow for a key whose weight is 0, where only the gradient of the weight uses it: x - LSE is capped there, as
-// on every backend.
-constexpr float kLargestExponent = 80.0f * kLog2E;
-
 inline Vec capped(Vec exponent) { return exponent > splat(kLargestExponent) ? splat(kLargestExponent) : exponent; }
 
-// The query rows of one head, packed both ways; rows beyond the last are zero, and so are rows that see no key.
+// The query rows of one head with their gradients, packed as operands both of sums over rows and of
+// sums over head_dim. Rows beyond the last one and dead rows, which see no key, are zero.
 template <class T>
 struct QueryRows {
   T *query, *grad_output;                        // [rows, stride], operands of sums over rows
   T *query_transposed, *grad_output_transposed;  // per block [head_dim, block rows], operands of sums over head_dim
-  float *maximum, *inverse, *delta;              // [rows], inverse of the total; of a row without a key infinity, 0, 0
+  float *maximum, *inverse, *delta;              // [rows]; inverse is 1 / total; infinity, 0 and 0 for a dead row
   float* grad_query;                             // per block [head_dim, block rows]
 
   static int64_t size(int64_t rows, int64_t dim) {
@@ -36,7 +34,8 @@ struct QueryRows {
         grad_query(delta + rows) {}
 };
 
-// `scratch` holds rows of a block as they stand, [2, block rows, stride].
+// Packs the query rows of one head, computes their deltas and clears grad_query. `scratch` has room
+// for [2, block rows, stride].
 template <class T>
 inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head,
                          const Blocks& blocks, const QueryRows<T>& packed, float* scratch) {
@@ -53,12 +52,13 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
   }
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = blocks[i];
-    // Rows as they stand are operands of sums over rows too, if they are of fp32.
+    // In fp32 a row is an operand of sums over rows too. Operands of two values are built below from rows
+    // in scratch memory.
     T* query_rows = kValues<T> == 1 ? packed.query + block.first * stride : reinterpret_cast<T*>(scratch);
     T* grad_output_rows =
         kValues<T> == 1 ? packed.grad_output + block.first * stride : query_rows + block.rows() * row_stride;
-    // kWidth rows, and their deltas: summed in the order of the products grad_output . value, so that where one key has all the weight
-    // the rounding of both is the same.
+    // Packs kWidth rows and computes their deltas. A delta is summed in the order of the products
+    // grad_output . value, so that both are rounded alike where one key has all the weight.
     const auto pack = [&]<DType kType>(int64_t first) {
       for (int r = 0; r < kWidth; ++r) {
         const int64_t next = block.first + first + r + kAhead;
@@ -116,31 +116,34 @@ inline void pack_queries(const AttentionBackward& g, const Sequence& s, int64_t 
   for (int64_t i = 0; i < rows * dim; ++i) packed.grad_query[i] = 0.0f;
 }
 
-// Gradients of one tile of keys, [kKeyTile, stride] each but grad_weight.
+// Gradients of one tile of keys.
 struct TileGradients {
-  float *key, *value;
-  Vec weight[kKeyTile];  // to be summed over lanes
+  float *key, *value;    // [kKeyTile, stride]
+  Vec weight[kKeyTile];  // the gradient of a weight is the sum over the lanes
 };
 
-// Rows of keys of a tile: the keys as operands of sums over head_dim and over keys, the values as those of the former.
+// Keys and values of a tile: `key` and `value` are operands of sums over head_dim, `key_over_keys` of sums over keys.
 template <class T>
 struct TileRows {
   KeyRows<T> key, key_over_keys, value;
 };
 
-// Scratch memory of a tile and a block, [kKeyTile, rows] each: values in fp32 become operands of sums over rows where they stand, but
-// the gradients of logits, which are needed over keys as well, do in memory of their own if they are pairs.
+// Scratch memory of a tile and a block, [kKeyTile, rows] each. Probabilities become operands of sums
+// over rows in place. Gradients of logits are needed as operands both of sums over rows and of sums
+// over keys; operands of two values differ there, so those of sums over rows have memory of their own,
+// grad_logits_rows, which else is grad_logits.
 template <class T>
 struct TileScratch {
   float *probability, *grad_logits, *factor;
   T* grad_logits_rows;
 };
 
-// One block of query rows. A tile of removed keys (weight 0) only has gradients of its weights.
+// Adds one block of query rows to the gradients of a tile, and the tile to grad_query. For a tile of
+// removed keys (weight 0) it computes only the gradients of the weights.
 template <class T>
 inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, bool removed, const TileRows<T>& tile_rows,
                             const Dropout& dropout, int64_t position, Block block, const QueryRows<T>& packed,
-                            const TileScratch<T>& scratch, TileGradients& gradients, Upcoming& upcoming) {
+                            const TileScratch<T>& scratch, TileGradients& gradients, PrefetchQueue& prefetches) {
   const Attention& a = g.forward;
   const int64_t query = block.first, rows = block.rows(), dim = a.head_dim, stride = round_up(dim);
   const Staircase stairs(tile, a.causal, position, block.vecs);
@@ -155,9 +158,9 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   for (const Step& step : stairs) {
     const int64_t lane = step.first_vec * kWidth, vecs = block.vecs - step.first_vec, keys = step.end - step.begin;
     matmul(keys, vecs, depth, Overwrite{}, key.data + step.begin * key.stride, key.stride, 1, query_transposed + lane,
-           rows, probability + step.begin * rows + lane, rows, upcoming);
+           rows, probability + step.begin * rows + lane, rows, prefetches);
     matmul(keys, vecs, depth, Overwrite{}, value.data + step.begin * value.stride, value.stride, 1,
-           grad_output_transposed + lane, rows, grad_logits + step.begin * rows + lane, rows, upcoming);
+           grad_output_transposed + lane, rows, grad_logits + step.begin * rows + lane, rows, prefetches);
     for (int64_t j = step.begin; j < step.end; ++j) {
       float *p = probability + j * rows, *grad = grad_logits + j * rows;
       const Vec w = splat(tile.factor[j]);
@@ -177,7 +180,7 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
   }
   if (removed) return;
   for (const Step& step : stairs) {
-    // Queries before the step's first vector do not see its keys.
+    // Queries before the step's first vector do not see its keys, so the sums over queries begin there.
     const int64_t lane = step.first_vec * kWidth, keys = step.end - step.begin;
     const int64_t place = step.begin * rows + operands<T>(lane);
     const T* queries = packed.query + operands<T>(query + lane) * stride;
@@ -186,9 +189,9 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     const Equal queries_left{operands<T>(rows - lane)};
     const T *p = reinterpret_cast<const T*>(probability) + place, *grad = grad_logits_rows + place;
     matmul(keys, columns, queries_left, Add{}, p, rows, 1, grad_output, stride, gradients.value + step.begin * stride,
-           stride, upcoming);
+           stride, prefetches);
     matmul(keys, columns, queries_left, Add{}, grad, rows, 1, queries, stride, gradients.key + step.begin * stride,
-           stride, upcoming);
+           stride, prefetches);
   }
   T* grad_logits_over_keys = reinterpret_cast<T*>(grad_logits);
   for (int64_t lane = 0; kValues<T> == 2 && lane < rows; lane += kWidth) {
@@ -196,10 +199,11 @@ inline void attend_backward(const AttentionBackward& g, const KeyTile& tile, boo
     store_over_rows(stairs.keys[lane / kWidth], values, grad_logits_over_keys + lane, rows);
   }
   matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, key_over_keys.data, 1, key_over_keys.stride,
-         grad_logits_over_keys, rows, packed.grad_query + query * dim, rows, upcoming);
+         grad_logits_over_keys, rows, packed.grad_query + query * dim, rows, prefetches);
 }
 
-// How the work is divided: parts of the tiles of a key head, each with sums of grad_query of its own.
+// How the work is divided: the tiles of each key head are divided among `parts` tasks, each of which
+// sums its own grad_query.
 struct BackwardPlan {
   const AttentionBackward& g;
   int64_t parts;
@@ -211,6 +215,7 @@ struct BackwardPlan {
   }
 };
 
+// Stores grad_query of one head, which has the layout of QueryRows::grad_query, in the tensor.
 inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int64_t batch, int64_t head,
                               const Blocks& blocks, const float* grad_query) {
   const Attention& a = g.forward;
@@ -224,9 +229,11 @@ inline void unpack_grad_query(const AttentionBackward& g, const Sequence& s, int
   }
 }
 
-// Every parts-th tile of a key head.
+// One task: computes the gradients of every parts-th tile of keys of a key head, beginning with tile
+// `part`, and its grad_query.
 template <class T>
-inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t part, Upcoming& upcoming) {
+inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_head, int64_t part,
+                          PrefetchQueue& prefetches) {
   const AttentionBackward& g = plan.g;
   const Attention& a = g.forward;
   const Sequence s = sequence(a, batch);
@@ -235,13 +242,14 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
   const Blocks blocks(s.num_queries);
   const int64_t rows = blocks.rows(), size = QueryRows<T>::size(rows, dim);
 
-  constexpr int64_t kPairs = kValues<T> - 1;  // memory that only they need
+  constexpr int64_t kExtra = kValues<T> - 1;  // 1 for operands of two values, which need one more array of each kind
   float* scratch =
-      thread_scratch(group * size + (6 + kPairs) * kKeyTile * stride + (3 + kPairs) * kKeyTile * kMostVecs * kWidth);
+      thread_scratch(group * size + (6 + kExtra) * kKeyTile * stride + (3 + kExtra) * kKeyTile * kMostVecs * kWidth);
   const auto queries = [&](int64_t member) { return QueryRows<T>(scratch + member * size, rows, dim); };
   T* key = reinterpret_cast<T*>(scratch + group * size);
   T* value = key + kKeyTile * stride;
-  // Of all keys of a tile's range and of all heads, and of those keys alone that take part.
+  // grad_key and grad_value are sums over all heads, for every key of the tile's range. The arrays
+  // some_... hold the sums of one head, for the keys that take part, if some of the range do not.
   float* grad_key = reinterpret_cast<float*>(value + kKeyTile * stride);
   float* grad_value = grad_key + kKeyTile * stride;
   float* some_grad_key = grad_value + kKeyTile * stride;
@@ -252,9 +260,9 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
   float* factor = grad_logits + kTileSize;
   T* grad_logits_rows = reinterpret_cast<T*>(kValues<T> == 1 ? grad_logits : factor + kTileSize);
   const TileScratch<T> tile_scratch{probability, grad_logits, factor, grad_logits_rows};
-  T* key_over_keys = reinterpret_cast<T*>(factor + (1 + kPairs) * kTileSize);
+  T* key_over_keys = reinterpret_cast<T*>(factor + (1 + kExtra) * kTileSize);
 
-  // The gradients' memory, not yet in use, holds rows of a block.
+  // The memory of the gradients is not in use yet: while queries are packed, it is their scratch memory.
   static_assert(2 * kMostVecs * kWidth <= 4 * kKeyTile);
   for (int64_t member = 0; member < group; ++member) {
     pack_queries(g, s, batch, first_head + member, blocks, queries(member), grad_key);
@@ -295,7 +303,7 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
         for (int64_t i = 0; i < blocks.count; ++i) {
           const Block block = blocks[i];
           attend_backward(g, tile, removed, tile_rows, dropout, block.first + s.offset, block, queries(member),
-                          tile_scratch, gradients, upcoming);
+                          tile_scratch, gradients, prefetches);
         }
         for (int64_t j = 0; grad_weight != nullptr && j < tile.count; ++j) {
           grad_weight[tile.place[j]] = __builtin_ldexpf(sum(gradients.weight[j]), -static_cast<int>(tile.power[j]));
@@ -328,6 +336,7 @@ inline void backward_keys(const BackwardPlan& plan, int64_t batch, int64_t key_h
   }
 }
 
+// Adds up grad_query of one head over the parts, in their order, and stores it.
 inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head) {
   const Attention& a = plan.g.forward;
   const Sequence s = sequence(a, batch);
@@ -343,7 +352,8 @@ inline void sum_grad_query(const BackwardPlan& plan, int64_t batch, int64_t head
 template <class T>
 inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
   const Attention& a = g.forward;
-  // Few key heads are divided further, by the problem alone, so that results do not depend on the number of threads.
+  // The tiles of few key heads are divided among several tasks. Their number depends on the problem
+  // alone, so that results do not depend on the number of threads.
   constexpr int64_t kTasks = 16, kFewestTiles = 4;
   const int64_t heads = a.batch * a.num_key_heads, tiles = (a.num_keys + kKeyTile - 1) / kKeyTile;
   if (heads == 0) return;
@@ -356,18 +366,19 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
       [](void* pointer, int64_t index, int64_t next) {
         const BackwardPlan& p = *static_cast<const BackwardPlan*>(pointer);
         const Attention& f = p.g.forward;
-        const int64_t pair = index / p.parts, next_pair = next < 0 ? -1 : next / p.parts;
-        Upcoming upcoming(f);
-        if (next_pair >= 0) {
-          const int64_t batch = next_pair / f.num_key_heads, key_head = next_pair % f.num_key_heads;
+        const int64_t batch_key_head = index / p.parts, next_batch_key_head = next < 0 ? -1 : next / p.parts;
+        PrefetchQueue prefetches(f);
+        if (next_batch_key_head >= 0) {
+          const int64_t batch = next_batch_key_head / f.num_key_heads, key_head = next_batch_key_head % f.num_key_heads;
           const int64_t head = key_head * (f.num_heads / f.num_key_heads);
           const Sequence s = sequence(f, batch);
           const Matrices* const of_queries[] = {&f.query, &f.output, &p.g.grad_output, &p.g.grad_query};
           const Matrices* const of_keys[] = {&f.key, &f.value, &p.g.grad_key, &p.g.grad_value};
-          for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin, s.num_queries);
-          for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin, s.num_keys);
+          for (const Matrices* m : of_queries) prefetches.add(*m, batch, head, s.query_begin, s.num_queries);
+          for (const Matrices* m : of_keys) prefetches.add(*m, batch, key_head, s.key_begin, s.num_keys);
         }
-        backward_keys<T>(p, pair / f.num_key_heads, pair % f.num_key_heads, index % p.parts, upcoming);
+        backward_keys<T>(p, batch_key_head / f.num_key_heads, batch_key_head % f.num_key_heads, index % p.parts,
+                         prefetches);
       },
       &plan);
   if (plan.parts == 1) return;
@@ -380,39 +391,41 @@ inline void backward_as(const AttentionBackward& g, ParallelFor parallel_for) {
       &plan);
 }
 
-// Rows of queries of all heads, and the floats that the forward pass leaves of each of them in few_rows_anew.
+// Returns the number of query rows of all heads together.
 inline int64_t rows_of_heads(const Attention& a) {
   return (a.cu_queries != nullptr ? 1 : a.batch) * a.num_heads * a.total_queries;
 }
+// Returns how many floats per query row recompute_forward needs: for output, rounding, maximum and total.
 inline int64_t floats_per_row(const Attention& a) { return 2 * a.head_dim + 2; }
 
-// The problem with what the forward pass leaves of few rows made anew, in `memory`: decoding adds logits up in another
-// order than this pass, and terms that are not the same do not sum to what they are divided by. Where products are of
-// pairs of bf16, decoding's output stays, as it does not round probabilities.
+// Returns the problem with the results of the forward pass recomputed by the general kernel, in
+// `memory`. It is used where the forward pass decoded: decoding sums logits in another order than the
+// backward pass, so their terms differ in their last bits and would not sum to the stored total. With
+// operands of two bf16 values the output of decoding is kept, as decoding does not round probabilities.
 template <class T>
-inline Attention few_rows_anew(const Attention& a, float* memory, ParallelFor parallel_for) {
+inline Attention recompute_forward(const Attention& a, float* memory, ParallelFor parallel_for) {
   const int64_t rows = rows_of_heads(a), dim = a.head_dim;
   const int64_t head = a.total_queries, batch = a.cu_queries != nullptr ? 0 : a.num_heads * head;
-  Attention anew = a;
-  anew.output = {memory, batch * dim, head * dim, dim};
-  if (a.dtype != DType::kFloat32) anew.rounding = {memory + rows * dim, batch * dim, head * dim, dim};
-  anew.maximum = {memory + 2 * rows * dim, batch, head};
-  anew.total = {anew.maximum.data + rows, batch, head};
-  forward_as<T>(anew, parallel_for);
+  Attention recomputed = a;
+  recomputed.output = {memory, batch * dim, head * dim, dim};
+  if (a.dtype != DType::kFloat32) recomputed.rounding = {memory + rows * dim, batch * dim, head * dim, dim};
+  recomputed.maximum = {memory + 2 * rows * dim, batch, head};
+  recomputed.total = {recomputed.maximum.data + rows, batch, head};
+  forward_as<T>(recomputed, parallel_for);
   if (kValues<T> > 1) {
-    anew.output = a.output;
-    anew.rounding = a.rounding;
+    recomputed.output = a.output;
+    recomputed.rounding = a.rounding;
   }
-  return anew;
+  return recomputed;
 }
 
 inline void backward(const AttentionBackward& g, ParallelFor parallel_for) {
   with_operands(g.forward.dtype, [&]<class T>() {
     if (!decodes(g.forward)) return backward_as<T>(g, parallel_for);
     const Memory memory(rows_of_heads(g.forward) * floats_per_row(g.forward));
-    AttentionBackward anew = g;
-    anew.forward = few_rows_anew<T>(g.forward, memory.data, parallel_for);
-    backward_as<T>(anew, parallel_for);
+    AttentionBackward recomputed = g;
+    recomputed.forward = recompute_forward<T>(g.forward, memory.data, parallel_for);
+    backward_as<T>(recomputed, parallel_for);
   });
 }
 

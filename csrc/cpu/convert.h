@@ -1,5 +1,5 @@
-// Rows of fp32, bf16 and fp16 in and out of scratch memory, as operands of products and as sums in fp32, zero-padded to whole
-// vectors.
+// Conversions between rows of tensors in fp32, bf16 or fp16 and scratch memory, where they are
+// operands of products or sums in fp32, zero-padded to whole vectors; and prefetching of rows.
 #pragma once
 
 #include "operands.h"
@@ -10,11 +10,11 @@ inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bit
 
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays one
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                  // to nearest even
 }
 
-// kWidth neighbouring values of a tensor as fp32.
+// Returns kWidth neighbouring values of a tensor as fp32.
 template <DType kType>
 inline Vec load_values(const void* data, int64_t index) {
   if constexpr (kType == DType::kFloat32) {
@@ -45,7 +45,7 @@ inline void store_value(void* data, int64_t index, float value) {
   if constexpr (kType == DType::kFloat16) static_cast<_Float16*>(data)[index] = static_cast<_Float16>(value);
 }
 
-// Calls function.template operator()<dtype>(); only bf16 becomes pairs.
+// Calls function.template operator()<dtype>(). For operands of two values the dtype can only be bf16.
 template <class T = float, class Function>
 inline void with_dtype(DType dtype, Function function) {
   if constexpr (kValues<T> == 2) {
@@ -59,7 +59,7 @@ inline void with_dtype(DType dtype, Function function) {
   }
 }
 
-// The same of `count` values, if these are fewer, and zeros.
+// Returns the first min(count, kWidth) values from `index` on as fp32, followed by zeros.
 template <DType kType>
 inline Vec load_values(const void* data, int64_t index, int64_t count) {
   if (count >= kWidth) return load_values<kType>(data, index);
@@ -68,23 +68,24 @@ inline Vec load_values(const void* data, int64_t index, int64_t count) {
   return values;
 }
 
-// kWidth neighbouring operands of a sum along a row, of which `count` values are there.
+// Returns kWidth neighbouring operands of a sum along a row: its first `count` values from `index` on,
+// followed by zeros.
 template <class T, DType kType>
 inline Vec load_operands(const void* data, int64_t index, int64_t count) {
   if constexpr (kValues<T> == 1) {
     return load_values<kType>(data, index, count);
   } else {
     const uint16_t* row = static_cast<const uint16_t*>(data) + index;
-    UnsignedVec pairs{};
-    if (count >= 2 * kWidth) return reinterpret_cast<Vec>(pairs | *reinterpret_cast<const UnalignedPairs*>(row));
+    UnsignedVec bits{};
+    if (count >= 2 * kWidth) return reinterpret_cast<Vec>(bits | *reinterpret_cast<const UnalignedBFloat16x2Vec*>(row));
     for (int i = 0; 2 * i < count; ++i) {
-      pairs[i] = row[2 * i] | (2 * i + 1 < count ? uint32_t{row[2 * i + 1]} << 16 : 0u);
+      bits[i] = row[2 * i] | (2 * i + 1 < count ? uint32_t{row[2 * i + 1]} << 16 : 0u);
     }
-    return reinterpret_cast<Vec>(pairs);
+    return reinterpret_cast<Vec>(bits);
   }
 }
 
-// The first `count` lanes, or all if it is more.
+// Stores the first min(count, kWidth) lanes, rounded to the dtype.
 template <DType kType>
 inline void store_values(void* data, int64_t index, int64_t count, Vec values) {
   if (kType == DType::kFloat32 && count >= kWidth) return store(static_cast<float*>(data) + index, values);
@@ -95,7 +96,8 @@ inline void store_values(void* data, int64_t index, int64_t count, Vec values) {
   for (int i = 0; i < kWidth && i < count; ++i) store_value<kType>(data, index + i, values[i]);
 }
 
-// What storing them as bf16 or fp16 takes from values: a number of units of fp32's last place, of 16 bits where a value is not subnormal.
+// Stores what rounding to bf16 or fp16 takes from values, in units of fp32's last place. It fits 16
+// bits unless a value is subnormal in fp16; there it saturates.
 template <DType kType>
 inline void store_rounding(int16_t* at, int64_t count, Vec values) {
   Vec rounded;
@@ -115,7 +117,7 @@ inline void store_rounding(int16_t* at, int64_t count, Vec values) {
   for (int i = 0; i < count; ++i) at[i] = static_cast<int16_t>(bits[i]);
 }
 
-// The values as they were before, if `rounding` leads somewhere.
+// Undoes the rounding of values that were stored with store_rounding; returns them unchanged if `rounding` is null.
 template <DType kType>
 inline Vec unrounded(Vec values, const void* rounding, int64_t index, int64_t count) {
   if (kType == DType::kFloat32 || rounding == nullptr) return values;
@@ -129,7 +131,7 @@ inline Vec unrounded(Vec values, const void* rounding, int64_t index, int64_t co
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(values) + units);
 }
 
-// Stores the values and, where `rounding` leads somewhere, what that takes from them.
+// Stores the values and, if `rounding` is not null, what rounding took from them.
 template <DType kType>
 inline void store_values(void* data, int64_t index, int64_t count, Vec values, void* rounding, int64_t rounding_index) {
   store_values<kType>(data, index, count, values);
@@ -138,9 +140,11 @@ inline void store_values(void* data, int64_t index, int64_t count, Vec values, v
   }
 }
 
-// Rows of a strided tensor are far from each other: the hardware does not foresee which come next.
+// How many rows ahead of its use a row is prefetched. Rows of a strided tensor are far from each
+// other, so the hardware does not foresee which come next.
 constexpr int64_t kAhead = 8;
 
+// Prefetches the `size` values of a row.
 inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t size) {
   constexpr int64_t kCacheLine = 64;
   const int64_t value_size = dtype == DType::kFloat32 ? 4 : 2;
@@ -148,20 +152,21 @@ inline void prefetch_row(const Matrices& m, DType dtype, int64_t offset, int64_t
   for (int64_t byte = 0; byte < size * value_size; byte += kCacheLine) __builtin_prefetch(row + byte);
 }
 
-// Rows that the thread works on next, to be read or written: called for, some at a time, while it multiplies.
-class Upcoming {
+// The rows that the thread reads or writes next. Matrix products prefetch them a few at a time.
+class PrefetchQueue {
  public:
-  explicit Upcoming(const Attention& a) : dtype_(a.dtype), head_dim_(a.head_dim) {}
+  explicit PrefetchQueue(const Attention& a) : dtype_(a.dtype), head_dim_(a.head_dim) {}
 
-  // So many rows of a tensor from `row` on. `m` has to outlive this.
+  // Adds `rows` rows of a tensor from `row` on. `m` must outlive this object.
   void add(const Matrices& m, int64_t batch, int64_t head, int64_t row, int64_t rows) {
-    constexpr int64_t kMostValues = 1 << 14;  // what is called for too early is displaced again
+    constexpr int64_t kMostValues = 1 << 14;  // later rows would be displaced from the cache before they are used
     const int64_t most = kMostValues / head_dim_;
     if (rows > 0) ranges_[count_++] = {&m, batch * m.batch + head * m.head + row * m.row, rows < most ? rows : most};
   }
 
-  void call() {
-    constexpr int kRowsAtOnce = kWidth / 4;  // the wider the tiles of products, the fewer they are
+  // Prefetches the next few rows.
+  void issue() {
+    constexpr int kRowsAtOnce = kWidth / 4;  // the wider the tiles of a product, the fewer there are, and so the calls
     for (int i = 0; i < kRowsAtOnce && next_ < count_; ++i) {
       Range& range = ranges_[next_];
       prefetch_row(*range.m, dtype_, range.offset, head_dim_);
@@ -182,7 +187,7 @@ class Upcoming {
   int count_ = 0, next_ = 0;
 };
 
-// A row as operands of a sum along it, zeros up to whole vectors.
+// Loads a row of `size` values into `out` as operands of a sum along the row, followed by zeros up to whole vectors.
 template <class T>
 inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, T* out) {
   with_dtype<T>(dtype, [&]<DType kType>() {
@@ -192,7 +197,7 @@ inline void load_row(const Matrices& m, DType dtype, int64_t offset, int64_t siz
   });
 }
 
-// `rounding`, as below, may be left out.
+// Stores a row of `size` values, times `factor`, and what rounding takes from them into `rounding` if that has data.
 inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t size, float factor, const float* in,
                       const Matrices& rounding = {}, int64_t rounding_offset = 0) {
   with_dtype(dtype, [&]<DType kType>() {
@@ -203,8 +208,8 @@ inline void store_row(const Matrices& m, DType dtype, int64_t offset, int64_t si
   });
 }
 
-// Rows to columns of operands: out[i * columns + r] is operand i of row r in [0, rows); columns up to `columns`, whole vectors, are
-// zero.
+// Packs rows of a tensor as columns of operands: out[i * columns + r] is operand i of row r. Columns
+// from `rows` to `columns`, which is a multiple of kWidth, are zero.
 template <class T>
 inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int64_t rows, int64_t columns,
                             int64_t head_dim, T* out) {
@@ -235,7 +240,8 @@ inline void pack_transposed(const Matrices& m, DType dtype, int64_t offset, int6
   });
 }
 
-// The same of whole vectors of rows of operands that stand in scratch: out[i * rows + r].
+// Transposes rows of operands that are already in scratch memory: out[i * rows + r] is operand i of
+// row r. `rows` is a multiple of kWidth.
 template <class T>
 inline void transpose_rows(const T* in, int64_t rows, int64_t row_operands, T* out) {
   const int64_t stride = round_up(row_operands);
@@ -249,8 +255,8 @@ inline void transpose_rows(const T* in, int64_t rows, int64_t row_operands, T* o
   }
 }
 
-// Columns to rows: the way back, into rows [0, rows) of a tensor, and what rounding takes from them into another. factor(r) is that
-// of rows r, ..., r + kWidth - 1.
+// Stores columns of sums as rows [0, rows) of a tensor: row r is column r times its factor. factor(r) returns
+// those of rows r, ..., r + kWidth - 1. What rounding takes from the values goes to `rounding` if that has data.
 template <class Factor>
 inline void unpack_transposed(const float* in, int64_t stride, int64_t rows, int64_t head_dim, Factor factor,
                               const Matrices& m, DType dtype, int64_t offset, const Matrices& rounding = {},

@@ -1,5 +1,6 @@
-// Decoding: a few queries over many keys, bound by reading these. All heads that share keys are served while a tile of them is
-// at hand; where few heads have keys of their own, the keys are cut into parts, whose sums are put together in their order.
+// Decoding: attention of a few queries over many keys, whose speed is bound by reading the keys. A
+// tile of keys is read once for all heads that share it. If there are few key heads, their keys are
+// cut into parts, which are tasks of their own; the results of the parts are merged in a fixed order.
 #pragma once
 
 #include "kernels.h"
@@ -8,7 +9,8 @@
 
 namespace empcause::cpu::EMPCAUSE_ISA {
 
-// Of what a part, or all of them, have seen: the output is relative to 2^maximum and not yet divided by the sum.
+// The result of a query row over some keys. `output` and `total` are relative to 2^maximum; `output`
+// is not yet divided by `total`.
 struct PartialRow {
   float *output, *maximum, *total;
 };
@@ -16,7 +18,7 @@ struct PartialRow {
 struct DecodePlan {
   const Attention& a;
   int64_t parts, part_keys;
-  float* memory;  // [batch, head, query, part, head_dim in whole vectors and two more]
+  float* memory;  // [batch, head, query, part, row_size]: the output of the part, its maximum and its total
 
   static int64_t row_size(const Attention& a) { return round_up(a.head_dim) + 2; }
 
@@ -26,10 +28,12 @@ struct DecodePlan {
   }
 };
 
-// Keys or values of a tile: copied, or where they stand in a tensor whose rows are whole vectors. Two vectors at once are dealt to them
-// alternately where that is how they are had with the least work.
+// Rows of keys or values of a tile, either CopiedRows or TensorRows. load_two_at returns 2 * kWidth neighbouring
+// values; if kDeinterleaves, those at even places come first, as bf16 is unpacked with the least work that way.
+
+// Rows in fp32 in scratch memory.
 struct CopiedRows : KeyRows<float> {
-  static constexpr bool kDealt = false;
+  static constexpr bool kDeinterleaves = false;
 
   int64_t place(int64_t key) const { return key * stride; }
   Vec load_at(int64_t index) const { return load(data + index); }
@@ -37,18 +41,19 @@ struct CopiedRows : KeyRows<float> {
   void prefetch(int64_t, int64_t) const {}
 };
 
+// Rows in place in a tensor; they must be whole vectors.
 template <DType kType>
 struct TensorRows {
-  static constexpr bool kDealt = kType == DType::kBFloat16;
+  static constexpr bool kDeinterleaves = kType == DType::kBFloat16;
   const Matrices& rows;
   int64_t first;
 
   int64_t place(int64_t key) const { return first + key * rows.row; }
   Vec load_at(int64_t index) const { return load_values<kType>(rows.data, index); }
   TwoVecs load_two_at(int64_t index) const {
-    if constexpr (kDealt) {
-      const auto pairs = load(reinterpret_cast<const Pair*>(static_cast<const uint16_t*>(rows.data) + index));
-      return {reinterpret_cast<Vec>(pairs << 16), reinterpret_cast<Vec>(pairs & 0xffff0000u)};
+    if constexpr (kDeinterleaves) {
+      const auto bits = load(reinterpret_cast<const BFloat16x2*>(static_cast<const uint16_t*>(rows.data) + index));
+      return {reinterpret_cast<Vec>(bits << 16), reinterpret_cast<Vec>(bits & 0xffff0000u)};
     } else {
       return {load_at(index), load_at(index + kWidth)};
     }
@@ -56,24 +61,26 @@ struct TensorRows {
   void prefetch(int64_t key, int64_t size) const { prefetch_row(rows, kType, first + key * rows.row, size); }
 };
 
-// Two neighbouring vectors as rows of that kind give them, and the way back.
+// load_two and store_two load and store 2 * kWidth neighbouring fp32 values in the order in which
+// Rows::load_two_at returns values.
 template <class Rows>
 inline TwoVecs load_two(const float* p) {
   const Vec a = load(p), b = load(p + kWidth);
-  return Rows::kDealt ? deal(a, b) : TwoVecs{a, b};
+  return Rows::kDeinterleaves ? deinterleave(a, b) : TwoVecs{a, b};
 }
 
 template <class Rows>
 inline void store_two(float* p, Vec a, Vec b) {
-  const TwoVecs two = Rows::kDealt ? interleave(a, b) : TwoVecs{a, b};
+  const TwoVecs two = Rows::kDeinterleaves ? interleave(a, b) : TwoVecs{a, b};
   store(p, two.a);
   store(p + kWidth, two.b);
 }
 
-// How long before its use a key is called for, which is how long memory takes.
+// How many keys ahead of its use a key is prefetched: about the latency of memory.
 constexpr int64_t kAheadKeys = 32;
 
-// logits[j] = query . key_j, kWidth keys at a time; what stands beyond the last key is undefined. Calls for the values too.
+// Computes logits[j] = query . key_j, kWidth keys at a time; logits beyond the last key are undefined.
+// Prefetches the values too.
 template <class Rows>
 inline void logits_of_row(const float* query, const Rows& key, const Rows& value, int64_t keys, int64_t stride,
                           float* logits) {
@@ -106,7 +113,8 @@ inline void logits_of_row(const float* query, const Rows& key, const Rows& value
   }
 }
 
-// Some vectors of the output, from dimension d on: corrected, plus the values of some keys times their probabilities.
+// Updates kVecs vectors of the output, from dimension d on: output = output * correction + sum_j
+// probability[j] * value_j.
 template <int kVecs, class Rows>
 inline void add_values(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
                        float* output) {
@@ -128,14 +136,16 @@ inline void add_values(const float* probability, const Rows& value, int64_t keys
   EMPCAUSE_UNROLLED for (int v = 0; v < kVecs / 2; ++v) store_two<Rows>(output + 2 * v * kWidth, acc[v].a, acc[v].b);
 }
 
+// add_values for one vector of the output.
 template <class Rows>
-inline void add_values_of_one(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
-                              float* output) {
+inline void add_values_of_one_vec(const float* probability, const Rows& value, int64_t keys, int64_t d, Vec correction,
+                                  float* output) {
   Vec acc = load(output) * correction;
   for (int64_t j = 0; j < keys; ++j) acc += splat(probability[j]) * value.load_at(value.place(j) + d);
   store(output, acc);
 }
 
+// Adds the first `keys` keys of a tile to the result of one query row.
 template <class Rows>
 inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, const Rows& key, const Rows& value,
                        int64_t stride, float* logits, PartialRow row) {
@@ -163,9 +173,10 @@ inline void attend_row(const KeyTile& tile, int64_t keys, const float* query, co
   for (; d + 8 * kWidth <= stride; d += 8 * kWidth) add_values<8>(logits, value, keys, d, correction, row.output + d);
   for (; d + 4 * kWidth <= stride; d += 4 * kWidth) add_values<4>(logits, value, keys, d, correction, row.output + d);
   for (; d + 2 * kWidth <= stride; d += 2 * kWidth) add_values<2>(logits, value, keys, d, correction, row.output + d);
-  if (d < stride) add_values_of_one(logits, value, keys, d, correction, row.output + d);
+  if (d < stride) add_values_of_one_vec(logits, value, keys, d, correction, row.output + d);
 }
 
+// Computes the results of one part of the keys for all queries of the heads that share a key head.
 inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head, int64_t part) {
   const Attention& a = plan.a;
   const Sequence s = sequence(a, batch);
@@ -204,7 +215,7 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
                      logits, plan.row(batch, head, row, part));
         }
       };
-      // Rows that are read once are not worth a copy.
+      // Rows that are read only once are not copied.
       if (group * s.num_queries == 1 && tile.count == keys && dim == stride) {
         with_dtype(a.dtype, [&]<DType kType>() {
           attend_rows(TensorRows<kType>{a.key, offset(a.key) + first * a.key.row},
@@ -221,6 +232,7 @@ inline void decode_part(const DecodePlan& plan, int64_t batch, int64_t key_head,
   }
 }
 
+// Merges the results of the parts of one head in their order and stores output, maximum and total.
 inline void merge_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
   const Attention& a = plan.a;
   const Sequence s = sequence(a, batch);
@@ -249,7 +261,7 @@ inline void merge_parts(const DecodePlan& plan, int64_t batch, int64_t head) {
   }
 }
 
-// Where a vector of query rows would be half empty.
+// Returns whether the forward pass decodes: where at least half the lanes of a vector of query rows would be empty.
 inline bool decodes(const Attention& a) {
   return a.batch * a.num_key_heads > 0 && a.num_queries > 0 && a.num_queries * 2 <= kWidth && a.dropout_p == 0.0;
 }
@@ -266,8 +278,8 @@ inline void decode(const Attention& a, ParallelFor parallel_for) {
       heads * plan.parts,
       [](void* pointer, int64_t index, int64_t) {
         const DecodePlan& p = *static_cast<const DecodePlan*>(pointer);
-        const int64_t pair = index / p.parts;
-        decode_part(p, pair / p.a.num_key_heads, pair % p.a.num_key_heads, index % p.parts);
+        const int64_t batch_key_head = index / p.parts;
+        decode_part(p, batch_key_head / p.a.num_key_heads, batch_key_head % p.a.num_key_heads, index % p.parts);
       },
       &plan);
   for (int64_t i = 0; i < a.batch * a.num_heads; ++i) merge_parts(plan, i / a.num_heads, i % a.num_heads);

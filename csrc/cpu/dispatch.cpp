@@ -1,4 +1,4 @@
-// Which unit runs here, and memory for the kernels.
+// Selects the unit that runs on this processor, and allocates memory for the kernels.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -39,14 +39,14 @@ bool has_avx512_bf16() {
 }
 #endif
 
-// What is compiled for one instruction set.
+// What is compiled for one instruction set, and whether this processor runs it.
 struct Unit {
   const Kernels& kernels;
   const Limits& limits;
   bool (*runs_here)();
 };
 
-// Best first.
+// The fastest comes first.
 const Unit kUnits[] = {
 #if defined(__x86_64__)
     {kernels_avx512_bf16, limits_avx512_bf16, has_avx512_bf16},
@@ -83,7 +83,8 @@ Memory::Memory(int64_t num_floats) : data(num_floats == 0 ? nullptr : new float[
 Memory::~Memory() { delete[] data; }
 
 float* thread_scratch(int64_t num_floats) {
-  // Strided rows of tensors lie on many pages and fill the TLB: the scratch memory should need few of its entries.
+  // The rows of strided tensors lie on many pages and fill the TLB, so scratch memory uses large pages
+  // and few of its entries.
   constexpr size_t kLargePage = size_t{1} << 21;
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -99,11 +100,11 @@ float* thread_scratch(int64_t num_floats) {
     if (!memory) throw std::bad_alloc();
     capacity = pages;
 #if defined(__linux__)
-    madvise(memory.get(), pages, MADV_HUGEPAGE);  // may be declined
+    madvise(memory.get(), pages, MADV_HUGEPAGE);  // only a hint: an error is ignored
 #endif
   }
 #if defined(__SANITIZE_ADDRESS__)
-  // What is beyond this call's part is out of bounds.
+  // The sanitizer reports accesses beyond the memory that this call requested.
   ASAN_UNPOISON_MEMORY_REGION(memory.get(), bytes);
   ASAN_POISON_MEMORY_REGION(static_cast<char*>(memory.get()) + bytes, capacity - bytes);
 #endif

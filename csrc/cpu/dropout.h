@@ -1,6 +1,7 @@
-// Dropout factors from Philox4x32-10 (Salmon et al., 2011): key = seed, counter = (batch * heads + head, query row,
-// key / 8, 0). The eight 16-bit lanes of a draw serve eight neighbouring keys, low half of each word first; a
-// probability is dropped where its lane is below round(p * 65536).
+// Dropout factors from the counter-based generator Philox4x32-10 (Salmon et al., 2011): its key is the
+// seed, its counter is (batch * heads + head, query row, key / 8, 0). The eight 16-bit halves of the
+// four words drawn belong to eight neighbouring keys, the low half of each word first. A probability
+// is dropped where its 16 bits are below round(p * 65536).
 #pragma once
 
 #include "../attention.h"
@@ -26,11 +27,12 @@ struct Dropout {
 
   bool active() const { return threshold != 0; }
 
-  // factor[k * stride + i] for keys 8 * block + k, k < 8, and query rows query + i, i < lanes (whole vectors).
+  // Sets factor[k * stride + i] for key 8 * key_block + k, k < 8, and query row query + i, i < lanes.
+  // `lanes` is a multiple of kWidth.
   void block(int64_t query, int64_t lanes, int64_t key_block, int64_t stride, float* factor) const {
     for (int64_t first = 0; first < lanes; first += kWidth) {
-      // Even and odd rows apart, each number in the low half of a wide lane; what a product leaves in the high half is ignored
-      // by the next one.
+      // Even and odd rows are drawn apart, each 32-bit number in the low half of a 64-bit lane. The high
+      // half, where a product leaves bits, is ignored by the next product.
       const LongVec row = LongVec{} + static_cast<uint64_t>(query + first);
       LongVec even[4], odd[4];
       for (int i = 0; i < kWidth / 2; ++i) even[1][i] = static_cast<uint64_t>(2 * i);

@@ -1,32 +1,34 @@
-// Forward pass: online softmax over tiles of keys, each row's keys always in the same order.
+// The forward pass: online softmax over tiles of keys (FlashAttention). The keys of a row are always
+// added up in the same order.
 #pragma once
 
 #include "decode.h"
 
 namespace empcause::cpu::EMPCAUSE_ISA {
 
-// Query rows that are worked on together: with a tile of keys they fit the second-level cache.
+// Query rows that a task works on together. With a tile of keys they fit the second-level cache.
 constexpr int64_t kBand = 192;
 
-// Rows are relative to a power of two, first that of their largest logit. It follows later ones only when they leave it this far
-// behind, as otherwise all that was summed would be multiplied anew again and again.
+// The sums of a row are divided by 2^reference, where the reference is the largest logit of the first
+// tile. It is raised only to a logit that exceeds it by more than this, as raising it multiplies all
+// sums of the row by a correction.
 constexpr float kSlack = 8.0f;
 
-// A block of query rows with what is known of them so far.
+// A block of query rows, with the results over the tiles of keys so far.
 template <class T>
 struct RunningBlock {
   T* query;          // [head_dim in operands, rows]
-  float* output;     // [head_dim, rows], unnormalised
-  float* reference;  // [rows], what logits are relative to, in powers of two
-  float* total;
+  float* output;     // [head_dim, rows], not yet divided by the total
+  float* reference;  // [rows], the base-2 exponent that output and total are relative to
+  float* total;      // [rows]
 };
 
-// One tile of keys, the values as operands of sums over keys. `logits` [kKeyTile, rows] becomes weighted, unnormalised
-// probabilities, as operands of such sums.
+// Adds one tile of keys to a block. `value` holds operands of sums over keys. `logits` [kKeyTile, rows]
+// is overwritten with weighted, unnormalised probabilities, which are operands of sums over keys too.
 template <class T>
 inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyRows<T> value, const Dropout& dropout,
                    int64_t query, int64_t position, Block block, const RunningBlock<T>& running, float* logits,
-                   float* factor, Upcoming& upcoming) {
+                   float* factor, PrefetchQueue& prefetches) {
   const int64_t rows = block.rows(), dim = a.head_dim;
   const Staircase stairs(tile, a.causal, position, block.vecs);
   if (stairs.count == 0) return;
@@ -39,9 +41,9 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
     const Vec others = best[step.first_vec];
     matmul(step.end - step.begin, block.vecs - step.first_vec, InRuns{{operands<T>(dim)}},
            LogitsAndLargest{scale, tile.power + step.begin, best + step.first_vec}, key.data + step.begin * key.stride,
-           key.stride, 1, running.query + lane, rows, logits + step.begin * rows + lane, rows, upcoming);
+           key.stride, 1, running.query + lane, rows, logits + step.begin * rows + lane, rows, prefetches);
     if (!step.ragged) continue;
-    Vec most = others;  // what a query does not see does not count
+    Vec most = others;  // the largest logit among those that a query sees
     for (int64_t j = step.begin; j < step.end; ++j) {
       float* row = logits + j * rows + lane;
       const Vec x = seen(tile, j, step, position) ? load(row) : splat(-kInfinity);
@@ -70,7 +72,7 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
         }
       }
     }
-    Vec tile_total{};  // added up apart: fewer errors add up
+    Vec tile_total{};  // summed by itself, which accumulates fewer rounding errors
     const auto weighted = [&](int64_t j) {
       const Vec p = splat(tile.factor[j]) * exp2(load(logits + j * rows + lane) - shift);
       tile_total += p;
@@ -80,28 +82,29 @@ inline void attend(const Attention& a, const KeyTile& tile, KeyRows<T> key, KeyR
     store(running.total + lane, total + tile_total);
   }
   matmul(dim, block.vecs, Rising<T>{stairs.keys}, Add{}, value.data, 1, value.stride, probability, rows, running.output,
-         rows, upcoming);
+         rows, prefetches);
 }
 
-// All keys and values of a key head as operands, tile after tile, copied when they are first needed, if they are.
+// Keys and values of a key head as operands. A tile is copied when the first block of queries needs
+// it, unless it is read in place.
 template <class T>
 struct PackedKeys {
-  T *key, *value;   // [tile, kKeyTile rows of operands]
-  int64_t readers;  // blocks of queries, of all heads that share them
-  int64_t tiles = 0;
+  T *key, *value;     // [tile, kKeyTile rows of operands]
+  int64_t readers;    // the number of blocks of queries that read a key, over all heads that share it
+  int64_t tiles = 0;  // that were copied so far
 
   static int64_t size(int64_t keys, int64_t stride) { return 2 * (keys + kKeyTile) * stride; }
 };
 
-// The keys that queries before `end` see.
+// Returns the number of keys that the queries before `end` see.
 inline int64_t keys_seen(const Attention& a, const Sequence& s, int64_t end) {
   return a.causal ? clamped(end + s.offset, 0, s.num_keys) : s.num_keys;
 }
 
-// Query rows [begin, end), a band at most, of one (batch, head).
+// The forward pass of query rows [begin, end) of one head, at most a band.
 template <class T>
 inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end, const Sequence& s,
-                         PackedKeys<T>& packed, float* scratch, Upcoming& upcoming) {
+                         PackedKeys<T>& packed, float* scratch, PrefetchQueue& prefetches) {
   const int64_t dim = a.head_dim, key_head = head / (a.num_heads / a.num_key_heads);
   const int64_t key_stride = KeyTile::row_stride<SumOver::kHeadDim, T>(dim);
   const int64_t value_stride = KeyTile::row_stride<SumOver::kKeys, T>(dim);
@@ -148,7 +151,7 @@ inline void forward_band(const Attention& a, int64_t batch, int64_t head, int64_
     for (int64_t i = 0; i < blocks.count; ++i) {
       const Block block = blocks[i];
       const int64_t row = begin + block.first;
-      attend(a, tile, key, value, dropout, row, row + s.offset, block, running(block), logits, factor, upcoming);
+      attend(a, tile, key, value, dropout, row, row + s.offset, block, running(block), logits, factor, prefetches);
     }
   }
 
@@ -176,21 +179,23 @@ struct ForwardTask {
   int64_t batch, key_head, begin, end;
 };
 
-// What a band of rows from `begin` on needs, of keys those from the first `known` on.
-inline Upcoming upcoming_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end,
-                              int64_t known) {
+// Returns the rows to prefetch for the band that begins at query row `begin`, without the first
+// `known` keys and values.
+inline PrefetchQueue prefetches_of_band(const Attention& a, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                                        int64_t known) {
   const Sequence s = sequence(a, batch);
   const int64_t last = clamped(begin + kBand, 0, end < s.num_queries ? end : s.num_queries);
   const int64_t key_head = head / (a.num_heads / a.num_key_heads), keys = keys_seen(a, s, last);
-  Upcoming upcoming(a);
+  PrefetchQueue prefetches(a);
   const Matrices* const of_queries[] = {&a.query, &a.output};
   const Matrices* const of_keys[] = {&a.key, &a.value};
-  for (const Matrices* m : of_queries) upcoming.add(*m, batch, head, s.query_begin + begin, last - begin);
-  for (const Matrices* m : of_keys) upcoming.add(*m, batch, key_head, s.key_begin + known, keys - known);
-  return upcoming;
+  for (const Matrices* m : of_queries) prefetches.add(*m, batch, head, s.query_begin + begin, last - begin);
+  for (const Matrices* m : of_keys) prefetches.add(*m, batch, key_head, s.key_begin + known, keys - known);
+  return prefetches;
 }
 
-// Band after band. `next` is the task that the thread is likely to take then, or null.
+// Runs a task, band after band of every head. `next` is the task that the thread is likely to run
+// afterwards, or null; the last band prefetches its rows.
 template <class T>
 inline void forward_task(const Attention& a, const ForwardTask& task, const ForwardTask* next) {
   const Sequence s = sequence(a, task.batch);
@@ -204,22 +209,23 @@ inline void forward_task(const Attention& a, const ForwardTask& task, const Forw
   PackedKeys<T> packed{operands_of_keys, operands_of_keys + keys_size / 2, group * Blocks(end - begin).count};
   const int64_t first_head = task.key_head * group, last_head = first_head + group - 1;
   for (int64_t head = first_head; head <= last_head; ++head) {
-    if (a.weight.head != 0) packed.tiles = 0;  // another head may leave out other keys
+    if (a.weight.head != 0) packed.tiles = 0;  // with other weights, a head may leave out other keys
     for (int64_t row = begin; row < end; row += kBand) {
       const int64_t after = row + kBand < end ? row + kBand : end;
-      Upcoming upcoming = after < end        ? upcoming_band(a, task.batch, head, after, end, keys_seen(a, s, after))
-                          : head < last_head ? upcoming_band(a, task.batch, head + 1, begin, end, keys_seen(a, s, end))
-                          : next != nullptr
-                              ? upcoming_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
-                              : Upcoming(a);
-      forward_band(a, task.batch, head, row, after, s, packed, scratch + keys_size, upcoming);
+      PrefetchQueue prefetches =
+          after < end        ? prefetches_of_band(a, task.batch, head, after, end, keys_seen(a, s, after))
+          : head < last_head ? prefetches_of_band(a, task.batch, head + 1, begin, end, keys_seen(a, s, end))
+          : next != nullptr  ? prefetches_of_band(a, next->batch, next->key_head * group, next->begin, next->end, 0)
+                             : PrefetchQueue(a);
+      forward_band(a, task.batch, head, row, after, s, packed, scratch + keys_size, prefetches);
     }
   }
 }
 
 template <class T>
 inline void forward_as(const Attention& a, ParallelFor parallel_for) {
-  // Few key heads are divided further, by the problem alone, so that results do not depend on the number of threads.
+  // The query rows of few key heads are divided among several tasks. Their number depends on the problem
+  // alone, so that results do not depend on the number of threads.
   constexpr int64_t kTasks = 16;
   const int64_t heads = a.batch * a.num_key_heads;
   const int64_t bands = (a.num_queries + kBand - 1) / kBand;
@@ -229,8 +235,8 @@ inline void forward_as(const Attention& a, ParallelFor parallel_for) {
     int64_t rows, pieces;
 
     ForwardTask operator[](int64_t index) const {
-      const int64_t pair = index / pieces, begin = index % pieces * rows;
-      return {pair / a.num_key_heads, pair % a.num_key_heads, begin, begin + rows};
+      const int64_t batch_key_head = index / pieces, begin = index % pieces * rows;
+      return {batch_key_head / a.num_key_heads, batch_key_head % a.num_key_heads, begin, begin + rows};
     }
   } context{a, (bands + wanted - 1) / wanted * kBand, 0};
   context.pieces = (a.num_queries + context.rows - 1) / context.rows;

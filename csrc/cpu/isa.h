@@ -1,11 +1,12 @@
-// The namespace of the kernels of one instruction set, empcause::cpu::EMPCAUSE_ISA. Every source of kernels is compiled
-// once per instruction set, with its flags and -DEMPCAUSE_ISA=its name (CMakeLists.txt). Whoever reads a header alone
-// reads it as the baseline's.
+// The namespace of the kernels of one instruction set, empcause::cpu::EMPCAUSE_ISA. CMakeLists.txt
+// compiles every source of kernels once per instruction set, with the flags of that set and
+// -DEMPCAUSE_ISA=<its name>. A header that is parsed alone, as an editor does, belongs to the baseline.
 //
-// The units of two instruction sets must not share a function: of several copies of an inline function the linker keeps
-// one, and then an old processor would run instructions that it does not have. So what the kernels call is defined in
-// this namespace, or always inlined (EMPCAUSE_EVERYWHERE), or compiled elsewhere. Of the standard library they take
-// types and constants, but no function. tests/csrc/test_objects.py reads the objects for it.
+// The units of two instruction sets must not share a function: of several copies of an inline function
+// the linker keeps one, and then an old processor would run instructions that it does not have. So
+// every function that the kernels call is defined in this namespace, or always inlined
+// (EMPCAUSE_EVERYWHERE), or compiled in another unit. The kernels use types and constants of the
+// standard library, but none of its functions. tests/csrc/test_objects.py checks the objects.
 #pragma once
 
 #if !defined(EMPCAUSE_ISA)

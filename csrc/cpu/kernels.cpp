@@ -7,7 +7,7 @@
 
 namespace empcause::cpu {
 
-const Kernels EMPCAUSE_NAME_OF_ISA(kernels_) = {EMPCAUSE_TEXT_OF_ISA, EMPCAUSE_ISA::kHasPairs, EMPCAUSE_ISA::forward,
-                                                EMPCAUSE_ISA::backward};
+const Kernels EMPCAUSE_NAME_OF_ISA(kernels_) = {EMPCAUSE_TEXT_OF_ISA, EMPCAUSE_ISA::kMultipliesBFloat16,
+                                                EMPCAUSE_ISA::forward, EMPCAUSE_ISA::backward};
 
 }  // namespace empcause::cpu

@@ -1,4 +1,4 @@
-// The yardsticks of one instruction set.
+// The measuring loops of one instruction set (limits.h).
 #include "limits.h"
 
 #include "isa.h"
@@ -11,7 +11,8 @@ namespace EMPCAUSE_ISA {
 inline int64_t multiply_adds(DType dtype, int64_t rounds) {
   int64_t flops = 0;
   with_operands(dtype, [&]<class T>() {
-    const volatile uint32_t some = 0x3f803f80u;  // nothing is known to the compiler, nor that two reads give the same
+    // Volatile, so that the compiler knows neither the value nor that two reads give the same one.
+    const volatile uint32_t some = 0x3f803f80u;
     const auto factor = [&] { return splat(__builtin_bit_cast(T, uint32_t{some})); };
     const auto a = factor(), b = factor();
     Vec acc[kAccumulators];

@@ -1,26 +1,29 @@
-// C[M, lanes] = or += A[M, K] B[K, lanes] in registers. A is read operand by operand with any two strides (so its transpose
-// costs nothing), B and C along rows of whole vectors; K counts operands. What is added to C is summed by itself first, so that rounding errors of
-// long sums grow with the number of products, not with that of all terms.
+// Matrix products C[M, lanes] = A[M, K] B[K, lanes], or += it, with accumulators in registers. A is
+// read one operand at a time with any two strides, so its transpose costs nothing; B and C consist of
+// rows of whole vectors; K counts operands. A product is summed by itself before it is added to C, so
+// that rounding errors of long sums grow with the number of products, not with the number of terms.
 #pragma once
 
 #include "convert.h"
 
 namespace empcause::cpu::EMPCAUSE_ISA {
 
-// Rows of A at once beside three or two vectors of columns: so many accumulators hide the latency of a multiply-add, and leave
-// registers for a row of B and a factor of A.
+// Rows of A that are multiplied at once by three or two vectors of columns. The 3 * kMatmulRows
+// accumulators hide the latency of a multiply-add and leave registers for a row of B and an operand of A.
 #if defined(__AVX512F__)
-constexpr int kMatmulRows = 8;  // of 32 registers
+constexpr int kMatmulRows = 8;  // there are 32 vector registers
 #else
-constexpr int kMatmulRows = 4;  // of 16
+constexpr int kMatmulRows = 4;  // there are 16
 #endif
 constexpr int kAccumulators = 3 * kMatmulRows;
 
-// Loops over accumulators are unrolled early, so that these never live in memory.
+// Unrolls loops over accumulators before the compiler assigns registers, so that accumulators never live in memory.
 #define EMPCAUSE_UNROLLED _Pragma("GCC unroll 24")
 
-// How many products are summed: as many for all columns, or a number of values for each vector of these, none smaller than the one
-// before.
+// The depth K of a product, as one of three types: Equal, InRuns or Rising. depth[v] is the number of
+// operands to sum for the v-th vector of columns; depth.from(v) is the depth of the columns from there on.
+
+// The depth is the same for all columns.
 struct Equal {
   int64_t count;
   static constexpr bool kRises = false;
@@ -29,14 +32,16 @@ struct Equal {
   Equal from(int64_t) const { return *this; }
 };
 
-// The same, summed in runs of at most 32, two at least, which are then added up: fewer errors add up. Logits are made so in both passes,
-// for the same bits.
+// The depth is the same for all columns and is cut into at least two runs of at most 32 operands. The
+// sums of the runs are added up, which accumulates fewer rounding errors than one long sum. Both
+// passes compute logits in this way and get the same bits.
 struct InRuns : Equal {
   static int64_t run(int64_t operands) { return operands < 64 ? (operands + 1) / 2 : 32; }
 
   InRuns from(int64_t) const { return *this; }
 };
 
+// The depth is a number of values for each vector of columns; it never falls from one vector to the next.
 template <class T>
 struct Rising {
   const int64_t* values;
@@ -46,7 +51,8 @@ struct Rising {
   Rising from(int64_t vec) const { return {values + vec}; }
 };
 
-// Products k, k + 1, ... of the vectors from kFirst on.
+// Adds the products k, k + 1, ... up to the depth of vector kFirst to the accumulators of the vectors
+// from kFirst on. If the depth rises, goes on with the products that only later vectors have.
 template <int kFirst, int kRows, int kVecs, class Depth, class T>
 [[gnu::always_inline]] inline void accumulate(Vec (&acc)[kRows][kVecs], int64_t k, Depth depth, const T* a,
                                               int64_t a_row, int64_t a_col, const T* b, int64_t b_row) {
@@ -62,7 +68,10 @@ template <int kFirst, int kRows, int kVecs, class Depth, class T>
   if constexpr (Depth::kRises && kFirst + 1 < kVecs) accumulate<kFirst + 1>(acc, k, depth, a, a_row, a_col, b, b_row);
 }
 
-// What is done with a tile of products.
+// The epilogue of a product, a functor that takes a tile of accumulators to C while it is in registers.
+// from(v) and at(r) return the epilogue of the columns from vector v on and of the rows from r on.
+
+// C = the product.
 struct Overwrite {
   template <int kRows, int kVecs>
   [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
@@ -74,6 +83,7 @@ struct Overwrite {
   Overwrite at(int64_t) const { return *this; }
 };
 
+// C += the product.
 struct Add {
   template <int kRows, int kVecs>
   [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
@@ -88,14 +98,15 @@ struct Add {
   Add at(int64_t) const { return *this; }
 };
 
-// A logit in powers of two, with that of a key's weight. One formula for both passes.
+// Returns the logit in base 2 of a product query . key; `scale` includes log2(e), and `power` is the
+// exponent of a large weight. Both passes use this formula.
 inline Vec logit(Vec product, Vec scale, float power) { return product * scale + splat(power); }
 
-// Logits of products; keeps the largest of each column too, in `largest`.
+// C = the logits of the product. Also updates the largest logit of each column.
 struct LogitsAndLargest {
   Vec scale;
-  const float* power;  // of each row
-  Vec* largest;
+  const float* power;  // [rows]
+  Vec* largest;        // for each vector of columns
 
   template <int kRows, int kVecs>
   [[gnu::always_inline]] void operator()(const Vec (&acc)[kRows][kVecs], float* c, int64_t c_row) const {
@@ -113,6 +124,7 @@ struct LogitsAndLargest {
   LogitsAndLargest at(int64_t row) const { return {scale, power + row, largest}; }
 };
 
+// One tile of C: kRows rows by kVecs vectors of columns.
 template <int kRows, int kVecs, class Depth, class Then, class T>
 [[gnu::always_inline]] inline void matmul_tile(Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col,
                                                const T* b, int64_t b_row, float* c, int64_t c_row) {
@@ -140,34 +152,35 @@ template <int kRows, int kVecs, class Depth, class Then, class T>
   then(acc, c, c_row);
 }
 
-// kRows at once, then half as many, and so on.
+// The product for kVecs vectors of columns: kRows rows at a time, then the rest with half as many, and
+// so on. Each tile prefetches a few rows.
 template <int kRows, int kVecs, class Depth, class Then, class T>
 inline void matmul_rows(int64_t rows, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col, const T* b,
-                        int64_t b_row, float* c, int64_t c_row, Upcoming& upcoming) {
+                        int64_t b_row, float* c, int64_t c_row, PrefetchQueue& prefetches) {
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) {
-    upcoming.call();
+    prefetches.issue();
     matmul_tile<kRows, kVecs>(depth, then.at(m), a + m * a_row, a_row, a_col, b, b_row, c + m * c_row, c_row);
   }
   if constexpr (kRows > 1) {
     if (m == rows) return;
     matmul_rows<kRows / 2, kVecs>(rows - m, depth, then.at(m), a + m * a_row, a_row, a_col, b, b_row, c + m * c_row,
-                                  c_row, upcoming);
+                                  c_row, prefetches);
   }
 }
 
-// `vecs` vectors of columns, from 1 on. Each tile of products is a time to call for more of what is upcoming.
+// The product for `vecs` >= 1 vectors of columns, with the epilogue `then`. a_row, a_col, b_row and c_row are strides.
 template <class Depth, class Then, class T>
 inline void matmul(int64_t rows, int64_t vecs, Depth depth, Then then, const T* a, int64_t a_row, int64_t a_col,
-                   const T* b, int64_t b_row, float* c, int64_t c_row, Upcoming& upcoming) {
+                   const T* b, int64_t b_row, float* c, int64_t c_row, PrefetchQueue& prefetches) {
   for (; vecs == 3 || vecs > 4;
        vecs -= 3, b += 3 * kWidth, c += 3 * kWidth, depth = depth.from(3), then = then.from(3)) {
-    matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
+    matmul_rows<kMatmulRows, 3>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, prefetches);
   }
   for (; vecs > 1; vecs -= 2, b += 2 * kWidth, c += 2 * kWidth, depth = depth.from(2), then = then.from(2)) {
-    matmul_rows<kMatmulRows, 2>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
+    matmul_rows<kMatmulRows, 2>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, prefetches);
   }
-  if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, upcoming);
+  if (vecs == 1) matmul_rows<2 * kMatmulRows, 1>(rows, depth, then, a, a_row, a_col, b, b_row, c, c_row, prefetches);
 }
 
 }  // namespace empcause::cpu::EMPCAUSE_ISA

@@ -1,5 +1,5 @@
-// What a product multiplies, 32 bits at a time: a value in fp32, or a pair of values in bf16 that are neighbours along the
-// dimension summed over, where the instruction set multiplies and adds such pairs (AVX512-BF16).
+// Operands: the 32-bit elements that matrix products multiply. An operand is one fp32 value, or, where the instruction
+// set has a product for them (AVX512-BF16), two bf16 values that are neighbours along the dimension summed over.
 #pragma once
 
 #include <type_traits>
@@ -10,40 +10,41 @@
 namespace empcause::cpu::EMPCAUSE_ISA {
 
 #if defined(__AVX512BF16__) || defined(EMPCAUSE_BF16_STAND_IN)
-constexpr bool kHasPairs = true;
+constexpr bool kMultipliesBFloat16 = true;
 #else
-constexpr bool kHasPairs = false;
+constexpr bool kMultipliesBFloat16 = false;
 #endif
 
-enum class Pair : uint32_t {};  // the first value in the low half
+enum class BFloat16x2 : uint32_t {};  // the first value is in the low half
 
-typedef uint32_t UnalignedPairs __attribute__((vector_size(kWidth * 4), aligned(2), may_alias));
+typedef uint32_t UnalignedBFloat16x2Vec __attribute__((vector_size(kWidth * 4), aligned(2), may_alias));
 typedef uint16_t ShortVec __attribute__((vector_size(kWidth * 2)));
 typedef int16_t UnalignedSignedVec __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 typedef uint16_t UnalignedShortVec __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 
+// How many values an operand holds.
 template <class T>
-constexpr int64_t kValues = std::is_same_v<T, Pair> ? 2 : 1;  // in an operand
+constexpr int64_t kValues = std::is_same_v<T, BFloat16x2> ? 2 : 1;
 
-// So many operands hold a number of values.
+// Returns how many operands hold `values` values.
 template <class T>
 inline int64_t operands(int64_t values) {
   return (values + kValues<T> - 1) / kValues<T>;
 }
 
-// Calls function.template operator()<T>() with the operands T that tensors of a dtype are multiplied as.
+// Calls function.template operator()<T>() with the type T of operands that tensors of a dtype are multiplied as.
 template <class Function>
 inline void with_operands(DType dtype, Function function) {
-  if constexpr (kHasPairs) {
-    if (dtype == DType::kBFloat16) return function.template operator()<Pair>();
+  if constexpr (kMultipliesBFloat16) {
+    if (dtype == DType::kBFloat16) return function.template operator()<BFloat16x2>();
   }
   function.template operator()<float>();
 }
 
-inline UnsignedVec load(const Pair* p) { return *reinterpret_cast<const UnalignedPairs*>(p); }
-inline void store(Pair* p, UnsignedVec v) { *reinterpret_cast<UnalignedPairs*>(p) = v; }
-inline void store(Pair* p, Vec bits) { store(p, reinterpret_cast<UnsignedVec>(bits)); }
-inline UnsignedVec splat(Pair x) { return UnsignedVec{} + static_cast<uint32_t>(x); }
+inline UnsignedVec load(const BFloat16x2* p) { return *reinterpret_cast<const UnalignedBFloat16x2Vec*>(p); }
+inline void store(BFloat16x2* p, UnsignedVec v) { *reinterpret_cast<UnalignedBFloat16x2Vec*>(p) = v; }
+inline void store(BFloat16x2* p, Vec bits) { store(p, reinterpret_cast<UnsignedVec>(bits)); }
+inline UnsignedVec splat(BFloat16x2 x) { return UnsignedVec{} + static_cast<uint32_t>(x); }
 
 inline Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
 
@@ -52,13 +53,13 @@ inline Vec multiply_add(UnsignedVec a, UnsignedVec b, Vec sum) {
   return reinterpret_cast<Vec>(
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 #else
-  const auto low = [](UnsignedVec pairs) { return reinterpret_cast<Vec>(pairs << 16); };
-  const auto high = [](UnsignedVec pairs) { return reinterpret_cast<Vec>(pairs & 0xffff0000u); };
+  const auto low = [](UnsignedVec operands) { return reinterpret_cast<Vec>(operands << 16); };
+  const auto high = [](UnsignedVec operands) { return reinterpret_cast<Vec>(operands & 0xffff0000u); };
   return sum + high(a) * high(b) + low(a) * low(b);
 #endif
 }
 
-// Rounded to the nearest bf16, ties to even; NaN stays one. In the low half of each lane.
+// Returns the bits of values rounded to bf16 (to nearest, ties to even; NaN stays NaN) in the low half of each lane.
 inline UnsignedVec bfloat16_bits(Vec values) {
   const UnsignedVec bits = reinterpret_cast<UnsignedVec>(values);
   const UnsignedVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
@@ -73,7 +74,8 @@ inline ShortVec to_bfloat16(Vec values) {
 #endif
 }
 
-inline UnsignedVec to_pairs(Vec first, Vec second) {
+// Returns operands with `first` in the low and `second` in the high halves, rounded to bf16.
+inline UnsignedVec to_bfloat16x2(Vec first, Vec second) {
 #if defined(__AVX512BF16__)
   typedef uint16_t Halves __attribute__((vector_size(kWidth * 4)));
   Halves places;  // `first` fills the lower half of the vector, `second` the upper one
@@ -89,7 +91,8 @@ inline UnsignedVec to_pairs(Vec first, Vec second) {
 #endif
 }
 
-// Operands of a sum over rows: value(i) are some neighbouring values of row i < rows; those of a row that completes a pair are 0.
+// Stores kWidth columns of operands of a sum over rows: value(i) returns the values of row i in these
+// columns. If an operand holds two rows and their number is odd, zeros stand for the missing row.
 template <class T, class Value>
 [[gnu::always_inline]] inline void store_over_rows(int64_t rows, Value value, T* out, int64_t stride) {
   for (int64_t i = 0; i < rows; i += kValues<T>) {
@@ -97,14 +100,14 @@ template <class T, class Value>
     if constexpr (kValues<T> == 1) {
       store(out + i * stride, first);
     } else {
-      store(out + i / 2 * stride, to_pairs(first, i + 1 < rows ? value(i + 1) : Vec{}));
+      store(out + i / 2 * stride, to_bfloat16x2(first, i + 1 < rows ? value(i + 1) : Vec{}));
     }
   }
 }
 
-// Operands of a sum along a row: its values d, ..., d + kWidth - 1.
+// Stores values d, ..., d + kWidth - 1 of a row as operands of a sum along the row.
 inline void store_along_row(float* row, int64_t d, Vec values) { store(row + d, values); }
-inline void store_along_row(Pair* row, int64_t d, Vec values) {
+inline void store_along_row(BFloat16x2* row, int64_t d, Vec values) {
   *reinterpret_cast<UnalignedShortVec*>(reinterpret_cast<uint16_t*>(row) + d) = to_bfloat16(values);
 }
 

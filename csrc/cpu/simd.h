@@ -1,4 +1,4 @@
-// Vectors of fp32 by the compiler's vector types: one source for every instruction set.
+// Vectors of fp32, as the compiler's vector types: one source serves every instruction set.
 #pragma once
 
 #if defined(__SSE2__)
@@ -23,10 +23,9 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t UnsignedVec __attribute__((vector_size(kWidth * 4)));
-typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));  // half as many lanes
+typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));  // it has kWidth / 2 lanes
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.4426950408889634f;
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
@@ -34,10 +33,10 @@ inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-// Products of the low 32 bits of each lane.
+// Returns, for each lane of 64 bits, the 64-bit product of the low 32 bits of a and b.
 inline LongVec multiply_low_halves(LongVec a, LongVec b) {
 #if defined(__AVX512F__)
-  // All lanes of a masked product: GCC 12 takes the unmasked one for a read of what is uninitialised.
+  // A masked product with all lanes set: for the unmasked intrinsic GCC 12 warns of a read of uninitialised memory.
   const __m512i x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
   return reinterpret_cast<LongVec>(_mm512_maskz_mul_epu32(static_cast<__mmask8>(0xff), x, y));
 #elif defined(__AVX2__)
@@ -67,10 +66,10 @@ inline float sum(Vec v) {
   return total;
 }
 
-// 2^x for x < 128, relative error below 1.1e-7; exactly 0 below -126, so for -infinity; NaN for NaN.
+// Returns 2^x for x < 128, relative error below 1.1e-7; exactly 0 for x < -126 and so for -infinity; NaN for NaN.
 inline Vec exp2(Vec x) {
-  // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer. The polynomial is minimax for 2^r there (2e-9;
-  // the rest is rounding).
+  // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer n. The polynomial is the minimax
+  // approximation of 2^r on this interval; its own error is 2e-9, and the rest of the stated bound is rounding.
   const Vec shifted = x + splat(12582912.0f);
   const Vec r = x - (shifted - splat(12582912.0f));
   Vec p = splat(1.53533620e-4f);
@@ -80,15 +79,15 @@ inline Vec exp2(Vec x) {
   p = p * r + splat(2.40226479e-1f);
   p = p * r + splat(6.93147203e-1f);
   p = p * r + splat(1.0f);
-  // The integer's low bits, added to the exponent of p.
+  // Multiplies p by 2^n: the low bits of `shifted` are n, which is added to the exponent of p.
   const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
   const Vec power = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);
   return x < splat(-126.0f) ? Vec{} : power;
 }
 
-// log2(x) for x >= 0, relative error below 2.5e-7; infinity and NaN for themselves.
+// Returns log2(x) for x >= 0, relative error below 2.5e-7; -infinity for 0, infinity for infinity, NaN for NaN.
 inline Vec log2(Vec x) {
-  // Subnormal numbers have no exponent of their own.
+  // Subnormal numbers have no exponent of their own, so they are multiplied by 2^24 first.
   const IntVec small = x < splat(1.17549435e-38f);
   const IntVec bits = reinterpret_cast<IntVec>(small ? x * splat(16777216.0f) : x);
   // x = m * 2^n with m in [sqrt(1/2), sqrt(2)); log2(m) is odd in t = (m - 1) / (m + 1), |t| < 0.172.
@@ -104,6 +103,7 @@ inline Vec log2(Vec x) {
   return x < splat(kInfinity) ? result : x;
 }
 
+// Returns, in each lane, the element `index` of a followed by b.
 inline Vec shuffle(Vec a, Vec b, IntVec index) {
 #if defined(__clang__)
   Vec result;
@@ -120,8 +120,8 @@ struct TwoVecs {
   Vec a, b;
 };
 
-// Neighbouring values to a and b in turn, and the way back.
-inline TwoVecs deal(Vec a, Vec b) {
+// Splits the 2 * kWidth values of a followed by b into those at even and those at odd places.
+inline TwoVecs deinterleave(Vec a, Vec b) {
   IntVec even, odd;
   for (int lane = 0; lane < kWidth; ++lane) {
     even[lane] = 2 * lane;
@@ -130,6 +130,7 @@ inline TwoVecs deal(Vec a, Vec b) {
   return {shuffle(a, b, even), shuffle(a, b, odd)};
 }
 
+// The inverse of deinterleave: returns a[0], b[0], a[1], b[1], ... in two vectors.
 inline TwoVecs interleave(Vec a, Vec b) {
   IntVec low, high;
   for (int lane = 0; lane < kWidth; ++lane) {
@@ -139,7 +140,7 @@ inline TwoVecs interleave(Vec a, Vec b) {
   return {shuffle(a, b, low), shuffle(a, b, high)};
 }
 
-// Blocks of kStep x kStep values change places with those on the other side of the diagonal.
+// Swaps blocks of kStep x kStep values with those on the other side of the diagonal, then larger blocks.
 template <int kStep>
 inline void transpose_blocks(Vec (&rows)[kWidth]) {
   if constexpr (kStep < kWidth) {
@@ -158,7 +159,8 @@ inline void transpose_blocks(Vec (&rows)[kWidth]) {
   }
 }
 
-// The sum of each row, that of row i in lane i: transposed and added up, half as many vectors after each step. Uses the rows up.
+// Returns the sum of row i in lane i. Each step transposes a level and adds, which halves the number
+// of vectors. Overwrites the rows.
 template <int kStep = kWidth / 2>
 inline Vec sums(Vec* rows) {
   IntVec low, high;
@@ -176,24 +178,25 @@ inline Vec sums(Vec* rows) {
   }
 }
 
-// kWidth x kWidth values, rows to columns, in place: first within squares of four, by interleaving single values, then pairs,
-// which is one instruction each where vectors consist of parts of four values.
+// Transposes kWidth x kWidth values in place. Squares of 4 x 4 values come first: their single values
+// are interleaved, then halves of four values are joined. Each of these shuffles is one instruction,
+// as it stays within the 128-bit parts of a vector.
 inline void transpose(Vec (&rows)[kWidth]) {
-  IntVec low, high, low_pairs, high_pairs;
+  IntVec low, high, low_halves, high_halves;
   for (int lane = 0; lane < kWidth; ++lane) {
-    const int part = lane / 4 * 4, place = lane % 4, other = place % 2 * kWidth, pair = place / 2 * kWidth + place % 2;
+    const int part = lane / 4 * 4, place = lane % 4, other = place % 2 * kWidth, half = place / 2 * kWidth + place % 2;
     low[lane] = part + place / 2 + other;
     high[lane] = part + place / 2 + 2 + other;
-    low_pairs[lane] = part + pair;
-    high_pairs[lane] = part + pair + 2;
+    low_halves[lane] = part + half;
+    high_halves[lane] = part + half + 2;
   }
   for (int i = 0; i < kWidth; i += 4) {
     const Vec a = shuffle(rows[i], rows[i + 1], low), b = shuffle(rows[i + 2], rows[i + 3], low);
     const Vec c = shuffle(rows[i], rows[i + 1], high), d = shuffle(rows[i + 2], rows[i + 3], high);
-    rows[i] = shuffle(a, b, low_pairs);
-    rows[i + 1] = shuffle(a, b, high_pairs);
-    rows[i + 2] = shuffle(c, d, low_pairs);
-    rows[i + 3] = shuffle(c, d, high_pairs);
+    rows[i] = shuffle(a, b, low_halves);
+    rows[i + 1] = shuffle(a, b, high_halves);
+    rows[i + 2] = shuffle(c, d, low_halves);
+    rows[i + 3] = shuffle(c, d, high_halves);
   }
   transpose_blocks<4>(rows);
 }

@@ -1,5 +1,6 @@
-// The tile that both passes work on: up to kKeyTile keys by a block of some vectors of query rows. Queries run along
-// the lanes of vectors, so that the softmax over keys needs no sum across lanes, and keys that are not there are left out.
+// The tile that both passes work on: up to kKeyTile keys by a block of query rows. Queries run along
+// the lanes of vectors, so that the softmax over keys needs no sum across lanes. Keys that do not take
+// part are left out of the tile.
 #pragma once
 
 #include "convert.h"
@@ -8,36 +9,39 @@
 namespace empcause::cpu::EMPCAUSE_ISA {
 
 constexpr int64_t kKeyTile = 64;
-constexpr int64_t kMostVecs = 6;  // of a block of query rows: the backward pass sums over them, so the more the better
+constexpr int64_t kMostVecs =
+    6;  // of query rows in a block; the backward pass sums over them, and longer sums are faster
 
-// Rows that are far from each other displace each other from the cache: only so few blocks of queries read them uncopied.
+// Rows of keys and values are read from the tensor without a copy if at most this many blocks of queries read them.
+// Rows that are far from each other displace each other from the cache, so for more readers a copy is faster.
 constexpr int64_t kFewReaders = 4;
 
-// From here on a weight's power of two is kept apart: sums of smaller ones are far from the largest number, and 1 + x is 0 or 2^-24 at
-// least, so none is too small.
+// From this weight on, a weight's power of two is added to the logit instead of multiplying the probability.
+// Sums of smaller weights cannot overflow, and no weight is too small, as 1 + x in fp32 is 0 or at least 2^-24.
 constexpr float kLargeWeight = 0x1p32f;
 
-// The dimension along which neighbours form operands.
+// The dimension that a product sums over; the values of an operand are neighbours along it.
 enum class SumOver { kHeadDim, kKeys };
 
-// Rows of operands of keys or values, one every `stride`: of each key, or, of sums over keys, of each pair of keys if T is one.
+// Rows of operands of keys or values, `stride` operands apart. A row belongs to one key, or, in sums
+// over keys with two values per operand, to two neighbouring keys of the tile.
 template <class T>
 struct KeyRows {
   const T* data;
   int64_t stride;
 };
 
-// The keys that take part of a range of kKeyTile neighbouring ones, in their order.
+// Those keys of a range of at most kKeyTile neighbouring ones that take part, in their order.
 struct KeyTile {
   int64_t first, count = 0;
-  int64_t place[kKeyTile];  // from `first`
-  // The weight is factor * 2^power. The power of one too large for sums is left to the exponent, that of others is 0.
+  int64_t place[kKeyTile];  // key j of the tile is key first + place[j] of the sequence
+  // The weight of a key is factor * 2^power; power is 0 for weights below kLargeWeight.
   float factor[kKeyTile], power[kKeyTile];
 
-  // Keys of [first, first + keys) for which take(place, weight) holds.
+  // Takes the keys of [first_key, first_key + keys) for which take(place, weight) holds.
   template <class Take>
   KeyTile(const float* weights, int64_t first_key, int64_t keys, Take take) : first(first_key) {
-    bool all = true;  // which is common, and takes no decision per key
+    bool all = true;  // the common case, whose loop has no branch per key
     for (int64_t j = 0; j < keys; ++j) {
       place[j] = j;
       all &= take(j, weights[first + j]);
@@ -56,7 +60,7 @@ struct KeyTile {
     }
   }
 
-  // How many of the keys stand at `position` or before.
+  // Returns how many keys of the tile are at `position` or before it.
   int64_t up_to(int64_t position) const {
     if (count == 0 || first + place[0] > position) return 0;
     if (first + place[count - 1] <= position) return count;
@@ -72,31 +76,32 @@ struct KeyTile {
     return low;
   }
 
-  // From one copied row to the next.
+  // Returns the stride of copied rows, in operands.
   template <SumOver kSum, class T>
   static int64_t row_stride(int64_t head_dim) {
     return round_up(kSum == SumOver::kKeys ? head_dim : operands<T>(head_dim));
   }
 
-  // Their rows of keys or values as operands, copied to `out`.
+  // Copies the tile's rows of `m`, keys or values, to `out` as operands, and returns them.
   template <SumOver kSum, class T>
   KeyRows<T> pack(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, T* out) const {
-    constexpr bool kPairsOfRows = kSum == SumOver::kKeys && kValues<T> == 2;
+    constexpr bool kJoinsTwoRows = kSum == SumOver::kKeys && kValues<T> == 2;
     const int64_t stride = row_stride<kSum, T>(head_dim);
     const auto row = [&](int64_t j) { return offset + (first + place[j]) * m.row; };
     for (int64_t j = 0; j < count; ++j) {
       prefetch_row(m, dtype, row(j) + kAhead * m.row, head_dim);
-      if constexpr (!kPairsOfRows) load_row(m, dtype, row(j), head_dim, out + j * stride);
+      if constexpr (!kJoinsTwoRows) load_row(m, dtype, row(j), head_dim, out + j * stride);
     }
-    for (int64_t d = 0; kPairsOfRows && d < head_dim; d += kWidth) {
+    for (int64_t d = 0; kJoinsTwoRows && d < head_dim; d += kWidth) {
       const auto values = [&](int64_t j) { return load_values<DType::kBFloat16>(m.data, row(j) + d, head_dim - d); };
       store_over_rows(count, values, out + d, stride);
     }
     return {out, stride};
   }
 
-  // The same, for so many blocks of queries: where the rows stand, if that can be and few read them there. A product goes through them
-  // a few at a time, so all are called for before. `copied` says that `out` holds them already, if it is to.
+  // Returns the tile's rows of `m` as operands for `readers` blocks of queries: in place if the tensor is fp32, the
+  // keys are neighbours and there are at most kFewReaders readers, else packed into `out`. If `copied`, an earlier call
+  // has already packed those that need it. Rows in place are prefetched here, as a product reads them a few at a time.
   template <SumOver kSum, class T>
   KeyRows<T> rows(const Matrices& m, DType dtype, int64_t offset, int64_t head_dim, int64_t readers, T* out,
                   bool copied = false) const {
@@ -112,20 +117,24 @@ struct KeyTile {
   }
 };
 
-// Keys [begin, end) of a tile that are computed together: by the query vectors from first_vec on, where all lanes but those of
-// a ragged step's first vector see all of its keys. Under causal attention a block on the diagonal is a staircase.
+// Keys [begin, end) of a tile that are computed together, for the query vectors from first_vec on. All
+// lanes of these vectors see all of the keys, except for the first vector of a ragged step, which is
+// on the diagonal: its lanes see some of them.
 struct Step {
   int64_t begin, end, first_vec;
   bool ragged;
 };
 
+// A tile by a block of query rows, cut into steps: under causal attention each step has fewer vectors
+// than the one before.
 struct Staircase {
   Step step[kMostVecs + 1];
   int count = 0;
-  int64_t keys[kMostVecs];  // that any lane of a vector sees
+  int64_t keys[kMostVecs];  // for each vector, how many keys of the tile at least one of its lanes sees
 
-  // `position` is that of the first query among the keys. The key there belongs to the first ragged step, though all lanes see it:
-  // in a tile without gaps that step then has whole vectors of keys too, for which products have the most accumulators.
+  // `position` is the position of the block's first query among the keys. The key at this position
+  // belongs to the first ragged step, though all lanes see it: in a tile without gaps each ragged step
+  // then has kWidth keys, for which products use most accumulators.
   Staircase(const KeyTile& tile, bool causal, int64_t position, int64_t vecs) {
     int64_t begin = causal ? tile.up_to(position - 1) : tile.count;
     if (begin > 0) step[count++] = {0, begin, 0, false};
@@ -141,20 +150,20 @@ struct Staircase {
   const Step* end() const { return step + count; }
 };
 
-// Lanes of a ragged step's first vector that see a key.
+// Returns which lanes of a ragged step's first vector see a key of the tile.
 inline IntVec seen(const KeyTile& tile, int64_t key, const Step& step, int64_t position) {
   const int64_t lane = tile.first + tile.place[key] - position - step.first_vec * kWidth;
   return lane_index() >= static_cast<int32_t>(lane);
 }
 
-// Some neighbouring query rows, in whole vectors.
+// Neighbouring query rows, in whole vectors.
 struct Block {
   int64_t first, vecs;
 
   int64_t rows() const { return vecs * kWidth; }
 };
 
-// Query rows are cut into blocks of at most kMostVecs vectors each, as even as can be.
+// Cuts query rows into blocks of at most kMostVecs vectors, whose sizes differ by at most one vector.
 struct Blocks {
   int64_t vecs, count;
 
@@ -167,7 +176,8 @@ struct Blocks {
   }
 };
 
-// Dropout factors of a tile: factor[k * stride + i] for every place k that a key of the tile up to `end` has.
+// Computes the dropout factors of keys [0, end) of a tile: that of key j and query row query + i is
+// factor[tile.place[j] * lanes + i].
 inline void dropout_factors(const Dropout& dropout, const KeyTile& tile, int64_t end, int64_t query, int64_t lanes,
                             float* factor) {
   int64_t done = -1;

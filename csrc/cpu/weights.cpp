@@ -1,5 +1,6 @@
-// One rounding rule for the weight on every backend: the product is rounded before the sum. This file is built without
-// contraction to fused multiply-add (see CMakeLists.txt), so C = -1 / strength gives exactly what the other backends give.
+// Every backend rounds a weight alike: first the product, then the sum. This file is compiled without
+// contraction to fused multiply-adds (CMakeLists.txt), so that cause = -1 / strength gives the same
+// weight, bit for bit, on every backend.
 #include "weights.h"
 
 #include <cmath>

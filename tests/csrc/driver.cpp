@@ -333,7 +333,7 @@ class Judge {
         tolerance_(p_.s.dtype == DType::kFloat32   ? 1e-4
                    : p_.s.dtype == DType::kFloat16 ? 6e-4
                                                    : 4e-3),
-        term_tolerance_(kernels.has_pairs && p_.s.dtype == DType::kBFloat16 ? 0x1p-9 : 0) {}
+        term_tolerance_(kernels.multiplies_bfloat16 && p_.s.dtype == DType::kBFloat16 ? 0x1p-9 : 0) {}
 
   double worst() {
     std::vector<Sum> grad_key(count(p_.s.key_heads)), grad_value(count(p_.s.key_heads));
