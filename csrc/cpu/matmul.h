@@ -1,7 +1,7 @@
-// Matrix products C[M, lanes] = A[M, K] B[K, lanes], or += it, with accumulators in registers. A is
-// read one operand at a time with any two strides, so its transpose costs nothing; B and C consist of
-// rows of whole vectors; K counts operands. A product is summed by itself before it is added to C, so
-// that rounding errors of long sums grow with the number of products, not with the number of terms.
+// Matrix products C = A B or C += A B, with accumulators in registers; A is [M, K], B [K, lanes] and
+// C [M, lanes]. A is read one operand at a time with any two strides, so its transpose costs nothing;
+// B and C consist of rows of whole vectors; K counts operands. A product is summed by itself before it is
+// added to C, so that rounding errors of long sums grow with the number of products, not of terms.
 #pragma once
 
 #include "convert.h"

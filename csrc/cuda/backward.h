@@ -1,12 +1,12 @@
-// Backward pass: probabilities are computed again from what the forward pass left of each row, by two kernels that add
-// up in a fixed order. BackwardKeys owns rows of keys, for all heads that share them, and goes over the queries;
-// BackwardQueries owns rows of queries and goes over the keys. Both need delta_i = grad_output_i . output_i, computed
-// first.
+// The backward pass. Two kernels recompute probabilities from the statistics that the forward pass stored for
+// each row, and sum gradients in a fixed order. A block of BackwardKeys computes the gradients of rows of keys,
+// for all heads that share them, and goes over the queries; a block of BackwardQueries computes those of rows of
+// queries and goes over the keys. Both need delta_i = grad_output_i . output_i, which DeltaKernel computes first.
 //
 //   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
 //
-// The weight is part of the exponent, as in the forward pass. That of a key with weight 0, whose b is 0, is left out: then e is what
-// the gradient of the weight needs.
+// As in the forward pass, log2 of the weight is added to the exponent. For a key of weight 0, whose b
+// is 0, nothing is added: then the exponential is the e that the gradient of the weight needs.
 #pragma once
 
 #include <cstring>
@@ -26,32 +26,32 @@ struct BackwardArguments {
   Rows delta;  // [batch, head, row]
 };
 
-// e may overflow for a key of weight 0, where only the gradient of the weight uses it: x - LSE is capped there, as on every backend.
-constexpr float kLargestExponent = 80.0f * kLog2E;
-
-// exp(x - LSE). `bias` is log2 of the weight.
+// Returns the exponential of a logit relative to LSE: b, or e if log2_weight is kNoWeight. It is
+// capped (kLargestExponent).
 template <class T>
-EMPCAUSE_DEVICE float exponential(float product, float scale, float bias, LogSumExp<T> lse) {
-  const float exponent = lse.taken_from(fused(product, scale, bias));
-  return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays
+EMPCAUSE_DEVICE float exponential(float product, float scale, float log2_weight, LogSumExp<T> lse) {
+  const float exponent = lse.taken_from(fma(product, scale, log2_weight));
+  return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays NaN
 }
 
-// log2 of no weight is left out of the exponent, as 0 is, and is told from 0 by its sign: a flag would take a register.
+// What stands for log2 of weight 0. It adds nothing to an exponent, and its sign tells it from log2 of
+// weight 1; a flag would take a register.
 constexpr float kNoWeight = -0.0f;
 
-EMPCAUSE_DEVICE bool has_weight(float bias) {
+EMPCAUSE_DEVICE bool has_weight(float log2_weight) {
   uint32_t bits;
-  memcpy(&bits, &bias, sizeof bits);
+  memcpy(&bits, &log2_weight, sizeof bits);
   return bits != 0x80000000u;
 }
 
-// What the rows of keys need of a query.
+// The values of a query that BackwardKeys needs beside its rows.
 template <class T>
 struct alignas(4 * sizeof(T)) QueryValues {
   LogSumExp<T> lse;
   float delta;
 };
 
+// Computes delta; each warp computes one row.
 template <class T>
 struct DeltaKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMinBlocks = 1;
@@ -60,7 +60,6 @@ struct DeltaKernel {
 
   static EMPCAUSE_ANYWHERE int64_t num_rows(const Attention& a) { return a.batch * a.num_heads * a.num_queries; }
 
-  // A warp a row.
   static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
     const Attention& a = f.g.forward;
     const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
@@ -75,7 +74,7 @@ struct DeltaKernel {
     const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, row);
     float delta = 0.0f;
     for (int column = lane(); column < a.head_dim; column += kWarp) {
-      delta = fused(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
+      delta = fma(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
     }
     delta = warp_sum(delta);
     const bool dead = !LogSumExp<T>::load(a, batch, head, row).sees_a_key();
@@ -85,8 +84,8 @@ struct DeltaKernel {
   }
 };
 
-// Rows of keys, tiles of queries: everything is transposed, so that b and dS, as they stand, are left operands of the
-// sums.
+// Computes grad_key, grad_value and grad_weight of a block of rows of keys. Its tiles are queries: b and
+// dS are transposed, so that their fragments are the left operands of the products that sum over queries.
 template <class T, int kHeadDim, bool kDropout>
 class BackwardKeysBlock {
  public:
@@ -97,13 +96,14 @@ class BackwardKeysBlock {
     return static_cast<int>((a.num_keys + kRows - 1) / kRows);
   }
 
-  EMPCAUSE_DEVICE BackwardKeysBlock(const BackwardArguments& arguments, int row_block, int slice_index, int pair)
+  EMPCAUSE_DEVICE BackwardKeysBlock(const BackwardArguments& arguments, int row_block, int slice_index,
+                                    int batch_key_head)
       : f(arguments),
         a(f.g.forward),
         slice(slice_index),
         group(static_cast<int>(a.num_heads / a.num_key_heads)),
-        batch(pair / static_cast<int>(a.num_key_heads)),
-        key_head(pair % static_cast<int>(a.num_key_heads)),
+        batch(batch_key_head / static_cast<int>(a.num_key_heads)),
+        key_head(batch_key_head % static_cast<int>(a.num_key_heads)),
         first_key(row_block * kRows),
         warp_row(uniform_warp() * Shape::kWarpRows) {
     const Sequence s = sequence(a, batch);
@@ -111,9 +111,9 @@ class BackwardKeysBlock {
     key_begin = static_cast<int>(s.key_begin);
     num_queries = static_cast<int>(clamped(s.num_queries, 0, a.num_queries));
     rows = static_cast<int>(clamped(s.num_keys - first_key, 0, kRows));
-    // Row r is seen by the queries from reach + r on.
-    reach = a.causal ? static_cast<int>(clamped(first_key - s.offset, -kRows, num_queries)) : -kRows;
-    first_tile = reach < 0 ? 0 : reach / kColumns;
+    // Row r is seen by the queries from row0_first_query + r on.
+    row0_first_query = a.causal ? static_cast<int>(clamped(first_key - s.offset, -kRows, num_queries)) : -kRows;
+    first_tile = row0_first_query < 0 ? 0 : row0_first_query / kColumns;
     tiles = (num_queries + kColumns - 1) / kColumns - first_tile;
 
     grad_key.clear();
@@ -131,7 +131,7 @@ class BackwardKeysBlock {
       begin_head(key_head * group + member);
       pipeline(tiles, *this);
       if (slice == 0 && f.g.grad_weight.data != nullptr) store_grad_weight();
-      sync_block();  // before tiles of the next head take the place of this one's
+      sync_block();  // before tiles of the next head overwrite those of this one
     }
     finish();
   }
@@ -160,9 +160,9 @@ class BackwardKeysBlock {
   EMPCAUSE_DEVICE void compute(int tile) {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
-    if (first_query(tile) >= reach + warp_row + Shape::kWarpRows - 1) {
+    if (first_query(tile) >= row0_first_query + warp_row + Shape::kWarpRows - 1) {
       attend_backward<false>(tile);
-    } else if (last_query >= reach + warp_row) {
+    } else if (last_query >= row0_first_query + warp_row) {
       attend_backward<true>(tile);
     }
   }
@@ -204,7 +204,7 @@ class BackwardKeysBlock {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float weight = weight_of(head, fragment_row(m, half));
-        bias[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
+        log2_weight[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
         grad_weight[m][half] = 0.0f;
       }
     }
@@ -247,13 +247,13 @@ class BackwardKeysBlock {
         const QueryValues<T> values = load_shared<QueryValues<T>>(query_values(tile, column));
         EMPCAUSE_UNROLL
         for (int m = 0; m < Shape::kRowTiles; ++m) {
-          float e = exponential(p.at[m][n][i], scale, bias[m][half], values.lse);
+          float e = exponential(p.at[m][n][i], scale, log2_weight[m][half], values.lse);
           float gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           float centred = gradient - values.delta;
-          if (kMasked && first_query(tile) + column < reach + fragment_row(m, half)) e = centred = 0.0f;
-          grad_weight[m][half] = fused(e, centred, grad_weight[m][half]);
-          const float b = has_weight(bias[m][half]) ? e : 0.0f;
+          if (kMasked && first_query(tile) + column < row0_first_query + fragment_row(m, half)) e = centred = 0.0f;
+          grad_weight[m][half] = fma(e, centred, grad_weight[m][half]);
+          const float b = has_weight(log2_weight[m][half]) ? e : 0.0f;
           p.at[m][n][i] = !kDropout || kept.at(m, n, i) ? b : 0.0f;
           grad_logit.at[m][n][i] = b * centred;
         }
@@ -263,7 +263,7 @@ class BackwardKeysBlock {
     accumulate(grad_key, grad_logit, query_tile(tile), slice * kSliceColumns);
   }
 
-  // What stood in an absent key's row went into its own gradient only, which is 0.
+  // Stores the gradients. Those of an absent key, which may be NaN as its row is read like others, are set to 0.
   EMPCAUSE_DEVICE void finish() {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
@@ -301,13 +301,14 @@ class BackwardKeysBlock {
   const Attention& a;
   const int slice, group, batch, key_head, first_key, warp_row;
   int query_begin, key_begin, num_queries, rows;
-  int reach;              // the first query that sees key 0 of the block
-  int first_tile, tiles;  // of every head
-  int head;               // the present one
+  int row0_first_query;   // the first query that sees row 0 of the block
+  int first_tile, tiles;  // the same for every head
+  int head;               // the head that the pipeline goes over now
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
-  // Of the present head. grad_weight is that of the weight's logarithm where the key has a weight.
-  float bias[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];
+  // For the rows of `head`: log2 of the weight, or kNoWeight, and the gradient of the weight, times the
+  // weight if that is positive.
+  float log2_weight[Shape::kRowTiles][2], grad_weight[Shape::kRowTiles][2];
 };
 
 template <class T, int kHeadDim, bool kDropout>
@@ -328,6 +329,7 @@ struct BackwardKeysKernel {
   }
 };
 
+// Computes grad_query of a block of query rows of one head. Its tiles are keys.
 template <class T, int kHeadDim, bool kDropout>
 class BackwardQueriesBlock {
  public:
@@ -338,11 +340,11 @@ class BackwardQueriesBlock {
     return static_cast<int>((a.num_queries + kRows - 1) / kRows);
   }
 
-  EMPCAUSE_DEVICE BackwardQueriesBlock(const BackwardArguments& arguments, int row_block, int pair)
+  EMPCAUSE_DEVICE BackwardQueriesBlock(const BackwardArguments& arguments, int row_block, int batch_head)
       : f(arguments),
         a(f.g.forward),
-        batch(pair / static_cast<int>(a.num_heads)),
-        head(pair % static_cast<int>(a.num_heads)),
+        batch(batch_head / static_cast<int>(a.num_heads)),
+        head(batch_head % static_cast<int>(a.num_heads)),
         first_query(row_block * kRows),
         warp_row(uniform_warp() * Shape::kWarpRows) {
     const Sequence s = sequence(a, batch);
@@ -350,9 +352,10 @@ class BackwardQueriesBlock {
     key_begin = static_cast<int>(s.key_begin);
     rows = static_cast<int>(clamped(clamped(s.num_queries, 0, a.num_queries) - first_query, 0, kRows));
     num_keys = static_cast<int>(s.num_keys);
-    // Row r sees the keys up to reach + r.
-    reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
-    const int seen = static_cast<int>(clamped(int64_t{reach} + rows, 0, s.num_keys));
+    // Row r sees the keys up to row0_last_key + r.
+    row0_last_key =
+        a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kMostRows;
+    const int seen = static_cast<int>(clamped(int64_t{row0_last_key} + rows, 0, s.num_keys));
     tiles = (seen + kColumns - 1) / kColumns;
 
     grad_query.clear();
@@ -406,8 +409,8 @@ class BackwardQueriesBlock {
 
   EMPCAUSE_DEVICE void compute(int tile) {
     const int first_key = tile * kColumns;
-    if (warp_row >= rows || first_key > reach + warp_row + Shape::kWarpRows - 1) return;
-    if (first_key + kColumns - 1 <= reach + warp_row) {
+    if (warp_row >= rows || first_key > row0_last_key + warp_row + Shape::kWarpRows - 1) return;
+    if (first_key + kColumns - 1 <= row0_last_key + warp_row) {
       attend_backward<false>(tile);
     } else {
       attend_backward<true>(tile);
@@ -417,7 +420,6 @@ class BackwardQueriesBlock {
  private:
   using RowTile = Tile<T, kHeadDim>;
   static constexpr int kThreads = Shape::kThreads;
-  static constexpr int kEverything = 1 << 30;
   static constexpr uint32_t kQueryBytes = kRows * RowTile::kRowBytes, kKeyBytes = kColumns * RowTile::kRowBytes;
   static constexpr uint32_t kWeightBytes = kColumns * sizeof(float);
   static constexpr uint32_t kWeights = 2 * kQueryBytes + 2 * kTileStages * kKeyBytes;
@@ -453,7 +455,7 @@ class BackwardQueriesBlock {
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const Pair biases = load_shared<Pair>(log2_weight(tile, n * 8 + lane_column()));
+      const TwoFloats log2_weights = load_shared<TwoFloats>(log2_weight(tile, n * 8 + lane_column()));
       EMPCAUSE_UNROLL
       for (int m = 0; m < Shape::kRowTiles; ++m) {
         EMPCAUSE_UNROLL
@@ -461,9 +463,10 @@ class BackwardQueriesBlock {
           const int column = n * 8 + lane_column() + i % 2, half = i / 2;
           float& gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
-          // The rows of an absent key were copied as zeros, so that its bias of -infinity meets finite numbers.
-          const float b = exponential(logit.at[m][n][i], scale, biases.at[i % 2], lse[m][half]);
-          const bool hidden = kMasked && tile * kColumns + column > reach + fragment_row(m, half);
+          // The rows of an absent key were copied as zeros, so that its log2_weight of -infinity is added to a
+          // finite logit.
+          const float b = exponential(logit.at[m][n][i], scale, log2_weights.at[i % 2], lse[m][half]);
+          const bool hidden = kMasked && tile * kColumns + column > row0_last_key + fragment_row(m, half);
           gradient = hidden ? 0.0f : b * (gradient - delta[m][half]);
         }
       }
@@ -475,7 +478,7 @@ class BackwardQueriesBlock {
   const Attention& a;
   const int batch, head, first_query, warp_row;
   int query_begin, key_begin, num_keys, rows;
-  int reach;  // the last key that query 0 of the block sees
+  int row0_last_key;  // the last key that row 0 of the block sees
   int tiles;
 
   Fragment<Shape::kRowTiles, kHeadDim / 8> grad_query;
@@ -495,7 +498,7 @@ struct BackwardQueriesKernel {
   static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
     const int row_blocks = Block::row_blocks(f.g.forward), block = static_cast<int>(block_index().x);
     const int row_block = block % row_blocks;
-    // The longest rows first.
+    // Under a causal mask the last rows have the most keys, so their blocks start first.
     Block(f, f.g.forward.causal ? row_blocks - 1 - row_block : row_block, block / row_blocks).run();
   }
 };

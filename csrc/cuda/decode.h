@@ -1,23 +1,26 @@
-// Decoding: few queries over many keys. The queries of the heads that share keys are the rows of one warp, so that keys
-// are read once, and the keys are divided into enough parts to occupy the GPU. The parts' sums are merged in their
-// order.
+// Decoding: attention of few queries over many keys. The queries of the heads that share keys are the
+// rows of one warp, so that keys are read once, and the keys are divided into enough parts to occupy
+// the GPU. The results of the parts are merged in their order.
 #pragma once
 
 #include "forward.h"
 
 namespace empcause::cuda {
 
-// How to decode; heads = 0 where the general kernel is the better one.
+// How to decode: the heads of one thread block and the number of parts. `heads` is 0 where the general
+// kernel runs instead.
 struct DecodePlan {
   int64_t heads = 0, parts = 1;
 };
 
 inline DecodePlan decode_plan(const Attention& a) {
-  constexpr int64_t kRows = 16, kMostParts = 128, kFewestKeys = 128;  // of a part
+  constexpr int64_t kRows = 16;  // of one warp
+  constexpr int64_t kMostParts = 128;
+  constexpr int64_t kFewestKeys = 128;  // of a part
   constexpr int64_t kBlocksPerMultiprocessor = 4;
   DecodePlan d;
   if (a.dropout_p > 0.0 || a.num_queries > kRows || a.num_queries == 0 || a.batch == 0) return d;
-  // Heads of one block share their weights, too.
+  // The heads of one block must share their weights, too.
   const int64_t group = a.weight.head == 0 ? a.num_heads / a.num_key_heads : 1;
   for (d.heads = group; group % d.heads != 0 || (d.heads > 1 && d.heads * a.num_queries > kRows);) --d.heads;
   const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors(), blocks = a.batch * (a.num_heads / d.heads);
@@ -42,6 +45,7 @@ struct DecodeKernel {
   }
 };
 
+// Merges the results of the parts; each warp merges one row.
 template <class T>
 struct MergeKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMinBlocks = 1;
@@ -50,7 +54,6 @@ struct MergeKernel {
 
   static EMPCAUSE_ANYWHERE int64_t num_rows(const Attention& a) { return a.batch * a.num_heads * a.num_queries; }
 
-  // A warp a row.
   static EMPCAUSE_DEVICE void run(const ForwardArguments& f) {
     const Attention& a = f.a;
     const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
@@ -69,7 +72,7 @@ struct MergeKernel {
     const auto factor = [&](int64_t row) { return exp2(load_global(f.parts.maximum + row) - shift); };
     for (int part = 0; part < f.parts.count; ++part) {
       const int64_t row = f.parts.row(a, part, batch, head, query);
-      total = fused(load_global(f.parts.total + row), factor(row), total);
+      total = fma(load_global(f.parts.total + row), factor(row), total);
     }
     const bool dead = total == 0.0f;
     const int query_row = static_cast<int>(s.query_begin) + query;
@@ -78,7 +81,7 @@ struct MergeKernel {
       float sum = 0.0f;
       for (int part = 0; part < f.parts.count; ++part) {
         const int64_t row = f.parts.row(a, part, batch, head, query);
-        sum = fused(load_global(f.parts.output + row * a.head_dim + column), factor(row), sum);
+        sum = fma(load_global(f.parts.output + row * a.head_dim + column), factor(row), sum);
       }
       store_global(output + column, from_float<T>(dead ? 0.0f : sum / total));
     }

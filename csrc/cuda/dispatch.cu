@@ -1,4 +1,5 @@
-// Which kernels take a problem, the scratch memory they need, and the kernels that know no dtype.
+// The functions of kernels.h: they select the kernels for a problem's dtype, size scratch memory, and
+// launch the kernels for the weights, which are the same for all dtypes.
 #include <algorithm>
 #include <stdexcept>
 
@@ -11,8 +12,6 @@ namespace empcause::cuda {
 namespace {
 
 const Kernels& kernels_of(const Attention& a) {
-  // Indices of rows are of 32 bits, with room for sums.
-  constexpr int64_t kMostRows = 1 << 30;
   if (std::max({a.num_queries, a.num_keys, a.total_queries, a.total_keys}) >= kMostRows) {
     throw std::runtime_error("empcause: the CUDA kernels take fewer than 2^30 queries and keys");
   }

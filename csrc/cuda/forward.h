@@ -1,5 +1,6 @@
-// Forward pass: online softmax over tiles of keys, a block of query rows a thread block. The same code decodes: then
-// its rows are the few queries of all heads that share keys, and its tiles a part of them (see decode.h).
+// The forward pass: online softmax over tiles of keys (FlashAttention). A thread block computes a
+// block of query rows. The same code decodes (decode.h); then its rows are the few queries of several
+// heads that share keys, and its tiles are one part of the keys.
 #pragma once
 
 #include "dropout.h"
@@ -10,13 +11,15 @@
 
 namespace empcause::cuda {
 
-// The parts of the keys in decoding. With several, each part's sums go to scratch memory [part, batch, head, query].
+// How decoding is divided. If there are several parts of the keys, the results of each are stored in scratch memory,
+// [part, batch, head, query].
 struct Parts {
-  int count = 1, heads = 1;  // heads: of a thread block, all with the same keys and weights
-  float* output = nullptr;   // [..., head_dim], unnormalised
-  float* maximum = nullptr;  // of the base-2 logits, -infinity for a part without keys
-  float* total = nullptr;
+  int count = 1, heads = 1;  // parts; heads of one thread block, which share keys and weights
+  float* output = nullptr;   // [..., head_dim], not yet divided by the total
+  float* maximum = nullptr;  // the largest base-2 logit, -infinity for a part without keys
+  float* total = nullptr;    // relative to 2^maximum
 
+  // Returns the index of a row in these arrays.
   EMPCAUSE_DEVICE int64_t row(const Attention& a, int64_t part, int64_t batch, int64_t head, int64_t query) const {
     return ((part * a.batch + batch) * a.num_heads + head) * a.num_queries + query;
   }
@@ -40,7 +43,9 @@ class ForwardBlock {
     return kDecode ? f.parts.count : static_cast<int>((f.a.num_queries + kRows - 1) / kRows);
   }
 
-  EMPCAUSE_DEVICE ForwardBlock(const ForwardArguments& arguments, int row_block, int pair)
+  // `row_block` counts blocks of query rows, or, in decoding, parts; `batch_group` counts the groups of
+  // heads of all batches.
+  EMPCAUSE_DEVICE ForwardBlock(const ForwardArguments& arguments, int row_block, int batch_group)
       : f(arguments),
         a(f.a),
         heads(kDecode ? f.parts.heads : 1),
@@ -48,8 +53,8 @@ class ForwardBlock {
         first_query(kDecode ? 0 : row_block * kRows),
         warp_row(uniform_warp() * Shape::kWarpRows) {
     const int groups = static_cast<int>(a.num_heads) / heads;
-    batch = pair / groups;
-    first_head = pair % groups * heads;
+    batch = batch_group / groups;
+    first_head = batch_group % groups * heads;
     const Sequence s = sequence(a, batch);
     query_begin = static_cast<int>(s.query_begin);
     key_begin = static_cast<int>(s.key_begin);
@@ -57,8 +62,9 @@ class ForwardBlock {
     const int64_t queries = clamped(s.num_queries, 0, a.num_queries) - first_query;
     rows = static_cast<int>(clamped(queries * heads, 0, kRows));
 
-    // Beyond any key where all are seen, within a block of them where causal.
-    reach = a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kEverything;
+    // Without a causal mask this is beyond every key; with one it is clamped to a block before or after the keys.
+    row0_last_key =
+        a.causal ? static_cast<int>(clamped(first_query + s.offset, -kRows, s.num_keys + kColumns)) : kMostRows;
     const int seen = static_cast<int>(clamped(int64_t{last_key(rows - 1)} + 1, 0, s.num_keys));
     tiles = (seen + kColumns - 1) / kColumns;
     if (kDecode) {
@@ -119,7 +125,6 @@ class ForwardBlock {
  private:
   using RowTile = Tile<T, kHeadDim>;
   static constexpr int kThreads = Shape::kThreads;
-  static constexpr int kEverything = 1 << 30;
   static constexpr uint32_t kQueryBytes = kRows * RowTile::kRowBytes, kKeyBytes = kColumns * RowTile::kRowBytes;
   static constexpr uint32_t kWeightBytes = kColumns * sizeof(float);
   static constexpr uint32_t kWeights = kQueryBytes + 2 * kTileStages * kKeyBytes;
@@ -141,13 +146,13 @@ class ForwardBlock {
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
   EMPCAUSE_DEVICE int first_key(int tile) const { return (first_tile + tile) * kColumns; }
   EMPCAUSE_DEVICE int key_head() const { return first_head / static_cast<int>(a.num_heads / a.num_key_heads); }
-  // Row r of the block is a query of a head; the heads of one query are neighbours.
+  // Row r of the block is one query of one head; rows of the same query in several heads are neighbours.
   EMPCAUSE_DEVICE int head(int row) const { return first_head + row % heads; }
   EMPCAUSE_DEVICE int query(int row) const { return first_query + row / heads; }
   EMPCAUSE_DEVICE int query_row(int row) const { return query_begin + query(row); }
-  EMPCAUSE_DEVICE int last_key(int row) const { return reach + row / heads; }
+  EMPCAUSE_DEVICE int last_key(int row) const { return row0_last_key + row / heads; }
 
-  // One tile of keys: logits, their exponentials, and what they take of the values.
+  // Adds one tile of keys to the sums: computes its logits, their exponentials and their product with the values.
   template <bool kMasked>
   EMPCAUSE_DEVICE void attend(int tile) {
     Fragment<Shape::kRowTiles, kColumns / 8> p;
@@ -155,34 +160,36 @@ class ForwardBlock {
     const float scale = a.scale * kLog2E;
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const Pair log2_weights = load_shared<Pair>(log2_weight(tile, n * 8 + lane_column()));
+      const TwoFloats log2_weights = load_shared<TwoFloats>(log2_weight(tile, n * 8 + lane_column()));
       EMPCAUSE_UNROLL
       for (int m = 0; m < Shape::kRowTiles; ++m) {
         EMPCAUSE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          // An absent key's logit is chosen, not computed: its query may hold NaN, in a row that sees no key.
+          // The logit of an absent key is selected, not computed: in a dead row, the query may be NaN.
           const float log2_weight = log2_weights.at[i % 2];
           bool absent = log2_weight == -kInfinity;
           if (kMasked) absent |= first_key(tile) + n * 8 + lane_column() + i % 2 > last_key(fragment_row(m, i / 2));
-          p.at[m][n][i] = absent ? -kInfinity : fused(p.at[m][n][i], scale, log2_weight);
+          p.at[m][n][i] = absent ? -kInfinity : fma(p.at[m][n][i], scale, log2_weight);
         }
       }
     }
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
-      for (int half = 0; half < 2; ++half) soften(p.at[m], m, half);
+      for (int half = 0; half < 2; ++half) softmax_row(p.at[m], m, half);
     }
-    // After the sums: dropout acts on the normalised probability. The factor of those kept waits for the end.
+    // Dropout comes after the total is summed, as it applies to normalised probabilities. store_output
+    // multiplies by the factor of the kept ones.
     if constexpr (kDropout) {
-      drop(p, Dropout(a, f.dropout, batch, first_head)
-                  .template kept<Shape::kRowTiles, kColumns / 8>(first_query + warp_row, first_key(tile)));
+      apply_dropout(p, Dropout(a, f.dropout, batch, first_head)
+                           .template kept<Shape::kRowTiles, kColumns / 8>(first_query + warp_row, first_key(tile)));
     }
     accumulate(output, p, value_tile(tile), 0);
   }
 
-  // One row of logits becomes weighted, unnormalised probabilities; its sums follow a larger maximum.
-  EMPCAUSE_DEVICE void soften(float (&p)[kColumns / 8][4], int m, int half) {
+  // Turns one row of logits into weighted, unnormalised probabilities, and corrects the sums of the row
+  // if its maximum rises.
+  EMPCAUSE_DEVICE void softmax_row(float (&p)[kColumns / 8][4], int m, int half) {
     float best = maximum[m][half];
     EMPCAUSE_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) best = fmaxf(best, fmaxf(p[n][2 * half], p[n][2 * half + 1]));
@@ -199,7 +206,7 @@ class ForwardBlock {
         tile_total += p[n][i];
       }
     }
-    total[m][half] = fused(total[m][half], correction, tile_total);
+    total[m][half] = fma(total[m][half], correction, tile_total);
     EMPCAUSE_UNROLL
     for (int n = 0; n < kHeadDim / 8; ++n) {
       output.at[m][n][2 * half] *= correction;
@@ -207,7 +214,8 @@ class ForwardBlock {
     }
   }
 
-  static EMPCAUSE_DEVICE void drop(Fragment<Shape::kRowTiles, kColumns / 8>& p, const Kept<Shape::kRowTiles>& kept) {
+  static EMPCAUSE_DEVICE void apply_dropout(Fragment<Shape::kRowTiles, kColumns / 8>& p,
+                                            const Kept<Shape::kRowTiles>& kept) {
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
@@ -276,10 +284,11 @@ class ForwardBlock {
   const Attention& a;
   const int heads, part, first_query, warp_row;
   int batch, first_head, query_begin, key_begin, num_keys, rows;
-  int reach;  // the last key that query 0 of the block sees
+  int row0_last_key;  // the last key that row 0 of the block sees
   int first_tile = 0, tiles;
 
-  // Of the warp's rows: sums over the keys so far, relative to the largest logit (base 2, weight included) so far.
+  // Sums over the keys so far for the warp's rows, relative to 2^maximum, and the largest logit so far
+  // (base 2, including the weight).
   Fragment<Shape::kRowTiles, kHeadDim / 8> output;
   float maximum[Shape::kRowTiles][2], total[Shape::kRowTiles][2];
 };
@@ -296,7 +305,7 @@ struct ForwardKernel {
   static EMPCAUSE_DEVICE void run(const ForwardArguments& f) {
     const int row_blocks = Block::row_blocks(f), block = static_cast<int>(block_index().x);
     const int row_block = block % row_blocks;
-    // The longest rows first.
+    // Under a causal mask the last rows have the most keys, so their blocks start first.
     Block(f, f.a.causal ? row_blocks - 1 - row_block : row_block, block / row_blocks).run();
   }
 };

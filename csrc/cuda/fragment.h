@@ -1,6 +1,6 @@
-// Who owns what in a warp. Every matrix that a warp holds in registers is divided as mma.m16n8k16 divides its result,
-// for fp32 too, so that masks, softmax and dropout are written once: in a tile of 16 rows by 8 columns lane 4 g + t
-// owns the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), in this order.
+// Fragments: matrices in the registers of a warp. Their elements are divided among the lanes as mma.m16n8k16 divides
+// its result, for fp32 too, so that masks, softmax and dropout are written once for all dtypes. In a tile of 16 rows
+// by 8 columns, lane 4 g + t holds the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), in this order.
 #pragma once
 
 #include <math.h>
@@ -22,9 +22,9 @@ namespace empcause::cuda {
 
 constexpr int kWarp = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.4426950408889634f;
 
-// kRowTiles by kColumnTiles tiles of one warp.
+// A matrix of kRowTiles by kColumnTiles tiles. at[m][n][i] is the lane's element i of tile (m, n). Elements
+// 0 and 1 are in the upper half of the tile's rows (half 0), elements 2 and 3 in the lower one (half 1).
 template <int kRowTiles, int kColumnTiles>
 struct Fragment {
   float at[kRowTiles][kColumnTiles][4];
@@ -44,14 +44,15 @@ struct Fragment {
 EMPCAUSE_DEVICE int lane() { return static_cast<int>(lane_index()); }
 EMPCAUSE_DEVICE int thread() { return static_cast<int>(thread_index()); }
 
-// The same for all lanes, and the compiler sees it: branches upon it leave the warp together.
+// Returns the index of the warp, in a form from which the compiler knows that it is the same for all
+// lanes: then branches on it do not diverge.
 EMPCAUSE_DEVICE int uniform_warp() { return shuffle(static_cast<int>(warp_index()), 0); }
 
-// Of the lane's first element in a tile.
+// Row and column of the lane's first element in a tile.
 EMPCAUSE_DEVICE int lane_row() { return lane() / 4; }
 EMPCAUSE_DEVICE int lane_column() { return lane() % 4 * 2; }
 
-// Over the four lanes that share a row; all of them get the result.
+// Sum and maximum over the quad, the four lanes that share a row; all of them get the result.
 EMPCAUSE_DEVICE float quad_sum(float value) {
   value += shuffle_xor(value, 1);
   return value + shuffle_xor(value, 2);
@@ -68,7 +69,7 @@ EMPCAUSE_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// Between lanes that differ in the bit `mask`: the lower one's `high` and the upper one's `low` change places.
+// Swaps values between two lanes that differ in the bit `mask`: `high` of the lower lane with `low` of the upper one.
 template <class T>
 EMPCAUSE_DEVICE void exchange(T& low, T& high, int mask) {
   const bool upper = (lane() & mask) != 0;
@@ -77,8 +78,8 @@ EMPCAUSE_DEVICE void exchange(T& low, T& high, int mask) {
   high = upper ? high : received;
 }
 
-// Among four lanes that differ in the bits `mask` and 2 `mask`: the lane of number t gets the others' element t, in the
-// order of the lanes.
+// Transposes four elements of each of four lanes, which differ in the bits `mask` and 2 `mask`:
+// element i of lane t becomes element t of lane i.
 template <class T>
 EMPCAUSE_DEVICE void transpose(T (&element)[4], int mask) {
   exchange(element[0], element[1], mask);

@@ -1,11 +1,11 @@
-// device.h for GPUs from sm_80 on. Included by device.h.
+// The functions of device.h for GPUs from sm_80 on. device.h includes this file under nvcc.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "device.h"
 
-// What assert() calls, in release builds too.
+// The function that assert() calls. Unlike assert(), it is called in release builds too.
 extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line, const char* function,
                                         size_t character_size) noexcept;
 
@@ -154,9 +154,9 @@ EMPCAUSE_DEVICE float log2(float x) {
   return result;
 }
 
-EMPCAUSE_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
-EMPCAUSE_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-EMPCAUSE_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+EMPCAUSE_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+EMPCAUSE_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
+EMPCAUSE_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 EMPCAUSE_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 EMPCAUSE_DEVICE void require(bool condition, const char* message) {
@@ -169,11 +169,12 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-// Of the current device.
+// Returns the number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
-  check(cudaGetDevice(&device), "no current CUDA device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "the device's multiprocessors");
+  check(cudaGetDevice(&device), "there is no current CUDA device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "the device does not tell the number of its multiprocessors");
   return count;
 }
 
@@ -188,14 +189,15 @@ __global__ __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks) void run(
 template <class Kernel>
 void launch(Index3 grid, uint32_t shared_bytes, Stream stream, const typename Kernel::Arguments& arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  constexpr uint32_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
+  constexpr uint32_t kDefaultLimit = 48 * 1024;  // a kernel must opt in to more shared memory
+  if (shared_bytes > kDefaultLimit) {
     constexpr auto kSize = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    check(cudaFuncSetAttribute(run<Kernel>, kSize, static_cast<int>(shared_bytes)), "shared memory of a kernel");
+    check(cudaFuncSetAttribute(run<Kernel>, kSize, static_cast<int>(shared_bytes)),
+          "the shared memory of a kernel cannot be set");
   }
   const dim3 blocks(grid.x, grid.y, grid.z);
   run<Kernel><<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError(), "launch of a kernel");
+  check(cudaGetLastError(), "a kernel cannot be launched");
 }
 
 }  // namespace empcause::cuda

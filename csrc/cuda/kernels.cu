@@ -1,4 +1,4 @@
-// The kernels of one dtype: compiled once for each, with -DEMPCAUSE_DTYPE=fp32, bf16 or fp16 (CMakeLists.txt).
+// The kernels of one dtype. CMakeLists.txt compiles this file once per dtype, with -DEMPCAUSE_DTYPE=fp32, bf16 or fp16.
 #include <type_traits>
 
 #include "backward.h"
@@ -20,8 +20,8 @@ using bf16 [[maybe_unused]] = BFloat16;
 using fp16 [[maybe_unused]] = Float16;
 using T = EMPCAUSE_DTYPE;
 
-// Whether rows begin at multiples of 16 bytes and consist of as many.
-bool in_chunks(const Attention& a, const Matrices& m) {
+// Returns whether all rows begin at multiples of 16 bytes and consist of whole chunks of 16 bytes.
+bool has_whole_chunks(const Attention& a, const Matrices& m) {
   const auto fits = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kChunkBytes == 0; };
   return reinterpret_cast<uintptr_t>(m.data) % kChunkBytes == 0 && fits(a.head_dim) && fits(m.batch) && fits(m.head) &&
          fits(m.row);
@@ -29,11 +29,14 @@ bool in_chunks(const Attention& a, const Matrices& m) {
 
 template <class Kernel>
 void launch_blocks(int64_t blocks, const typename Kernel::Arguments& arguments, Stream stream) {
-  if (blocks > INT32_MAX) throw std::runtime_error("empcause: too many rows for one launch of a CUDA kernel");
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(
+        "empcause: too many rows for one launch of a CUDA kernel (2^31 - 1 blocks): split the batch");
+  }
   launch<Kernel>({static_cast<uint32_t>(blocks), 1, 1}, Kernel::kSharedBytes, stream, arguments);
 }
 
-// Calls with the head size that kernels exist for, the next larger one, as a constant.
+// Calls call(std::integral_constant) with the smallest head size that kernels exist for and that is not below head_dim.
 template <class Call>
 void with_head_dim(int64_t head_dim, Call call) {
   if (head_dim <= 32) return call(std::integral_constant<int, 32>{});
@@ -51,7 +54,8 @@ void launch_forward(const ForwardArguments& f, Stream stream) {
 
 void forward_rows(const Attention& a, float* scratch, Stream stream) {
   ForwardArguments f{a, DropoutRate(a.dropout_p), false, {}};
-  f.whole_chunks = in_chunks(a, a.query) && in_chunks(a, a.key) && in_chunks(a, a.value) && in_chunks(a, a.output);
+  f.whole_chunks = has_whole_chunks(a, a.query) && has_whole_chunks(a, a.key) && has_whole_chunks(a, a.value) &&
+                   has_whole_chunks(a, a.output);
   const DecodePlan d = decode_plan(a);
   with_head_dim(a.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
@@ -87,7 +91,7 @@ void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
   const int64_t batch = a.cu_queries == nullptr ? a.num_heads * a.total_queries : 0;
   BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, batch, a.total_queries}};
   for (const Matrices* m : {&a.query, &a.key, &a.value, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
-    f.whole_chunks = f.whole_chunks && in_chunks(a, *m);
+    f.whole_chunks = f.whole_chunks && has_whole_chunks(a, *m);
   }
   constexpr int kWarps = DeltaKernel<T>::kWarps;
   launch_blocks<DeltaKernel<T>>((DeltaKernel<T>::num_rows(a) + kWarps - 1) / kWarps, f, stream);

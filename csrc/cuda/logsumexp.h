@@ -1,12 +1,12 @@
-// What the forward pass leaves of a row for the backward pass: LSE in base 2, infinite in a row that sees no key, whose
-// probabilities then are 0.
+// The statistics that the forward pass stores for a row: LSE in base 2. It is infinite for a dead row,
+// which sees no key, so that its probabilities are 0 in the backward pass.
 #pragma once
 
 #include "tile.h"
 
 namespace empcause::cuda {
 
-// Of rows in 16 bits it is one number: the last digits of a sum are nothing beside those that the rows lack.
+// For bf16 and fp16, LSE is one number: the digits that it lacks are far below those that the rows themselves lack.
 template <class T>
 struct LogSumExp {
   float value;
@@ -26,7 +26,7 @@ struct LogSumExp {
   EMPCAUSE_DEVICE float taken_from(float logit) const { return logit - value; }
 };
 
-// In fp32 it has two parts, so that the terms of the backward pass are those of the forward pass, bit by bit.
+// In fp32, LSE has two parts, so that the terms of the backward pass are those of the forward pass, bit for bit.
 template <>
 struct LogSumExp<float> {
   float maximum, log_total;

@@ -1,8 +1,8 @@
-// The two products of attention, warp by warp: by matrix instructions for bf16 and fp16, by fused multiply-adds for
-// fp32.
+// The two matrix products of attention, computed by one warp: with matrix instructions for bf16 and fp16, with fused
+// multiply-adds for fp32.
 //
-//   multiply     C = A B^T    A and B rows in shared memory: logits, and grad_output . value
-//   accumulate   C += P B     P in registers, B rows in shared memory: everything else
+//   multiply     C = A B^T    A and B are rows in shared memory; for logits and grad_output . value
+//   accumulate   C += P B     P is a fragment, B are rows in shared memory; for all other products
 #pragma once
 
 #include <type_traits>
@@ -11,7 +11,7 @@
 
 namespace empcause::cuda {
 
-// The warp's 16 kRowTiles rows of `a` from `first_row` on, times the first 8 kColumnTiles rows of `b`.
+// Multiplies 16 kRowTiles rows of `a`, from `first_row` on, by the first 8 kColumnTiles rows of `b`.
 template <class T, int kHeadDim, int kRowTiles, int kColumnTiles>
 EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHeadDim> a, int first_row,
                               Tile<T, kHeadDim> b) {
@@ -38,7 +38,7 @@ EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHea
             for (int half = 0; half < 2; ++half) {
               float& sum = c.at[m][n][2 * half + i];
               EMPCAUSE_UNROLL
-              for (int e = 0; e < 4; ++e) sum = fused(left[m][half].at[e], right.at[e], sum);
+              for (int e = 0; e < 4; ++e) sum = fma(left[m][half].at[e], right.at[e], sum);
             }
           }
         }
@@ -46,18 +46,18 @@ EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHea
     }
   } else {
     static_assert(kColumnTiles % 2 == 0);
-    // ldmatrix takes a row address from every lane; the four 8 x 8 parts come from eight lanes each.
+    // ldmatrix takes the address of a row from every lane: eight lanes for each of the four 8 x 8 matrices.
     const Shared a_chunk = a.chunk(first_row + lane() % 16, lane() / 16);
     const Shared b_chunk = b.chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
     EMPCAUSE_UNROLL
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t left[kRowTiles][4];
       EMPCAUSE_UNROLL
-      for (int m = 0; m < kRowTiles; ++m) load_matrices(left[m], a.further(a_chunk, m * 16, 2 * k));
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(left[m], a.advance(a_chunk, m * 16, 2 * k));
       EMPCAUSE_UNROLL
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t right[4];
-        load_matrices(right, b.further(b_chunk, n * 8, 2 * k));
+        load_matrices(right, b.advance(b_chunk, n * 8, 2 * k));
         EMPCAUSE_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           mma<T>(c.at[m][n], left[m], {right[0], right[1]});
@@ -68,13 +68,13 @@ EMPCAUSE_DEVICE void multiply(Fragment<kRowTiles, kColumnTiles>& c, Tile<T, kHea
   }
 }
 
-// P has 8 kDepthTiles columns, as many as rows of `b` take part; C is columns [first_column, + 8 kColumnTiles) of the
-// product.
+// Multiplies P, which has 8 kDepthTiles columns, by the first 8 kDepthTiles rows of `b`, and adds
+// columns [first_column, first_column + 8 kColumnTiles) of the product to C.
 template <class T, int kHeadDim, int kRowTiles, int kDepthTiles, int kColumnTiles>
 EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Fragment<kRowTiles, kDepthTiles>& p,
                                 Tile<T, kHeadDim> b, int first_column) {
   if constexpr (std::is_same_v<T, float>) {
-    // Every lane of a quad needs the whole row of P, of which each owns two columns in eight.
+    // Every lane of a quad needs the whole row of P, of which each lane holds two columns in eight.
     EMPCAUSE_UNROLL_BY(1)
     for (int column = 0; column < 8; ++column) {
       const int owner = lane() / 4 * 4 + column / 2;
@@ -92,11 +92,11 @@ EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Frag
         }
         EMPCAUSE_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
-          const auto right = load_shared<Pair>(b.further(b_chunk, k * 8, first_column / 4 + 2 * n));
+          const auto right = load_shared<TwoFloats>(b.advance(b_chunk, k * 8, first_column / 4 + 2 * n));
           EMPCAUSE_UNROLL
           for (int m = 0; m < kRowTiles; ++m) {
             EMPCAUSE_UNROLL
-            for (int i = 0; i < 4; ++i) c.at[m][n][i] = fused(left[m][i / 2], right.at[i % 2], c.at[m][n][i]);
+            for (int i = 0; i < 4; ++i) c.at[m][n][i] = fma(left[m][i / 2], right.at[i % 2], c.at[m][n][i]);
           }
         }
       }
@@ -106,20 +106,20 @@ EMPCAUSE_DEVICE void accumulate(Fragment<kRowTiles, kColumnTiles>& c, const Frag
     const Shared b_chunk = b.chunk(lane() % 16, lane() / 16);
     EMPCAUSE_UNROLL
     for (int k = 0; k < kDepthTiles; k += 2) {
-      // Two tiles of a result are one operand of the next product, as they stand.
+      // The elements of two neighbouring tiles of P are, rounded, one operand of mma: no lane needs those of another.
       uint32_t left[kRowTiles][4];
       EMPCAUSE_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
         EMPCAUSE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const float* pair = &p.at[m][k + i / 2][i % 2 * 2];
-          left[m][i] = pack<T>(pair[0], pair[1]);
+          const float* two = &p.at[m][k + i / 2][i % 2 * 2];
+          left[m][i] = pack<T>(two[0], two[1]);
         }
       }
       EMPCAUSE_UNROLL
       for (int n = 0; n < kColumnTiles; n += 2) {
         uint32_t right[4];
-        load_matrices_transposed(right, b.further(b_chunk, k * 8, first_column / 8 + n));
+        load_matrices_transposed(right, b.advance(b_chunk, k * 8, first_column / 8 + n));
         EMPCAUSE_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
           mma<T>(c.at[m][n], left[m], {right[0], right[1]});

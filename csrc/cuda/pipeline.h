@@ -1,21 +1,23 @@
-// The loop over tiles that all kernels share: while a tile is worked on, the next one is on its way.
+// The loop over tiles that the kernels share, a software pipeline: while a tile is computed, the next one is copied.
 #pragma once
 
 #include "fragment.h"
 
 namespace empcause::cuda {
 
+// How many buffers in shared memory there are for the rows of tiles.
 constexpr int kTileStages = 2;
-// Of what stands beside a tile's rows, one value each: a key's weight, or a query's log-sum-exp.
+// How many there are for the values of tiles. Each row of a tile has one value: a key its weight, a
+// query its LSE and delta.
 constexpr int kValueStages = 3;
 
-// Tiles [0, count) of a Block. The values of a tile decide which of its rows are copied, so they run one tile ahead of
-// the rows:
-//   fetch(tile)             this thread's value of a tile, also of the two beyond the last one
-//   publish(tile, value)    to shared memory, stage tile % kValueStages
-//   copy(tile)              begins to copy the rows, stage tile % kTileStages
-//   compute(tile)
-// A stage of values is written again three tiles later, with a barrier after its last reader.
+// Runs a block through tiles [0, count). The values of a tile decide which of its rows are copied, so
+// they are fetched one tile before the rows. A Block has
+//   fetch(tile)             loads this thread's value of a tile; called for two tiles beyond the last one, too
+//   publish(tile, value)    stores the value in shared memory, in buffer tile % kValueStages
+//   copy(tile)              begins to copy the rows to buffer tile % kTileStages
+//   compute(tile)           computes the tile
+// A buffer of values is overwritten three tiles later, and a barrier separates that from its last read.
 template <class Block>
 EMPCAUSE_DEVICE void pipeline(int count, Block& block) {
   block.publish(0, block.fetch(0));

@@ -1,5 +1,5 @@
-// Rows of query, key, value or grad_output in shared memory, and the ways between global memory, shared memory and
-// registers.
+// Rows of query, key, value or grad_output in shared memory, and how they are copied between global
+// memory, shared memory and registers.
 #pragma once
 
 #include "../attention.h"
@@ -9,18 +9,22 @@ namespace empcause::cuda {
 
 constexpr int kChunkBytes = 16;
 
-// What one 16-byte access moves.
+// The values that one 16-byte access moves.
 template <class T>
 struct alignas(kChunkBytes) Chunk {
   static constexpr int kSize = kChunkBytes / sizeof(T);
   T at[kSize];
 };
 
-struct alignas(8) Pair {
+struct alignas(8) TwoFloats {
   float at[2];
 };
 
-// Indices fit 32 bits, offsets do not. Unsigned, since the sign of an index would take a register of its own.
+// Sequences have fewer rows than this (dispatch.cu), so that the sum of two indices of rows fits an int.
+constexpr int kMostRows = 1 << 30;
+
+// Returns the address of a row. Indices fit 32 bits, offsets do not. The indices are unsigned, as the sign of an index
+// would take a register of its own.
 template <class T>
 EMPCAUSE_DEVICE T* row_of(const Matrices& m, uint32_t batch, uint32_t head, uint32_t row) {
   return static_cast<T*>(m.data) + batch * m.batch + head * m.head + row * m.row;
@@ -30,17 +34,17 @@ EMPCAUSE_DEVICE float* row_of(const Rows& r, uint32_t batch, uint32_t head, uint
   return r.data + batch * r.batch + head * r.head + row;
 }
 
-// kHeadDim columns a row, in chunks of 16 bytes. Chunk c of a row stands in place c ^ swizzle(row): eight neighbouring
-// rows read at one chunk, as ldmatrix does, fall on all 32 banks, and four rows of one parity, as the fp32 product
-// reads them, fall on 16 different ones.
+// Rows of kHeadDim columns in shared memory, in chunks of 16 bytes. Chunk c of a row is stored in place c ^
+// swizzle(row). Then one chunk of eight neighbouring rows, which ldmatrix reads at once, covers all 32 banks, and
+// one chunk of four rows of the same parity, which the fp32 product reads at once, covers 16 different banks.
 template <class T, int kHeadDim>
 struct Tile {
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
   static constexpr int kChunks = kRowBytes / kChunkBytes;
   static_assert(kChunks % 4 == 0);
 
-  // Rows of whole 128-byte lines are told apart by eight places; of others, two neighbours begin in different halves of
-  // one.
+  // How many places the chunks of different rows are spread over. Rows of whole 128-byte lines need
+  // eight; of other rows, two neighbours begin in different halves of a line, so four suffice.
   static constexpr int kPlaces = kChunks % 8 == 0 ? 8 : 4;
 
   Shared start;  // a multiple of 128
@@ -51,9 +55,9 @@ struct Tile {
     return start + static_cast<uint32_t>(row * kRowBytes + (index ^ swizzle(row)) * kChunkBytes);
   }
 
-  // From chunk 0 or 1 of a row to where a multiple of 8 rows and of 2 chunks further on is: little work where these are
-  // known to the compiler.
-  static EMPCAUSE_DEVICE Shared further(Shared chunk, int rows, int chunks) {
+  // Returns the address of the chunk that is `rows` rows, a multiple of 8, and `chunks` chunks, a multiple of 2, after
+  // `chunk`, which is chunk 0 or 1 of a row. Where both are constants this takes one or two instructions.
+  static EMPCAUSE_DEVICE Shared advance(Shared chunk, int rows, int chunks) {
     const int within = chunks % kPlaces;
     return Shared{chunk.address ^ static_cast<uint32_t>(within * kChunkBytes)} +
            static_cast<uint32_t>(rows * kRowBytes + (chunks - within) * kChunkBytes);
@@ -65,8 +69,9 @@ struct Tile {
   }
 };
 
-// A tile to fill, and where its rows come from: the first one and the elements between two. Where `group` rows, from as
-// many heads, belong together, the stride is that of a group.
+// A tile to fill and the rows to copy into it: the address of the first row and the stride. In
+// decoding, `group` rows are one query of as many heads; then `stride` is from one query to the next,
+// `group_stride` from one head to the next.
 template <class T, int kHeadDim>
 struct Copy {
   Tile<T, kHeadDim> to;
@@ -80,8 +85,8 @@ struct Copy {
   }
 };
 
-// Copies kRows rows of each, zeros where keep(row) is false and in columns beyond head_dim. Where rows are made of
-// whole, aligned chunks the copy is asynchronous; other rows come element by element.
+// Copies kRows rows of each Copy. Rows for which keep(row) is false and columns beyond head_dim become zeros. Rows of
+// whole, aligned chunks are copied asynchronously, other rows element by element.
 template <int kRows, int kThreads, class Keep, class T, int kHeadDim, class... More>
 EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<T, kHeadDim> first, More... more) {
   constexpr int kChunks = Tile<T, kHeadDim>::kChunks;
@@ -118,8 +123,9 @@ EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<
   }
 }
 
-// Stores the rows of a fragment times factor(m, half), which begin at pointer(m, half) and `first_column`; nothing
-// where the pointer is null. Four tiles at a time are exchanged in the quad so that a lane holds eight columns of one.
+// Stores the rows of a fragment, times factor(m, half), in global memory: its columns are those from
+// `first_column` on of the row at pointer(m, half). Nothing is stored where the pointer is null. The four
+// lanes of a row exchange four tiles at a time, so that each lane stores eight neighbouring columns.
 template <class T, int kRowTiles, int kColumnTiles, class Factor, class Pointer>
 EMPCAUSE_DEVICE void store_rows(const Fragment<kRowTiles, kColumnTiles>& rows, int first_column, int head_dim,
                                 bool whole_chunks, Factor factor, Pointer pointer) {

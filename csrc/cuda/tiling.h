@@ -1,10 +1,10 @@
-// How the kernels divide their work, for every dtype and head size. A block has kWarps warps of 16 kRowTiles rows each
-// and goes through tiles of kColumns; kMinBlocks of them share a multiprocessor of sm_80: so much room is there in its
-// registers and its shared memory.
+// How the kernels divide their work, for every dtype and head size. A block has kWarps warps of 16
+// kRowTiles rows each and goes through tiles of kColumns columns. A multiprocessor of sm_80 has
+// registers and shared memory for kMinBlocks blocks.
 //
-// Two row tiles a warp halve what is read from shared memory for a product, which else takes as long as the product
-// itself; they are taken where the accumulators leave registers for them, without spilling any on sm_80, sm_90 and
-// sm_100. No block needs more than 99 KiB of shared memory, which every GPU from sm_80 on has.
+// With two row tiles per warp, a product reads half as much from shared memory; with one, this takes as long as
+// the product itself. There are two where the accumulators leave enough registers, so that none spills on
+// sm_80, sm_90 and sm_100. No block needs more than 99 KiB of shared memory, which every GPU from sm_80 on has.
 #pragma once
 
 #include <type_traits>
@@ -21,9 +21,9 @@ struct Tiling {
 template <bool kFloat32, int kHeadDim>
 struct Tilings;
 
-// Rows of queries, columns of keys: Forward and BackwardQueries. Rows of keys, columns of queries: BackwardKeys, which
-// accumulates two results, of which a block takes one of kSlices slices. Decode is one warp for the few queries there
-// are.
+// In Forward, Decode and BackwardQueries, rows are queries and columns are keys; Decode has one warp,
+// as there are few queries. In BackwardKeys, rows are keys and columns are queries; it accumulates two
+// gradients, and a block computes one of kSlices slices of their columns.
 template <>
 struct Tilings<false, 32> {
   using Forward = Tiling<4, 2, 64, 2>;

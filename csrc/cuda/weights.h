@@ -1,4 +1,5 @@
-// Key weights and the way back to grad_cause: a thread an element, sums over what was broadcast in a fixed order.
+// The kernels for the key weights and for grad_cause. Each thread computes one element; sums over
+// broadcast dimensions have a fixed order.
 #pragma once
 
 #include "../attention.h"
@@ -27,8 +28,9 @@ struct WeightsKernel {
     if (!masked && a.cause != nullptr) {
       const float strength = a.head_strength == nullptr ? a.strength : load_global(a.head_strength + head);
       const float cause = load_global(a.cause + batch * a.cause_batch + head * a.cause_head + key);
-      // Rounded as on every backend, so that cause = -1 / strength gives exactly 0 everywhere or nowhere.
-      weight = add(1.0f, multiply(strength, cause));
+      // Every backend rounds alike, first the product, then the sum, so that cause = -1 / strength gives the
+      // same weight everywhere.
+      weight = add_rounded(1.0f, multiply_rounded(strength, cause));
       require(weight >= kSmallestWeight && weight < kInfinity,
               "cause must be finite with 1 + strength * cause >= 0 wherever key_mask is True");
       weight = weight > 0.0f ? weight : 0.0f;
@@ -50,7 +52,7 @@ struct GradCauseKernel {
     for (int64_t b = batch; b < batch + batches; ++b) {
       for (int64_t h = head; h < head + heads; ++h) {
         const float strength = a.head_strength == nullptr ? a.strength : load_global(a.head_strength + h);
-        total = fused(strength, load_global(a.grad_weight + (b * a.heads + h) * a.keys + key), total);
+        total = fma(strength, load_global(a.grad_weight + (b * a.heads + h) * a.keys + key), total);
       }
     }
     store_global(a.grad_cause + index, total);

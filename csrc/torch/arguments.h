@@ -1,4 +1,4 @@
-// What is asked of the raw operators' arguments, in one place for every device, and what is said of one that is not so.
+// The checks of the raw operators' arguments and their error messages, in one place for every device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLargestHeadDim = 256;
-constexpr double kMostElements = 0x1p60;  // of any tensor: their number and their bytes are counted in 64 bits
+constexpr double kMostElements = 0x1p60;  // of any tensor, so that the number of its bytes fits 64 bits
 
 inline void require(bool condition, const char* what) {
   if (!condition) throw std::runtime_error(std::string("empcause: ") + what);
@@ -44,15 +44,16 @@ std::string size_list(const Sizes& sizes) {
   return list + "]";
 }
 
-struct Place {
+// The device of a tensor.
+struct TensorDevice {
   int32_t type = 0, index = 0;
 
-  explicit Place(const Tensor& tensor) {
+  explicit TensorDevice(const Tensor& tensor) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
   }
 
-  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+  bool operator==(const TensorDevice& other) const { return type == other.type && index == other.index; }
   std::string name() const {
     if (type == aoti_torch_device_type_cpu()) return "cpu";
     return type == aoti_torch_device_type_cuda() ? "cuda:" + std::to_string(index) : "another device";
@@ -62,37 +63,39 @@ struct Place {
 [[noreturn]] inline void refuse(const char* name, const std::string& expected, const Tensor& tensor) {
   throw std::runtime_error("empcause: " + (name + (" must be " + expected)) + ", not " +
                            dtype_name(tensor.scalar_type()) + " " + size_list(tensor.sizes()) + " on " +
-                           Place(tensor).name());
+                           TensorDevice(tensor).name());
 }
 
-// The tensors of one call: on the device of the first, each with its dtype and sizes.
+// Checks the tensors of one call: all must be on the device of the first, with the dtype and sizes that
+// are expected. Throws std::runtime_error that names the argument, what was expected and what it is.
 class Arguments {
  public:
-  explicit Arguments(const Tensor& first) : place_(first) {}
+  explicit Arguments(const Tensor& first) : device_(first) {}
 
   void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) const {
     const auto actual = tensor.sizes();
     if (tensor.scalar_type() == dtype && std::equal(sizes.begin(), sizes.end(), actual.begin(), actual.end()) &&
-        Place(tensor) == place_) {
+        TensorDevice(tensor) == device_) {
       return;
     }
-    refuse(name, std::string(dtype_name(dtype)) + " " + size_list(sizes) + " on " + place_.name(), tensor);
+    refuse(name, std::string(dtype_name(dtype)) + " " + size_list(sizes) + " on " + device_.name(), tensor);
   }
 
-  // The same of memory without gaps, which is read as it lies.
+  // Checks a tensor that kernels read without strides.
   void check_contiguous(const char* name, const Tensor& tensor, ScalarType dtype,
                         std::initializer_list<int64_t> sizes) const {
     check(name, tensor, dtype, sizes);
-    if (!tensor.is_contiguous()) throw std::runtime_error(std::string("empcause: ") + name + " must be contiguous");
+    if (tensor.is_contiguous()) return;
+    throw std::runtime_error(std::string("empcause: ") + name + " must be contiguous: pass a copy by .contiguous()");
   }
 
-  // One number of int64 in memory of the device.
+  // Checks one int64 number in memory of the device, if it is given.
   void check_number(const char* name, const OptionalTensor& tensor) const {
     if (tensor.has_value()) check(name, *tensor, ScalarType::Long, {});
   }
 
  private:
-  Place place_;
+  TensorDevice device_;
 };
 
 }  // namespace empcause

@@ -17,7 +17,7 @@ void check_prefix_sums(const int32_t* sums, int64_t count, int64_t rows, const c
 
 struct Cpu {
   static constexpr const char* kName = "cpu";
-  static constexpr bool kLeavesAllDigits = true;
+  static constexpr bool kLosslessStatistics = true;
 
   static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }
 
@@ -35,7 +35,7 @@ struct Cpu {
       a.num_keys = std::max<int64_t>(a.num_keys, a.cu_keys[b + 1] - a.cu_keys[b]);
     }
     require(a.num_queries <= longest_query && a.num_keys <= longest_key,
-            "a sequence is longer than max_seqlen_q or max_seqlen_k says");
+            "a sequence is longer than max_seqlen_q or max_seqlen_k, which must be at least the longest length");
   }
 
   void compute_weights(const KeyWeights& w) { cpu::compute_weights(w); }

@@ -1,4 +1,4 @@
-// torch.ops.empcause_cuda: the raw operators on CUDA devices, or, built for the emulator, on CPU tensors.
+// torch.ops.empcause_cuda: the raw operators on CUDA devices, or on CPU tensors if built for the emulator.
 #if !defined(EMPCAUSE_CUDA_EMULATION)
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +16,7 @@ namespace {
 
 #if defined(EMPCAUSE_CUDA_EMULATION)
 
-// Kernels may touch the tensors of the call and nothing else.
+// Allows the emulator to access the tensors of the call and nothing else.
 class Context {
  public:
   explicit Context(const Tensor&) { cuda::emulator::forbid_all(); }
@@ -34,7 +34,7 @@ class Context {
 
 #else
 
-// The tensors' device is the current one while the call lasts.
+// Makes the tensors' device the current one for the duration of the call.
 class Context {
  public:
   explicit Context(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {}
@@ -57,7 +57,7 @@ class Context {
 class Cuda {
  public:
   static constexpr const char* kName = "cuda";
-  static constexpr bool kLeavesAllDigits = false;
+  static constexpr bool kLosslessStatistics = false;
 
 #if defined(EMPCAUSE_CUDA_EMULATION)
   static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }
@@ -69,7 +69,7 @@ class Cuda {
 
   void borrow(const Tensor& tensor) { context_.borrow(tensor); }
 
-  // The sums themselves stay on the device: nobody waits for them here, and the kernels never follow them outside.
+  // The prefix sums are not checked here, as that would wait for the device; sequence() clamps those that do not fit.
   void check_packing(Attention& a, int64_t longest_query, int64_t longest_key) {
     a.num_queries = longest_query;
     a.num_keys = longest_key;
@@ -89,7 +89,7 @@ class Cuda {
   }
 
  private:
-  // Freed with the call, reused by torch in the order of the stream.
+  // Returns memory that is freed when the call ends; torch reuses it in the order of the stream, so after the kernels.
   Tensor new_scratch(const Tensor& like, int64_t num_floats) {
     Tensor scratch = empty<1>(like, {num_floats}, ScalarType::Float);
     borrow(scratch);

@@ -29,7 +29,7 @@ py::dict build_info() {
   return info;
 }
 
-// As many times, in parallel.
+// Runs Limits::multiply_adds once per task, in parallel, and returns the FLOPs of all tasks.
 int64_t multiply_adds(int64_t rounds, int64_t tasks, bool bfloat16) {
   std::vector<int64_t> flops(static_cast<size_t>(tasks));
   struct Work {
@@ -44,7 +44,7 @@ int64_t multiply_adds(int64_t rounds, int64_t tasks, bool bfloat16) {
   return std::accumulate(flops.begin(), flops.end(), int64_t{0});
 }
 
-// In as many parts, in parallel.
+// Runs Limits::read_all in parallel, each task on one part of the array, and returns the sum of all values.
 float read_all(uintptr_t address, int64_t count, int64_t tasks) {
   std::vector<float> sums(static_cast<size_t>(tasks));
   struct Work {
@@ -64,16 +64,19 @@ float read_all(uintptr_t address, int64_t count, int64_t tasks) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Native part of empcause: importing it registers torch.ops.empcause.*";
-  module.def("build_info", &build_info,
-             "Compiler, instruction sets built and selected, and the torch whose stable ABI this was built for.\n\n"
-             "Raises RuntimeError where EMPCAUSE_CPU_ISA names kernels that are unknown or do not run here.");
-  const py::call_guard<py::gil_scoped_release> without_lock;
+  module.doc() = "Native part of empcause: importing it registers torch.ops.empcause_cpu.";
+  module.def(
+      "build_info", &build_info,
+      "Return compiler, instruction sets built, instruction set selected, and the torch whose stable ABI is used.\n\n"
+      "Raises RuntimeError where EMPCAUSE_CPU_ISA names kernels that are unknown or do not run on this processor.");
+  const py::call_guard<py::gil_scoped_release> without_gil;
   module.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("tasks"), py::arg("bfloat16") = false,
-             without_lock,
-             "Runs independent chains of multiply-adds, so many rounds in each of some tasks for torch's threads: the "
-             "FLOPs it did, to\n"
-             "be timed. They are of fp32, or of what the kernels multiply bf16 as.");
-  module.def("read_all", &read_all, py::arg("address"), py::arg("count"), py::arg("tasks"), without_lock,
-             "Reads `count` fp32 values in memory, in parts for torch's threads, to be timed: their sum.");
+             without_gil,
+             "Run independent chains of multiply-adds, `rounds` in each of `tasks` tasks on torch's threads.\n\n"
+             "The operands are fp32, or with `bfloat16` those that the kernels multiply bf16 tensors as. The caller\n"
+             "times it. Return the number of FLOPs.");
+  module.def(
+      "read_all", &read_all, py::arg("address"), py::arg("count"), py::arg("tasks"), without_gil,
+      "Read `count` fp32 values from `address` on, in `tasks` parts on torch's threads, and return their sum.\n\n"
+      "The caller times it.");
 }

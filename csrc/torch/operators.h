@@ -1,20 +1,23 @@
-// The raw operators over torch's stable ABI: from tensors to the problem that the kernels solve, the same for every
-// device.
+// The raw operators over torch's stable ABI, for every device: they check the tensors and turn them
+// into the problem that the kernels solve.
 //
-// Everything that the kernels take for granted of their arguments is checked here (arguments.h), as the raw operators
-// can be called by anybody: nothing outside of the arguments is ever read or written.
+// Anybody can call the raw operators, so everything that the kernels assume about their arguments is checked here
+// (arguments.h): nothing outside of the arguments is ever read or written.
 //
-// A Device is made for one call and has
-//   takes(tensor)                        whether its kernels can read it
-//   kName                                for messages
-//   kLeavesAllDigits                     whether its forward pass leaves of rows in 16 bits, too, two parts of LSE, and
-//                                        what rounding took from the output
-//   Device(like)                         a tensor of the call
-//   borrow(tensor)                       told of every tensor whose memory the kernels will use
-//   check_packing(attention, longest query, longest key)
-//                                        of packed sequences, whose lengths have these bounds; sets the longest ones
-//   compute_weights, reduce_grad_cause   see attention.h
+// The class template Operators has a parameter Device, an object of which lives for one call:
+//   Device::takes(tensor)                whether its kernels can read the tensor
+//   Device::kName                        the name of the backend, for messages
+//   Device::kLosslessStatistics          whether its forward pass stores LSE in two parts, and the rounding of the
+//                                        output, for bf16 and fp16, too
+//   Device(like)                         is constructed from a tensor of the call
+//   borrow(tensor)                       is called with every tensor whose memory the kernels use
+//   check_packing(attention, longest_query, longest_key)
+//                                        checks packed sequences, whose lengths have these bounds, and sets
+//                                        num_queries and num_keys
+//   compute_weights(arguments), reduce_grad_cause(arguments)
+//                                        run the kernels of attention.h's KeyWeights and GradCause
 //   forward(attention, like), backward(attention, like)
+//                                        run the passes; `like` is a tensor on the device
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -30,7 +33,8 @@
 
 namespace empcause {
 
-// On the device of `like`. Past the dispatcher, which would take longer than the kernels do for a few numbers.
+// Returns an uninitialised tensor on the device of `like`. It calls the C shim directly, as the
+// dispatcher would take longer than the kernels take for a small problem.
 template <size_t kDims>
 Tensor empty(const Tensor& like, const std::array<int64_t, kDims>& sizes, const std::array<int64_t, kDims>& strides,
              ScalarType dtype) {
@@ -52,14 +56,14 @@ Tensor empty(const Tensor& like, const std::array<int64_t, kDims>& sizes, Scalar
   return empty(like, sizes, strides, dtype);
 }
 
-// What both directions are told, as torch hands it over; references to the arguments of the call.
+// The arguments that both passes have, by reference to those of the call.
 struct Problem {
   const Tensor &query, &key, &value;  // [B, H, Q, D], [B, Hkv, K, D] twice; packed [N, H, D], [M, Hkv, D] twice
   const OptionalTensor& cause;
   double strength;
   const OptionalTensor &head_strength, &key_mask;
-  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k;  // both, and the call is of packed sequences; or neither
-  int64_t max_seqlen_q, max_seqlen_k;                 // bounds of their lengths; 0 without them
+  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k;  // both for packed sequences, else neither
+  int64_t max_seqlen_q, max_seqlen_k;                 // bounds of the sequences' lengths if packed, else 0
   bool causal;
   double scale, dropout_p;
   const OptionalTensor &seed, &query_offset;
@@ -68,7 +72,8 @@ struct Problem {
 template <class Device>
 class Operators {
  public:
-  // Output; what rounding took from it, where that is left, else nothing; LSE of the rows.
+  // Returns the output; its rounding, which is empty where it is not stored; and the statistics, which
+  // are the parts of LSE.
   static std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
                                                       double strength, OptionalTensor head_strength,
                                                       OptionalTensor key_mask, OptionalTensor cu_seqlens_q,
@@ -81,7 +86,7 @@ class Operators {
     return call.forward(for_backward);
   }
 
-  // Gradients of query, key, value and, if asked for, cause.
+  // Returns the gradients of query, key, value and cause; the last one is empty unless `cause_grad`.
   static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, Tensor statistics,
       OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask,
@@ -101,7 +106,8 @@ class Operators {
         query_(problem.query),
         dtype_(problem.query.scalar_type()),
         packed_(problem.cu_seqlens_q.has_value()) {
-    require(packed_ == problem.cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k come together");
+    require(packed_ == problem.cu_seqlens_k.has_value(),
+            "cu_seqlens_q and cu_seqlens_k come together: pass both or neither");
     check_shapes(problem.key, problem.value);
     a_.query = matrices(query_);
     a_.key = matrices(problem.key);
@@ -111,7 +117,7 @@ class Operators {
     if (packed_) {
       const Tensor &cu_queries = *problem.cu_seqlens_q, &cu_keys = *problem.cu_seqlens_k;
       const int64_t sums = cu_queries.numel();
-      require(sums > 0, "cu_seqlens_q must have a number per sequence and one more, not none");
+      require(sums > 0, "cu_seqlens_q must have a number per sequence and one more, but is empty");
       a_.batch = sums - 1;
       arguments_.check_contiguous("cu_seqlens_q", cu_queries, ScalarType::Int, {sums});
       arguments_.check_contiguous("cu_seqlens_k", cu_keys, ScalarType::Int, {sums});
@@ -130,19 +136,21 @@ class Operators {
     require(std::isfinite(a_.scale), "scale must be finite in fp32");
     a_.dropout_p = problem.dropout_p;
     require(a_.dropout_p >= 0.0 && a_.dropout_p < 1.0, "dropout_p must be in [0, 1)");
-    require(a_.dropout_p == 0.0 || problem.seed.has_value(), "dropout needs a seed");
+    require(a_.dropout_p == 0.0 || problem.seed.has_value(), "dropout needs a seed: pass a tensor of one int64");
     arguments_.check_number("seed", problem.seed);
     a_.seed = optional_data<int64_t>(problem.seed);
     compute_weights();
   }
 
-  // Past this check the tensor's memory may be thought of as the device's.
+  // Returns `query` if the device's kernels can read it; all other tensors are compared with its device.
   static const Tensor& on_device(const Tensor& query) {
-    if (!Device::takes(query)) refuse("query", std::string("where the ") + Device::kName + " backend reads it", query);
+    if (!Device::takes(query)) {
+      refuse("query", std::string("a tensor that the ") + Device::kName + " backend can read", query);
+    }
     return query;
   }
 
-  // Of query, key and value.
+  // Checks dtypes and shapes of query, key and value and sets the sizes of the problem.
   void check_shapes(const Tensor& key, const Tensor& value) {
     const char *form = packed_ ? "[N, H, D]" : "[B, H, Q, D]", *key_form = packed_ ? "[M, Hkv, D]" : "[B, Hkv, K, D]";
     const size_t dims = packed_ ? 3 : 4, row_axis = packed_ ? 0 : 2, dim_axis = dims - 1;
@@ -163,13 +171,13 @@ class Operators {
     check_rows("value", value, dtype_, keys_, a_.num_key_heads);
     const double most_rows = static_cast<double>(rows_) + static_cast<double>(keys_) + 1;
     require(static_cast<double>(outer_) * a_.num_heads * most_rows * a_.head_dim < kMostElements,
-            "there are too many rows for their number to be counted in 64 bits");
+            "there are too many rows: batch * heads * (queries + keys) * head_dim must be below 2^60");
     if (a_.num_key_heads < 1 || a_.num_heads % a_.num_key_heads != 0) {
       refuse("key", std::string(key_form) + " with Hkv a divisor of " + std::to_string(a_.num_heads), key);
     }
   }
 
-  // [B, H, N, D], or packed [N, H, D].
+  // Checks a tensor of rows: [B, H, N, D], or packed [N, H, D].
   void check_rows(const char* name, const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t heads) const {
     if (packed_) {
       arguments_.check(name, tensor, dtype, {rows, heads, a_.head_dim});
@@ -178,6 +186,7 @@ class Operators {
     }
   }
 
+  // Checks cause, head_strength and key_mask, and computes the weights of the keys.
   void compute_weights() {
     KeyWeights w{};
     w.keys = keys_;
@@ -208,7 +217,7 @@ class Operators {
     a_.weight = {w.weight, w.batch == 1 ? 0 : w.heads * keys_, w.heads == 1 ? 0 : keys_};
   }
 
-  // [B|1, K], [B|1, H|1, K]; packed [M], [H|1, M].
+  // Checks a cause: [B or 1, K] or [B or 1, H or 1, K]; packed [M] or [H or 1, M].
   void check_cause(const Tensor& cause) {
     const auto sizes = cause.sizes();
     const size_t dims = sizes.size() + (packed_ ? 1 : 0);
@@ -227,10 +236,10 @@ class Operators {
     }
   }
 
-  // `for_backward`: the results are for a backward pass too, which is more exact with `rounding`.
+  // `for_backward` says that a backward pass follows, which is more exact with the rounding of the output.
   std::tuple<Tensor, Tensor, Tensor> forward(bool for_backward) {
     Tensor output = new_matrices(rows_, a_.num_heads, dtype_);
-    Tensor rounding = for_backward && leaves_rounding() ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
+    Tensor rounding = for_backward && stores_rounding() ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
                                                         : empty<1>(query_, {0}, ScalarType::Short);
     Tensor statistics = packed_ ? empty<3>(query_, {a_.num_heads, parts(), rows_}, ScalarType::Float)
                                 : empty<4>(query_, {outer_, a_.num_heads, parts(), rows_}, ScalarType::Float);
@@ -244,7 +253,7 @@ class Operators {
                                                       bool cause_grad) {
     check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
     check_rows("output", output, dtype_, rows_, a_.num_heads);
-    if (leaves_rounding() && rounding.dim() != 1) {
+    if (stores_rounding() && rounding.dim() != 1) {
       check_rows("rounding", rounding, ScalarType::Short, rows_, a_.num_heads);
     } else {
       arguments_.check("rounding", rounding, ScalarType::Short, {0});
@@ -254,7 +263,7 @@ class Operators {
     } else {
       arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, parts(), rows_});
     }
-    require(!cause_grad || problem_.cause.has_value(), "cause_grad without cause");
+    require(!cause_grad || problem_.cause.has_value(), "cause_grad without cause: pass the cause of the forward pass");
     set_results(output, rounding, statistics);
     AttentionBackward g;
     g.forward = a_;
@@ -277,7 +286,7 @@ class Operators {
     return {grad_query, grad_key, grad_value, grad_cause};
   }
 
-  // Where the forward pass leaves what the backward pass needs.
+  // Sets where the forward pass stores its results, which the backward pass reads.
   void set_results(const Tensor& output, const Tensor& rounding, const Tensor& statistics) {
     a_.output = matrices(output);
     if (rounding.dim() != 1) a_.rounding = matrices(rounding);
@@ -287,7 +296,7 @@ class Operators {
     a_.total = {parts() == 2 ? maximum + rows_ : nullptr, batch, head};
   }
 
-  // Gradient of cause from the gradient of the weights, summed over what was broadcast.
+  // Returns the gradient of cause from the gradient of the weights, summed over broadcast dimensions.
   Tensor reduce_grad_cause(const Tensor& grad_weight) {
     Tensor grad_cause = torch::stable::new_empty(*problem_.cause, problem_.cause->sizes());
     GradCause g{};
@@ -313,10 +322,12 @@ class Operators {
     }
   }
 
-  bool leaves_rounding() const { return Device::kLeavesAllDigits && a_.dtype != DType::kFloat32; }
-  int64_t parts() const { return Device::kLeavesAllDigits || a_.dtype == DType::kFloat32 ? 2 : 1; }  // of LSE
+  bool stores_rounding() const { return Device::kLosslessStatistics && a_.dtype != DType::kFloat32; }
+  // Returns in how many parts LSE is stored.
+  int64_t parts() const { return Device::kLosslessStatistics || a_.dtype == DType::kFloat32 ? 2 : 1; }
 
-  // The kernels read any strides but need whole rows; only other layouts are copied.
+  // Returns pointer and strides of a tensor of rows. The kernels accept any strides but that of the last
+  // dimension, which must be 1; a tensor with another one is copied first.
   Matrices matrices(const Tensor& tensor) {
     const bool copied = a_.head_dim != 1 && tensor.stride(packed_ ? 2 : 3) != 1;
     if (copied) copies_.push_back(torch::stable::contiguous(tensor));
@@ -336,7 +347,7 @@ class Operators {
     return static_cast<T*>(tensor.data_ptr());
   }
 
-  // A new tensor of these rows, laid out so that rows come before heads: [B, N, H, D] seen as [B, H, N, D].
+  // Returns an uninitialised tensor of rows. In memory it is [B, N, H, D]; the result is its view [B, H, N, D].
   Tensor new_matrices(int64_t rows, int64_t heads, ScalarType dtype) {
     const int64_t dim = a_.head_dim;
     if (packed_) return empty<3>(query_, {rows, heads, dim}, dtype);
@@ -353,14 +364,15 @@ class Operators {
   int64_t rows_, keys_;  // of the tensors: per batch, or of all packed sequences
   int64_t outer_;        // batch of the tensors: 1 if packed
   int64_t cause_outer_ = 1, cause_heads_ = 1;
-  // What the pointers in `a_` lead to, beside the arguments and results.
+  // Memory that pointers in `a_` lead to, besides arguments and results.
   std::vector<Tensor> copies_;
   std::optional<Tensor> weight_;
 };
 
 }  // namespace empcause
 
-// Every backend has these two, in these words; `empcause/kernels/operators.py` is held to them by a test.
+// The schemas of the two raw operators, which every backend has. A test compares those of
+// kernels/operators.py with them.
 #define EMPCAUSE_INPUTS "Tensor query, Tensor key, Tensor value, "
 #define EMPCAUSE_OPTIONS                                                                   \
   "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, "               \

@@ -1,4 +1,4 @@
-// Parallel work on the CPU, in torch's thread pool, so that torch.set_num_threads holds.
+// The parallel for loop of the CPU's kernels. It runs in torch's thread pool, so that torch.set_num_threads applies.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,8 +12,8 @@
 
 namespace empcause {
 
-// Each thread has a range of neighbouring tasks, and when these are done it helps the others with theirs: tasks differ in
-// length, and so do processors that others use too.
+// Gives each thread a range of neighbouring tasks; a thread that is done with its range takes tasks from the
+// ranges of others, as tasks differ in length, and processors that run other programs too differ in speed.
 inline void parallel_for(int64_t count, cpu::Task task, void* context) {
   struct alignas(64) Range {
     std::atomic<int64_t> next;

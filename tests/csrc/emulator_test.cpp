@@ -213,8 +213,8 @@ struct Arithmetic : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const float x = 1.0f + 1.0f / 4096, y = -1.0f - 1.0f / 2048;
     if (thread_index() != 0) return;
-    store_global(b.out, add(multiply(x, x), y));  // the product's last bit is rounded away
-    store_global(b.out + 1, fused(x, x, y));      // and here it is what is left
+    store_global(b.out, add_rounded(multiply_rounded(x, x), y));  // the product's last bit is rounded away
+    store_global(b.out + 1, fma(x, x, y));                        // and here it is what is left
     store_global(b.out + 2, static_cast<float>(multiply_high(0x80000000u, 6u)));
     store_global(b.out + 3, exp2(-3.0f));
     store_global(b.out + 4, exp2(-kInfinity));

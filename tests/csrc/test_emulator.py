@@ -29,7 +29,7 @@ RIGHT = [
     "empty grid",
 ]
 OUTSIDE = "bytes of global memory outside of the arguments"
-UNALIGNED = "bytes of global memory that are not aligned to it"
+UNALIGNED = "bytes of global memory that are not aligned to their number"
 UNDER_WAY = "to which an asynchronous copy is under way"
 # Every toy that breaks a rule, and what it must be told. The place is one of its lines in the source.
 BROKEN = {
@@ -44,10 +44,10 @@ BROKEN = {
     "UnwrittenMatrix": "reads byte 80 of shared memory, which nobody wrote.* thread 5",
     "HalfWritten": "reads byte 2 of shared memory, which nobody wrote",
     "SharedTooFar": "writes 4 bytes at byte 128 of shared memory, of which the block has 128.* thread 31",
-    "SharedTooLarge": "a block has at most 101376 bytes of shared memory",
-    "SharedMisaligned": "writes 4 bytes at byte 2 of shared memory, which is not aligned to it",
-    "MatrixMisaligned": "reads 16 bytes at byte 8 of shared memory, which is not aligned to it",
-    "CopyMisaligned": "copies to 16 bytes at byte 8 of shared memory, which is not aligned to it",
+    "SharedTooLarge": "a block has at most 101376 bytes of shared memory, not 102400",
+    "SharedMisaligned": "writes 4 bytes at byte 2 of shared memory, which is not a multiple of their number",
+    "MatrixMisaligned": "reads 16 bytes at byte 8 of shared memory, which is not a multiple of their number",
+    "CopyMisaligned": "copies to 16 bytes at byte 8 of shared memory, which is not a multiple of their number",
     "CopyFromMisaligned": f"touches 16 {UNALIGNED}",
     "CopyFromOutside": f"touches 16 {OUTSIDE}",
     "GlobalReadOutside": f"touches 4 {OUTSIDE}",

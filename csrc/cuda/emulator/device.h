@@ -1,11 +1,11 @@
-// device.h for the host. Included by device.h. What can fail takes the place it is called from, for the message.
+// The functions of device.h for the host. device.h includes this file unless nvcc compiles it.
+// Functions that can fail have a parameter for the line that calls them, which the message names.
 #pragma once
 
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 #include <type_traits>
 #include <typeinfo>
 
@@ -21,8 +21,10 @@ inline Index3 block_index() { return emulator::block_index(); }
 
 using emulator::Source;
 
-inline void sync_block(Source source = Source::current()) { emulator::meet(emulator::Together::kBlockBarrier, source); }
-inline void sync_warp(Source source = Source::current()) { emulator::meet(emulator::Together::kWarpBarrier, source); }
+inline void sync_block(Source source = Source::current()) {
+  emulator::meet(emulator::Collective::kBlockBarrier, source);
+}
+inline void sync_warp(Source source = Source::current()) { emulator::meet(emulator::Collective::kWarpBarrier, source); }
 
 template <class T>
 T shuffle(T value, int lane, Source source = Source::current()) {
@@ -31,7 +33,7 @@ T shuffle(T value, int lane, Source source = Source::current()) {
     T given, taken;
     int lane;
   } mine{value, value, lane};
-  emulator::meet(emulator::Together::kShuffle, source, &mine, [](void* const* lanes) {
+  emulator::meet(emulator::Collective::kShuffle, source, &mine, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {
       auto* exchange = static_cast<Exchange*>(lanes[i]);
       exchange->taken = static_cast<Exchange*>(lanes[exchange->lane & 31])->given;
@@ -88,11 +90,11 @@ void copy_async_wait() {
 namespace emulator {
 
 struct MatrixLoad {
-  uint16_t row[8];  // at this lane's address: lane 8 m + i brings row i of matrix m
+  uint16_t row[8];  // what is at this lane's address: lane 8 m + i has that of row i of matrix m
   uint32_t (*registers)[4];
 };
 
-// Lane 4 g + t receives the elements (g, 2t) and (g, 2t + 1) of each matrix, transposed (2t, g) and (2t + 1, g).
+// Gives lane 4 g + t the elements (g, 2t) and (g, 2t + 1) of each matrix, or if transposed (2t, g) and (2t + 1, g).
 template <bool kTransposed>
 void exchange_matrices(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
@@ -111,7 +113,7 @@ template <bool kTransposed>
 void load_matrices(uint32_t (&r)[4], Shared row, const Source& source) {
   MatrixLoad mine{{}, &r};
   std::memcpy(mine.row, read_shared(row.address, sizeof(mine.row), source), sizeof(mine.row));
-  const auto what = kTransposed ? Together::kLoadMatricesTransposed : Together::kLoadMatrices;
+  const auto what = kTransposed ? Collective::kLoadMatricesTransposed : Collective::kLoadMatrices;
   meet(what, source, &mine, exchange_matrices<kTransposed>);
 }
 
@@ -162,13 +164,14 @@ struct Product {
   const uint32_t (*b)[2];
 };
 
-// Lane 4 g + t holds of A the pairs that begin at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); of B the pairs
-// down column g from rows 2t and 2t + 8; of C the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). In what
-// order and how exactly a GPU sums is not specified; here in fp64, c first, then k = 0 to 15, rounded to fp32 once.
+// Lane 4 g + t holds, two to a register: of A the elements (r, c) and (r, c + 1) for (r, c) = (g, 2t), (g + 8,
+// 2t), (g, 2t + 8) and (g + 8, 2t + 8); of B the elements (r, g) and (r + 1, g) for r = 2t and 2t + 8; and of C,
+// one to a register, (g, 2t), (g, 2t + 1), (g + 8, 2t) and (g + 8, 2t + 1). The order and precision of the sums
+// of a GPU are not specified. The emulator sums in fp64, first c, then k = 0 to 15, and rounds to fp32 once.
 template <class T>
 void mma(void* const* lanes) {
-  const auto value = [](uint32_t pair, int half) {
-    return double{to_float(T{static_cast<uint16_t>(pair >> 16 * half)})};
+  const auto value = [](uint32_t two, int half) {
+    return double{to_float(T{static_cast<uint16_t>(two >> 16 * half)})};
   };
   double a[16][16], b[16][8], c[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -196,26 +199,26 @@ void mma(void* const* lanes) {
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Source source = Source::current()) {
   emulator::Product mine{&c, &a, &b};
-  emulator::meet(emulator::Together::kMma, source, &mine, emulator::mma<T>);
+  emulator::meet(emulator::Collective::kMma, source, &mine, emulator::mma<T>);
 }
 
-// Subnormal numbers count as 0, in arguments and results.
+// exp2 and log2 of a GPU take subnormal arguments for 0 and return 0 for subnormal results.
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 inline float exp2(float x) { return flushed(std::exp2(flushed(x))); }
 inline float log2(float x) { return flushed(std::log2(flushed(x))); }
-inline float multiply(float a, float b) {
-  const volatile float product = a * b;  // not contracted with a sum
+inline float multiply_rounded(float a, float b) {
+  const volatile float product = a * b;  // volatile, so that it is not contracted with a sum
   return product;
 }
-inline float add(float a, float b) { return a + b; }
-inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline float add_rounded(float a, float b) { return a + b; }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 
 inline void require(bool condition, const char* message, Source source = Source::current()) {
   if (!condition) emulator::fail(message, source);
 }
 
-// Few, so that small problems are divided too.
+// The number is small, so that small problems are divided into parts too.
 inline int multiprocessors() { return 8; }
 
 template <class Kernel>

@@ -1,4 +1,4 @@
-// The scheduler of lanes, and the memory that they may touch.
+// The scheduler of the threads of a block, and the list of global memory that they may access.
 #include "emulator.h"
 
 #include <cxxabi.h>
@@ -21,17 +21,17 @@ namespace empcause::cuda::emulator {
 
 namespace {
 
-// Of a block, on the GPUs that have least: sm_86 and sm_89.
+// The most shared memory that a block can have on sm_86 and sm_89, which have the least of the GPUs from sm_80 on.
 constexpr uint32_t kMostSharedBytes = 99 * 1024;
 
-std::string name(Together what) {
+std::string name(Collective what) {
   switch (what) {
-    case Together::kBlockBarrier: return "sync_block";
-    case Together::kWarpBarrier: return "sync_warp";
-    case Together::kShuffle: return "shuffle";
-    case Together::kLoadMatrices: return "load_matrices";
-    case Together::kLoadMatricesTransposed: return "load_matrices_transposed";
-    case Together::kMma: return "mma";
+    case Collective::kBlockBarrier: return "sync_block";
+    case Collective::kWarpBarrier: return "sync_warp";
+    case Collective::kShuffle: return "shuffle";
+    case Collective::kLoadMatrices: return "load_matrices";
+    case Collective::kLoadMatricesTransposed: return "load_matrices_transposed";
+    case Collective::kMma: return "mma";
   }
   return "?";
 }
@@ -43,24 +43,24 @@ std::string name(const Source& source) {
 
 bool same(const Source& a, const Source& b) { return a.line() == b.line() && a.column() == b.column(); }
 
-// Threads that do something together.
+// The threads that execute an operation together: of the whole block, or of one warp.
 struct Meeting {
   Meeting(int first_thread, int num_threads) : first(first_thread), arguments(num_threads) {}
 
   int first, arrived = 0;
-  Together what = Together::kBlockBarrier;
+  Collective what = Collective::kBlockBarrier;
   Source source;
-  std::vector<void*> arguments;  // one for each of them
+  std::vector<void*> arguments;  // what each thread passed as `mine`
 };
 
 struct Thread {
   Stack stack;
-  Place place = nullptr;
+  StackPointer stack_pointer = nullptr;
   const Meeting* waits_in = nullptr;
   bool done = false;
 };
 
-// The threads of one block, on one host thread, block after block.
+// Runs blocks, one after another, on one thread of the host.
 class Block {
  public:
   Block(int num_threads, uint32_t shared_bytes, const std::function<void()>& run)
@@ -74,9 +74,9 @@ class Block {
   Index3 index() const { return index_; }
   int thread() const { return running_; }
 
-  void meet(Together what, const Source& source, void* mine, Complete complete) {
+  void meet(Collective what, const Source& source, void* mine, Complete complete) {
     const int warp = running_ / kWarpThreads;
-    Meeting& meeting = what == Together::kBlockBarrier ? all_ : warps_[warp];
+    Meeting& meeting = what == Collective::kBlockBarrier ? all_ : warps_[warp];
     if (meeting.arrived > 0 && (meeting.what != what || !same(meeting.source, source))) {
       fail(name(what) + " while others are in " + name(meeting.what) + " at " + name(meeting.source), source);
     }
@@ -91,8 +91,8 @@ class Block {
     }
     meeting.arrived = 0;
     if (complete != nullptr) complete(meeting.arguments.data());
-    if (what == Together::kBlockBarrier) shared.pass_barrier();
-    if (what == Together::kWarpBarrier) shared.pass_warp_barrier(warp);
+    if (what == Collective::kBlockBarrier) shared.pass_barrier();
+    if (what == Collective::kWarpBarrier) shared.pass_warp_barrier(warp);
     for (int i = 0; i < size; ++i) threads_[meeting.first + i].waits_in = nullptr;
   }
 
@@ -101,17 +101,17 @@ class Block {
  private:
   static void thread_main();
 
-  // Goes on with the next thread that can, or ends the block.
+  // Continues the next thread that need not wait; if there is none, ends the block.
   void leave() {
     const int from = running_, count = static_cast<int>(threads_.size());
     for (int i = 1; i <= count; ++i) {
       const int next = (from + i) % count;
       if (threads_[next].waits_in != nullptr || threads_[next].done) continue;
       running_ = next;
-      empcause_switch_fiber(&threads_[from].place, threads_[next].place);
+      empcause_switch_fiber(&threads_[from].stack_pointer, threads_[next].stack_pointer);
       return;
     }
-    empcause_switch_fiber(&threads_[from].place, host_);
+    empcause_switch_fiber(&threads_[from].stack_pointer, host_);
   }
 
   void check_nobody_waits();
@@ -122,7 +122,7 @@ class Block {
   std::vector<Meeting> warps_;
   Index3 index_{};
   int running_ = 0;
-  Place host_ = nullptr;
+  StackPointer host_ = nullptr;
   std::exception_ptr error_;
 };
 
@@ -137,7 +137,7 @@ void Block::thread_main() {
   }
   Thread& thread = block.threads_[block.running_];
   thread.done = true;
-  if (block.error_) empcause_switch_fiber(&thread.place, block.host_);
+  if (block.error_) empcause_switch_fiber(&thread.stack_pointer, block.host_);
   block.leave();
   std::terminate();  // nobody switches to a thread that is done
 }
@@ -150,12 +150,12 @@ void Block::operator()(Index3 index) {
   for (Thread& thread : threads_) {
     thread.waits_in = nullptr;
     thread.done = false;
-    thread.place = thread.stack.prepare(thread_main);
+    thread.stack_pointer = thread.stack.prepare(thread_main);
   }
   all_.arrived = 0;
   for (Meeting& warp : warps_) warp.arrived = 0;
   running_ = 0;
-  empcause_switch_fiber(&host_, threads_[0].place);
+  empcause_switch_fiber(&host_, threads_[0].stack_pointer);
   if (error_) std::rethrow_exception(error_);
   check_nobody_waits();
 }
@@ -171,7 +171,7 @@ void Block::check_nobody_waits() {
        meeting.source);
 }
 
-// Of global memory: disjoint and sorted.
+// The allowed ranges of global memory, disjoint and sorted.
 struct Range {
   uintptr_t begin, end;
 };
@@ -209,14 +209,14 @@ void check_global(const void* pointer, uint32_t size, const Source& source) {
   const bool inside = next != allowed.begin() && address + size <= std::prev(next)->end;
   if (inside && address % size == 0) return;
   fail("touches " + std::to_string(size) + " bytes of global memory " +
-           (inside ? "that are not aligned to it" : "outside of the arguments"),
+           (inside ? "that are not aligned to their number" : "outside of the arguments"),
        source);
 }
 
 uint32_t thread_index() { return static_cast<uint32_t>(current->thread()); }
 Index3 block_index() { return current->index(); }
 
-void meet(Together what, const Source& source, void* mine, Complete complete) {
+void meet(Collective what, const Source& source, void* mine, Complete complete) {
   current->meet(what, source, mine, complete);
 }
 
@@ -238,8 +238,9 @@ void copy_async_wait(size_t pending) { current->shared.wait(current->thread(), p
 
 void launch(const char* kernel, Index3 grid, int threads, uint32_t shared_bytes, const std::function<void()>& run) {
   if (shared_bytes > kMostSharedBytes) {
-    throw std::runtime_error("a block has at most " + std::to_string(kMostSharedBytes) + " bytes of shared memory (" +
-                             readable(kernel) + ")");
+    throw std::runtime_error("a block has at most " + std::to_string(kMostSharedBytes) +
+                             " bytes of shared memory, not " + std::to_string(shared_bytes) + " (" + readable(kernel) +
+                             ")");
   }
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
   std::atomic<uint64_t> next = 0;

@@ -1,3 +1,4 @@
+// Stacks and the switch between fibers, in assembly for x86-64 and aarch64.
 #include "fiber.h"
 
 #include <sys/mman.h>
@@ -13,8 +14,8 @@ namespace {
 
 constexpr size_t kGuardBytes = 16384, kStackBytes = 256 * 1024;
 
-std::mutex mutex;
-std::vector<void*> unused;
+std::mutex mutex;           // guards `unused`
+std::vector<void*> unused;  // memory of stacks that were destroyed
 
 }  // namespace
 
@@ -37,8 +38,9 @@ Stack::~Stack() {
   unused.push_back(memory_);
 }
 
-// The registers that a callee keeps stand on the stack that is left, and so does the address to go on at. A new stack
-// is prepared as if it had been left: registers 0, and the address of `run`.
+// The switch pushes the callee-saved registers on the stack of the running fiber, above the return
+// address, and pops those of the other one. A new stack is prepared as if it had been switched away
+// from: with registers 0 and the return address `run`.
 #if defined(__x86_64__)
 
 asm(R"(
@@ -64,9 +66,9 @@ empcause_switch_fiber:
 .size empcause_switch_fiber, .-empcause_switch_fiber
 )");
 
-Place Stack::prepare(void (*run)()) {
+StackPointer Stack::prepare(void (*run)()) {
   auto* top = reinterpret_cast<uint64_t*>(static_cast<char*>(memory_) + kGuardBytes + kStackBytes);
-  *--top = 0;  // nowhere to return to, and the alignment that a function expects after its call
+  *--top = 0;  // the return address of `run`, which never returns; it also aligns the stack as after a call
   *--top = reinterpret_cast<uint64_t>(run);
   for (int i = 0; i < 6; ++i) *--top = 0;
   return top;
@@ -108,7 +110,7 @@ empcause_switch_fiber:
 .size empcause_switch_fiber, .-empcause_switch_fiber
 )");
 
-Place Stack::prepare(void (*run)()) {
+StackPointer Stack::prepare(void (*run)()) {
   auto* top = reinterpret_cast<uint64_t*>(static_cast<char*>(memory_) + kGuardBytes + kStackBytes) - 20;
   for (int i = 0; i < 20; ++i) top[i] = 0;
   top[11] = reinterpret_cast<uint64_t>(run);  // x30

@@ -1,14 +1,14 @@
-// Fibers: functions that take turns on one host thread.
+// Fibers: functions that run in turns on one thread of the host, each on a stack of its own.
 #pragma once
 
 #include <cstddef>
 
 namespace empcause::cuda::emulator {
 
-// A place where execution stopped: its stack pointer.
-using Place = void*;
+// The stack pointer of a fiber that is not running; its registers are saved on its stack.
+using StackPointer = void*;
 
-// Memory for stacks with a guard page at the end of each, reused.
+// A stack with a guard page at its end. The memory is reused by later stacks.
 class Stack {
  public:
   Stack();
@@ -16,14 +16,14 @@ class Stack {
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
 
-  // Where `run` begins on this stack. It must never return.
-  Place prepare(void (*run)());
+  // Prepares a fiber that begins with `run` on this stack. `run` must never return.
+  StackPointer prepare(void (*run)());
 
  private:
   void* memory_;
 };
 
-// Stores where execution is in `from` and goes on at `to`.
-extern "C" void empcause_switch_fiber(Place* from, Place to);
+// Saves the running fiber in `from` and continues the fiber `to`.
+extern "C" void empcause_switch_fiber(StackPointer* from, StackPointer to);
 
 }  // namespace empcause::cuda::emulator

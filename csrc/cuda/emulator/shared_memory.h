@@ -1,5 +1,6 @@
-// The shared memory of a block, and what is known of every two bytes of it: who touched them last, and when. So reads
-// of what nobody wrote are found, and races, and uses of bytes to which an asynchronous copy is under way.
+// The shared memory of a block, with a record of every two bytes: which threads accessed them last,
+// and when. The record reveals reads of bytes that nobody wrote, races, and accesses to bytes to which
+// an asynchronous copy is under way.
 #pragma once
 
 #include <algorithm>
@@ -19,14 +20,14 @@ class SharedMemory {
   SharedMemory(uint32_t size, int num_threads)
       : memory_(size), bytes_(size / kGranularity), copies_(num_threads), warp_time_(num_threads / kWarpThreads, 1) {}
 
-  // Forgets what the block before wrote.
+  // Begins a block: what the block before wrote counts as unwritten.
   void begin() {
     start_ = ++time_;
-    std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xff));  // NaN, if it were read after all
+    std::fill(memory_.begin(), memory_.end(), static_cast<unsigned char>(0xff));  // NaN in every dtype
     for (Copies& copies : copies_) copies = {};
   }
 
-  // Accesses before a barrier come before those after it: of the whole block, or of one warp.
+  // A barrier of the whole block, or of one warp, orders the accesses before it before those after it.
   void pass_barrier() { ++time_; }
   void pass_warp_barrier(int warp) { ++warp_time_[warp]; }
 
@@ -40,7 +41,8 @@ class SharedMemory {
       if (!before(b.written, b.written_warp_time, b.writer, b.writer / kWarpThreads, thread)) {
         race("reads", i, "wrote", b.writer, source);
       }
-      // Who comes after this read comes after those before it, too; of the others, all must be remembered.
+      // A write that is ordered after this read is ordered after the reads before it, too. If an earlier read is
+      // not ordered before this one, a later write must be ordered after both: this is recorded as several readers.
       const bool others = b.read >= start_ && !before(b.read, b.read_warp_time, b.reader, b.reader_warp, thread);
       b.reader_warp = others && b.reader_warp != warp ? kSeveral : warp;
       b.reader = others ? kSeveral : thread;
@@ -56,7 +58,8 @@ class SharedMemory {
     return memory_.data() + address;
   }
 
-  // Zeros where `from` is null. The copy is made when it is waited for: nobody may touch its bytes until then.
+  // Begins an asynchronous copy; if `from` is null, it writes zeros. The bytes are copied when the
+  // thread waits for the copy; nobody may access them until then.
   void copy_async(int thread, uint32_t to, const void* from, uint32_t size, const Source& source) {
     check_place("copies to", to, size, source);
     record_write(thread, to, size, source);
@@ -90,13 +93,13 @@ class SharedMemory {
   static constexpr uint32_t kGranularity = 2;
   static constexpr int kSeveral = -1;
 
-  // Times count barriers; those before start_ belong to other blocks.
+  // The last accesses to two bytes. Times count barriers; those before start_ belong to blocks before this one.
   struct Bytes {
     uint64_t written = 0, read = 0;
     uint64_t copying = 0;  // start_ while a copy is under way
     uint32_t written_warp_time = 0, read_warp_time = 0;
     int writer = 0;
-    int reader = 0, reader_warp = 0;  // or kSeveral
+    int reader = 0, reader_warp = 0;  // or kSeveral, for reads that are not ordered
   };
 
   struct Copy {
@@ -105,7 +108,7 @@ class SharedMemory {
     Source source;
   };
 
-  // Of one thread, under way.
+  // The copies of one thread that are under way.
   struct Copies {
     std::vector<Copy> all;
     std::vector<size_t> groups;  // the number of copies up to the end of each committed group
@@ -115,7 +118,7 @@ class SharedMemory {
   static uint32_t last(uint32_t address, uint32_t size) { return (address + size) / kGranularity; }
   static std::string byte(uint32_t i) { return "byte " + std::to_string(i * kGranularity) + " of shared memory"; }
 
-  // Whether an access, at these times by this thread of this warp, is ordered before what thread `mine` does now.
+  // Returns whether an access of `thread` at this time is ordered before what thread `mine` does now.
   bool before(uint64_t time, uint32_t warp_time, int thread, int warp, int mine) const {
     return time < time_ || thread == mine || (warp == mine / kWarpThreads && warp_time < warp_time_[warp]);
   }
@@ -151,7 +154,8 @@ class SharedMemory {
     if (inside && address % size == 0) return;
     fail(std::string(verb) + " " + std::to_string(size) + " bytes at byte " + std::to_string(address) +
              " of shared memory, " +
-             (inside ? "which is not aligned to it" : "of which the block has " + std::to_string(memory_.size())),
+             (inside ? "which is not a multiple of their number"
+                     : "of which the block has " + std::to_string(memory_.size())),
          source);
   }
 
