@@ -1,4 +1,4 @@
-"""Targets of CMakeLists.txt, built by tests."""
+"""Builds targets of CMakeLists.txt for tests."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(target: str, folder: Path, *options: str, source: Path = ROOT) -> None:
-    """Build one target of the project in a folder; skips where a tool is missing."""
+    """Build one target of the project in a folder; skip the test if a tool is missing."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for tool in ("cmake", "ninja", os.environ.get("CXX", "c++")):
         if shutil.which(tool, path=environment["PATH"]) is None:

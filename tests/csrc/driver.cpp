@@ -1,9 +1,10 @@
-// The kernels without torch, on random problems of every kind, against the equations in double; meant to run under sanitizers.
+// Runs the CPU's kernels without torch on random problems of every kind, and compares them with the
+// equations in fp64. It is meant to run under sanitizers. -DEMPCAUSE_BUILD_DRIVER=ON builds it.
 //
-//   driver [cases] [seed]      exit code 0 if all agree; the first that does not is printed, with what makes it again
+//   driver [cases] [seed]      exit code 0 if all cases agree; else prints the first that does not, and how to repeat it
 //
-// What a kernel must not read or write (padding between rows, keys that are masked) is NaN. Every case runs serially and with
-// threads, and the bits have to be the same. EMPCAUSE_CPU_ISA chooses the instruction set. Built by -DEMPCAUSE_BUILD_DRIVER=ON.
+// Memory that a kernel must not read or write (padding between rows, masked keys) is NaN. Every case runs
+// serially and with threads, and the results must be the same bits. EMPCAUSE_CPU_ISA chooses the instruction set.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -47,7 +48,7 @@ struct Random {
   float normal() { return std::normal_distribution<float>()(engine); }
 };
 
-// Rows of a tensor [batch, heads, rows, dim] in one of its layouts; NaN between and around them.
+// A tensor [batch, heads, rows, dim] in one of several layouts; memory between and after its rows is NaN.
 class Buffer {
  public:
   Buffer(DType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t dim, bool heads_last, int64_t padding)
@@ -89,7 +90,7 @@ class Buffer {
     for_each([&](int64_t b, int64_t h, int64_t i, int64_t d) { set(b, h, i, d, random.normal()); });
   }
 
-  // Whether nothing was written beside the rows.
+  // Returns whether nothing was written outside of the rows.
   bool padding_is_untouched() const {
     std::vector<bool> inside(bytes_.size());
     for_each([&](int64_t b, int64_t h, int64_t i, int64_t d) {
@@ -134,8 +135,9 @@ class Buffer {
   std::vector<unsigned char> bytes_;
 };
 
+// The sizes and options of a problem.
 struct Shape {
-  int64_t batch, heads, key_heads, queries, keys, dim;  // of the longest sequence if packed
+  int64_t batch, heads, key_heads, queries, keys, dim;  // if packed, queries and keys are upper bounds of the lengths
   DType dtype;
   bool causal, packed, head_weights, heads_last;
   int64_t padding;
@@ -174,7 +176,7 @@ struct Shape {
   }
 };
 
-// A problem with its memory.
+// A problem with the memory of its tensors.
 struct Problem {
   Shape s;
   int64_t outer, total_queries, total_keys, seed;
@@ -289,7 +291,7 @@ struct Problem {
     return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
   }
 
-  // The output as it was before it was rounded.
+  // Returns the output before it was rounded to the dtype, from `output` and `rounding`.
   double unrounded(int64_t b, int64_t h, int64_t i, int64_t d) const {
     const float stored = output.get(b, h, i, d);
     if (rounding.empty()) return stored;
@@ -298,7 +300,8 @@ struct Problem {
   }
 };
 
-// Philox4x32-10, lane key % 8 of the draw for (head, row, key / 8): whether a probability is kept.
+// Returns whether dropout keeps a probability, by the 16 bits number key % 8 of the Philox4x32-10 draw
+// for (head, row, key / 8).
 bool kept(const Problem& p, int64_t batch_head, int64_t row, int64_t key) {
   uint32_t c[4] = {static_cast<uint32_t>(batch_head), static_cast<uint32_t>(row), static_cast<uint32_t>(key / 8), 0};
   uint32_t k[2] = {static_cast<uint32_t>(p.seed), static_cast<uint32_t>(static_cast<uint64_t>(p.seed) >> 32)};
@@ -314,7 +317,7 @@ bool kept(const Problem& p, int64_t batch_head, int64_t row, int64_t key) {
   return lane >= static_cast<uint32_t>(std::floor(p.s.dropout_p * 65536.0 + 0.5));
 }
 
-// A sum, and that of its terms' magnitudes.
+// A sum, and the sum of the magnitudes of its terms.
 struct Sum {
   double value = 0, magnitude = 0;
 
@@ -324,8 +327,9 @@ struct Sum {
   }
 };
 
-// Largest error of the kernels, in units of the dtype's own rounding or a little more; infinite where something is NaN that should not be.
-// Where probabilities and gradients of logits are rounded to bf16, every term of a sum may be wrong by that much.
+// Computes the largest error of the kernels relative to the tolerance, which is a small multiple of the dtype's
+// rounding. It is infinite where a result is NaN or memory outside of the rows was written. Where probabilities
+// and gradients of logits are rounded to bf16, the tolerance includes this rounding for every term of a sum.
 class Judge {
  public:
   Judge(const Problem& problem, const Kernels& kernels)

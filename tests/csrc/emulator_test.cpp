@@ -1,6 +1,6 @@
-// Toy kernels for test_emulator.py: some that are right, whose results are checked here, and some that break one rule
-// each. `emulator_test NAME` runs one and prints "fine" or what it throws; without a name it prints the names. nvcc
-// compiles the same kernels, which keeps both sides of device.h in step.
+// Toy kernels for test_emulator.py: some are correct, and their results are checked here; each of the others breaks
+// one rule. `emulator_test NAME` runs one and prints "fine" or the error; without a name it prints the names. nvcc
+// compiles the same kernels, which shows that both implementations of device.h have the same functions.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -35,7 +35,7 @@ EMPCAUSE_DEVICE Shared word(uint32_t index) { return shared_memory() + index * 4
 EMPCAUSE_DEVICE float in_at(const Buffers& b, uint32_t index) { return load_global(b.in + index); }
 EMPCAUSE_DEVICE uint32_t global_thread(uint32_t threads) { return block_index().x * threads + thread_index(); }
 
-// --- kernels that are right
+// --- correct kernels
 
 struct Indices : Toy<96> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
@@ -45,7 +45,7 @@ struct Indices : Toy<96> {
   }
 };
 
-// Shared memory over a barrier, several blocks, several warps: out = in reversed within the block.
+// Reverses the values of a block through shared memory, with barriers, several blocks and several warps.
 struct Reverse : Toy<128> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const uint32_t i = thread_index();
@@ -59,7 +59,7 @@ struct Reverse : Toy<128> {
   }
 };
 
-// Within a warp, sync_warp suffices; reads of one word by several lanes at several times precede a write.
+// sync_warp orders accesses within a warp, also a write after reads of the word by several lanes at different times.
 struct WarpExchange : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const uint32_t lane = lane_index(), base = warp_index() * 32;
@@ -73,7 +73,8 @@ struct WarpExchange : Toy<64> {
   }
 };
 
-// Lane 0 reads, then lane 1 reads and writes: the barrier orders lane 0's read, and the other is the writer's own.
+// Lane 0 reads, then lane 1 reads and writes. The barrier orders the read of lane 0 before the write;
+// the other read is by the thread that writes.
 struct ReadsAtTwoTimes : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     if (lane_index() == 0) store_shared(word(0), 1.0f);
@@ -89,7 +90,7 @@ struct ReadsAtTwoTimes : Toy<32> {
   }
 };
 
-// A whole warp may leave where only warps synchronise.
+// A whole warp may exit if the others do not wait for it at a barrier of the block.
 struct WarpLeaves : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     if (warp_index() == 1) return;
@@ -102,7 +103,7 @@ struct alignas(kBytes) Bytes {
   uint8_t at[kBytes];
 };
 
-// Copies `in` by accesses of every size: 16 bytes, then 8, 4 and 2, then one by one.
+// Copies `in` with accesses of every size: 16, 8, 4 and 2 bytes, then single bytes.
 struct Sizes : Toy<32> {
   template <int kTo>
   static EMPCAUSE_DEVICE void move(Shared memory) {
@@ -134,7 +135,7 @@ struct Shuffles : Toy<64> {
   }
 };
 
-// Two groups under way, the second with zeros; the first is there while the second is not waited for.
+// Starts two groups of copies, the second of zeros, and reads the first before it waits for the second.
 struct Copies : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const uint32_t lane = lane_index();
@@ -152,7 +153,8 @@ struct Copies : Toy<32> {
   }
 };
 
-// 32 rows of eight 16-bit numbers 0 ... 255 as they are, then each lane's four registers as two numbers each.
+// Stores the numbers 0 to 255 as 32 rows of eight 16-bit values, loads them as matrices, and writes
+// each lane's four registers as two numbers each.
 template <bool kTransposed>
 struct LoadMatrices : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
@@ -174,7 +176,8 @@ struct LoadMatrices : Toy<32> {
   }
 };
 
-// in: A [16, 16], B [16, 8], C [16, 8]; out: A B + C. Fragments are filled by the tables of the PTX manual.
+// Computes out = A B + C from in = A [16, 16], B [16, 8], C [16, 8]. Fragments are filled by the
+// tables of the PTX manual.
 template <class T>
 struct Product : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
@@ -213,7 +216,7 @@ struct Arithmetic : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const float x = 1.0f + 1.0f / 4096, y = -1.0f - 1.0f / 2048;
     if (thread_index() != 0) return;
-    store_global(b.out, add_rounded(multiply_rounded(x, x), y));  // the product's last bit is rounded away
+    store_global(b.out, add_rounded(multiply_rounded(x, x), y));  // the last bit of the product is rounded away
     store_global(b.out + 1, fma(x, x, y));                        // and here it is what is left
     store_global(b.out + 2, static_cast<float>(multiply_high(0x80000000u, 6u)));
     store_global(b.out + 3, exp2(-3.0f));
@@ -225,9 +228,9 @@ struct Arithmetic : Toy<32> {
   }
 };
 
-// --- kernels that are wrong
+// --- kernels that break a rule
 
-// Warp 1 reads what warp 0 wrote.
+// Warp 1 reads what warp 0 wrote, without a barrier of the block.
 template <bool kWarpBarrier>
 struct ReadAfterWrite : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
@@ -237,7 +240,7 @@ struct ReadAfterWrite : Toy<64> {
   }
 };
 
-// A shuffle orders no memory.
+// Lanes read what others wrote; the shuffle between does not order memory.
 struct ReadAfterWriteInWarp : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     store_shared(word(lane_index()), 1.0f);
@@ -245,7 +248,7 @@ struct ReadAfterWriteInWarp : Toy<32> {
   }
 };
 
-// Warp 1 reads what warp 0 writes again; in between, only warp 1's own barrier.
+// Warp 1 reads what warp 0 overwrites; only warp 1 passes a barrier, of its own.
 struct WriteAfterRead : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     store_shared(word(thread_index()), 1.0f);
@@ -259,7 +262,7 @@ struct WriteAfterRead : Toy<64> {
   }
 };
 
-// Lanes 0 and 1 read at different times of the warp, and lane 2 writes when only the first is ordered.
+// Lanes 0 and 1 read at different times, and lane 2 writes when a barrier orders only the first read before the write.
 struct WriteAfterReads : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     const uint32_t lane = lane_index();
@@ -276,7 +279,7 @@ struct WriteAfterWrite : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers&) { store_shared(word(lane_index()), 1.0f); }
 };
 
-// Half a word counts.
+// Two of the four bytes that are read were not written.
 struct HalfWritten : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     if (lane_index() != 0) return;
@@ -293,7 +296,7 @@ struct Unwritten : Toy<32> {
   }
 };
 
-// Written by block 0 alone: what it left is nothing to block 1.
+// Only block 0 writes; block 40 must not read what it left.
 struct UnwrittenByThisBlock : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     if (block_index().x == 0) store_shared(word(thread_index()), 1.0f);
@@ -302,7 +305,7 @@ struct UnwrittenByThisBlock : Toy<32> {
   }
 };
 
-// Row 5 is missing, which lane 5 is to bring.
+// Lane 5 did not write row 5, whose address it passes to load_matrices.
 struct UnwrittenMatrix : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers&) {
     for (uint32_t i = 0; i < 4 && lane_index() != 5; ++i) store_shared(word(lane_index() * 4 + i), 0u);
@@ -394,7 +397,7 @@ struct CopyWithoutBarrier : Toy<32> {
   }
 };
 
-// Old data is still read while the copy over it begins.
+// A copy begins to overwrite data that other threads may still read.
 struct CopyOverReaders : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     store_shared(word(thread_index()), 1.0f);
@@ -405,7 +408,8 @@ struct CopyOverReaders : Toy<64> {
   }
 };
 
-// Which of copy and store stays is a matter of luck, barrier or not.
+// A thread stores to bytes to which a copy is under way. Which of the two values remains is undefined,
+// even with a barrier.
 template <bool kOwn>
 struct StoreUnderCopy : Toy<64> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
@@ -474,7 +478,7 @@ struct ProductInBranch : Toy<32> {
   }
 };
 
-// The same operation, at two places of the program.
+// Half of the lanes execute a shuffle at one line, the other half at another.
 struct TwoShuffles : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     float value = 0.0f;
@@ -495,7 +499,7 @@ struct Asserts : Toy<64> {
   }
 };
 
-// --- the host's part: run and compare
+// --- the host runs the kernels and compares their results
 
 void expect(bool condition, const std::string& what) {
   if (!condition) throw std::logic_error("wrong result: " + what);
@@ -509,7 +513,8 @@ std::vector<float> random(int count) {
   return values;
 }
 
-// What the kernel makes of `in`: out_count floats. Around both arrays there is memory that it must not touch.
+// Runs a kernel and returns the out_count floats that it writes. Memory around both arrays is not
+// allowed to the kernel.
 template <class Kernel>
 std::vector<float> run(const std::vector<float>& in, uint32_t out_count, Index3 grid = {1, 1, 1},
                        uint32_t shared_bytes = 1024) {
@@ -536,7 +541,7 @@ void check_indices() {
   for (int i = 0; i < 12 * 96; ++i) expect(out[i] == static_cast<float>(i % 96 / 32 * 1000 + i % 32), "indices");
 }
 
-// Twice, the second time on the threads and stacks of the first; all of the shared memory is used.
+// Launches twice, the second time with the stacks of the first, and uses all of the shared memory.
 void check_reverse() {
   const auto in = random(128 * 20);
   for (int launches = 0; launches < 2; ++launches) {
@@ -588,7 +593,8 @@ void check_load_matrices() {
   }
 }
 
-// Nearest of T to `value` by search among its neighbours, ties to the even one; independent of how it is computed.
+// Returns the number nearest to `value` in a format with so many bits, ties to even; computed in fp64,
+// independently of the kernels.
 float nearest(double value, int mantissa_bits, int least_exponent) {
   if (value == 0.0 || std::isinf(value)) return static_cast<float>(value);
   const int exponent = std::max(static_cast<int>(std::floor(std::log2(std::fabs(value)))), least_exponent);
@@ -606,7 +612,7 @@ struct Format<BFloat16> {
 template <>
 struct Format<Float16> {
   static constexpr int kMantissaBits = 10, kLeastExponent = -14;
-  static constexpr float kOverflow = 65520.0f;  // the tie between 65504 and the power of two that is not there
+  static constexpr float kOverflow = 65520.0f;  // halfway from the largest number, 65504, to 2^16
 };
 
 template <class T>
@@ -639,7 +645,8 @@ void check_rounding() {
   std::vector<float> in = random(200);
   for (int i = 0; i < 100; ++i) in[i] *= std::ldexp(1.0f, i - 50);
   const float unit = std::ldexp(1.0f, -Format<T>::kMantissaBits);
-  // Ties to even both ways, the largest numbers, overflow, subnormal numbers of fp16, signed zero.
+  // These are ties to even in both directions, the largest numbers, overflow, subnormal numbers of fp16,
+  // signed zero, NaN.
   for (float v : {1 + unit / 2, 1 + 1.5f * unit, 1 + 0.499f * unit, 1 + 0.501f * unit, 65504.0f, 65519.0f, 65520.0f,
                   3.4e38f, 6e-8f, 2.9e-8f, 3e-8f, 6.1e-5f, 0.0f, -0.0f, kInfinity, -kInfinity, kNan,
                   std::bit_cast<float>(0x7f800001u), std::bit_cast<float>(0xffffffffu)}) {
@@ -662,7 +669,7 @@ void check_arithmetic() {
   for (int i = 0; i < 9; ++i) expect(out[i] == expected[i], "arithmetic " + std::to_string(i));
 }
 
-// A launch that failed leaves nothing behind.
+// A launch that failed does not affect later ones.
 void check_after_failure() {
   for (int i = 0; i < 3; ++i) {
     std::string message;
@@ -678,7 +685,7 @@ void check_after_failure() {
 
 void check_empty_grid() { run<Asserts>({}, 1, {0, 1, 1}); }
 
-// 256 floats in, as many out.
+// Runs a kernel that breaks a rule, with 256 floats in and 256 floats out.
 template <class Kernel>
 void broken() {
   run<Kernel>(random(256), 256, {64, 1, 1});

@@ -1,4 +1,5 @@
-// How wrong exp2 and log2 of csrc/cpu/simd.h are, over their whole range; exit code 77 where the processor lacks the instructions.
+// Prints the largest relative errors of exp2 and log2 of csrc/cpu/simd.h over their whole range, and
+// whether special values are right. The exit code is 77 where the processor does not have the instructions.
 #include "cpu/simd.h"
 
 #include <cmath>
@@ -10,7 +11,8 @@ namespace {
 
 using namespace empcause::cpu::EMPCAUSE_ISA;
 
-// The largest relative error over every 97th float from `first` bits on, as far as `in_range` holds.
+// Returns the largest relative error over every 97th float, from the one with bits `first` on, up to
+// the first for which `in_range` does not hold.
 template <class Function, class Exact, class InRange>
 double largest_error(uint32_t first, Function function, Exact exact, InRange in_range) {
   constexpr uint32_t kStep = 97;

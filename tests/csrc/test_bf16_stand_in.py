@@ -1,4 +1,4 @@
-"""The operator for AVX512-BF16 on a processor without it: its module built with products of pairs in software, and tested."""
+"""Tests the kernels for AVX512-BF16 on processors without it, built with their products of bf16 in software."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a unit for x86"),
 ]
 
-# The tests of the operator, with the module in the first argument in the place of the installed one.
+# Runs pytest with the module whose path is the first argument in place of the installed one.
 RUN = """
 import importlib.util, sys
 import pytest, torch

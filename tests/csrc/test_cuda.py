@@ -1,7 +1,7 @@
-"""The CUDA kernels against fp64, over shapes, masks, strides and precisions.
+"""Compares the CUDA kernels with fp64, over shapes, masks, strides and precisions.
 
-Where the CUDA backend is built and there is a device, the kernels run on it; elsewhere under the emulator, which also finds
-races, uninitialised shared memory and accesses outside of the tensors, and ends the call with an error.
+The kernels run on a GPU where there is one and the CUDA backend is built. Elsewhere they run under the emulator, which
+also detects races, reads of unwritten shared memory and accesses outside of the tensors, and ends the call with an error.
 """
 
 import pytest
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="session")
 def emulation():
-    """Path of the library that runs the kernels on the host, built where that is possible."""
+    """Build the library that runs the kernels on the host, and return its path."""
     folder = ROOT / "build" / "cuda_emulation"
     build("empcause_cuda_emulation", folder, "-DEMPCAUSE_BUILD_MODULE=OFF", "-DEMPCAUSE_CUDA_EMULATION=ON")
     return folder / "libempcause_cuda_emulation.so"
@@ -68,7 +68,7 @@ WRONG_SUMS = [
 
 
 def fused_views(queries, keys, dtype, lead):
-    """Views of one fused projection whose memory begins `lead` elements into its storage."""
+    """Return query, key and value as views of one fused projection that begins `lead` elements into its storage."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1, keys, (2 + 1 + 1) * 16, generator=generator).to(dtype)
     storage = torch.empty(values.numel() + lead, dtype=dtype, device=DEVICE)
@@ -99,7 +99,7 @@ class TestCuda(Contract):
     @pytest.mark.parametrize("dim", [32, 27, 64, 61, 96, 90, 128, 127, 256, 250])
     @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
     def test_every_kernel(self, dtype, dropout_p, dim):
-        """More rows than a block owns, and several tiles of columns, seen whole and in part."""
+        """There are several blocks of rows and several tiles of columns; rows see all or some columns of a tile."""
         length = 150 if dim <= 128 else 70
         shape = {"batch": 1, "heads": 1, "key_heads": 1, "queries": length, "keys": length, "dim": dim}
         self.assert_close(Case(**shape, dtype=dtype, dropout_p=dropout_p, masked=True))
@@ -136,7 +136,7 @@ class TestCuda(Contract):
 
     @pytest.mark.parametrize("queries", [5, 150], ids=["decoding", "general"])
     def test_views_of_a_fused_projection_aligned_or_not(self, dtype, queries):
-        """Rows that 16-byte copies can take, and the same an element further on, which come element by element."""
+        """Aligned rows are copied in chunks of 16 bytes, rows one element further on element by element."""
 
         def call(query, key, value):
             return biased_attention(query, key, value, backend=self.backend)
@@ -154,7 +154,7 @@ class TestCuda(Contract):
 
     @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
     def test_strides_that_are_not_chunks(self, dtype, queries):
-        """Rows whose length fits 16-byte copies, at distances that do not."""
+        """The length of a row is a multiple of 16 bytes, its stride is not."""
         whole = Case(batch=2, queries=queries, dtype=dtype).make()[0][:3]
         padded = tuple(torch.nn.functional.pad(tensor, (0, 1))[..., :-1] for tensor in whole)
         assert all(tensor.stride(-1) == 1 and tensor.stride(-2) % 8 for tensor in padded)
@@ -193,8 +193,8 @@ class TestCuda(Contract):
     @pytest.mark.parametrize("wrong", WRONG_SUMS)
     @pytest.mark.parametrize("names", [["cu_seqlens_q"], ["cu_seqlens_k"], ["cu_seqlens_q", "cu_seqlens_k"]])
     def test_prefix_sums_that_do_not_fit_lead_nowhere(self, names, wrong, longest):
-        """They cannot be refused without waiting for the GPU. The kernels stay inside the tensors all the same, as the emulator
-        sees, and a sequence that fits is right."""
+        """The backend does not wait for the GPU to check prefix sums. Whatever they are, the kernels stay inside the
+        tensors, which the emulator checks, and a sequence with correct sums has correct results."""
         tensors, options = packed_case([6, 25], [6, 25])
         expected = self.attend(*tensors, operator=biased_attention_varlen, **options)
         options |= {name: torch.tensor(wrong, dtype=torch.int32) for name in names}

@@ -1,4 +1,4 @@
-"""The kernels without torch on random problems, under sanitizers, on every instruction set: driver.cpp."""
+"""Runs driver.cpp, the CPU's kernels without torch on random problems, under sanitizers, on every instruction set."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def build_driver(folder: Path, *options: str, source: Path = ROOT) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """Builds one with options, once for all tests."""
+    """A function that builds the driver with options, once for all tests."""
 
     def built(*options: str) -> Path:
         return build_driver(tmp_path_factory.mktemp("driver"), "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *options)
@@ -40,22 +40,22 @@ def run(driver: Path, isa: str, cases: int) -> None:
     ("isa", "cases"), [("baseline", 2000), ("avx2", 4000), ("avx512", 4000), ("avx512_bf16", 4000), ("", 10000)]
 )
 def test_right_and_clean_under_address_and_undefined_behaviour_sanitizers(driver, isa, cases):
-    """The empty name is the best instruction set of this processor."""
+    """With the empty name, the driver runs the fastest instruction set of this processor."""
     run(driver(), isa, cases)
 
 
-def test_pairs_of_bf16_with_their_product_in_software(driver):
-    """What the kernels for AVX512-BF16 do with pairs, on a processor without it."""
+def test_products_of_bf16_in_software(driver):
+    """The kernels for AVX512-BF16 are right, shown on any processor: their products are computed in software."""
     run(driver("-DEMPCAUSE_BF16_STAND_IN=ON"), "avx512_bf16", 4000)
 
 
 def test_clean_under_thread_sanitizer(driver):
-    """The kernels' own sharing, with threads of the standard library: torch's pool and OpenMP are not instrumented."""
+    """Threads of the standard library run the kernels: the sanitizer does not instrument OpenMP, which torch uses."""
     run(driver("-DEMPCAUSE_SANITIZERS=thread"), "", 1000)
 
 
 def test_a_wrong_kernel_is_noticed(tmp_path):
-    """The driver's own judgement: the same problems with a kernel that forgets the weights of one tile."""
+    """The driver fails if a kernel leaves out the weights of a tile from which some keys are removed."""
     source = tmp_path / "source"
     for folder in ("csrc", "tests/csrc"):
         shutil.copytree(ROOT / folder, source / folder)

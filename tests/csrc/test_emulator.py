@@ -1,4 +1,4 @@
-"""The emulator that runs CUDA kernels on the host: what its primitives do, and that each of its checks fires."""
+"""Tests of the emulator that runs CUDA kernels on the host: its primitives are right, and each of its checks fires."""
 
 import os
 import re
@@ -31,7 +31,7 @@ RIGHT = [
 OUTSIDE = "bytes of global memory outside of the arguments"
 UNALIGNED = "bytes of global memory that are not aligned to their number"
 UNDER_WAY = "to which an asynchronous copy is under way"
-# Every toy that breaks a rule, and what it must be told. The place is one of its lines in the source.
+# The expected error of every toy that breaks a rule.
 BROKEN = {
     "ReadAfterWrite": "race: reads byte 0 of shared memory, which thread 0 wrote with no barrier between",
     "ReadAfterWrite with sync_warp": "race: reads byte 124 of shared memory, which thread 31 wrote with no barrier",
@@ -74,7 +74,7 @@ BROKEN = {
 
 @pytest.fixture(scope="session")
 def emulator_test(tmp_path_factory):
-    """Runs the test program with some arguments."""
+    """A function that runs the test program with some arguments and returns what it prints."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -95,12 +95,13 @@ def test_every_toy_is_expected(emulator_test):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_primitives(emulator_test, name):
-    """The toy checks its results; none is accused of anything."""
+    """The toy's results are right, and the emulator reports no error."""
     assert emulator_test(f"right: {name}") == "fine"
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_every_check_fires(emulator_test, name):
+    """The error names a line of the toy's source, the kernel, the block and the thread."""
     message = emulator_test(name)
     assert re.match(BROKEN[name], message)
     if name != "SharedTooLarge":  # refused before any thread runs
@@ -113,7 +114,7 @@ def test_every_check_fires(emulator_test, name):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_both_sides_of_the_interface(architecture, tmp_path):
-    """nvcc compiles the toys over the GPU's side of device.h, to the instructions that are meant."""
+    """nvcc compiles the toys with the functions of gpu.h to the intended instructions."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")

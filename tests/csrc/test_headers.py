@@ -1,4 +1,4 @@
-"""Every header of csrc parses by itself, as an editor reads it: with what it includes, and nothing defined before."""
+"""Every header of csrc compiles alone, with nothing defined or included before it, as an editor parses it."""
 
 import importlib.util
 import os
@@ -11,17 +11,17 @@ from csrc.building import ROOT
 
 HEADERS = [path.relative_to(ROOT) for path in sorted((ROOT / "csrc").rglob("*.h"))]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
-ONLY_FOR_A_GPU = Path("csrc/cuda/gpu.h")  # every other header of cuda/ takes the emulator's side of device.h
+ONLY_FOR_A_GPU = Path("csrc/cuda/gpu.h")  # the other headers of cuda/ include the emulator's functions through device.h
 
 
 def torch_headers() -> Path | None:
-    """The headers of the installed torch."""
+    """Return the folder of the headers of the installed torch."""
     torch = importlib.util.find_spec("torch")
     return Path(torch.submodule_search_locations[0]) / "include" if torch else None
 
 
 def parse(compiler: list[str], header: Path, folder: Path) -> str:
-    """What a compiler says about a file that only includes a header; empty if it is content."""
+    """Return the messages of a compiler about a file that only includes a header, or the empty string."""
     unit = folder / "unit.cpp"
     unit.write_text(f'#include "{header}"\n')
     done = subprocess.run([*compiler, unit], capture_output=True, text=True, check=False, timeout=300)
@@ -65,7 +65,7 @@ def test_header_for_a_gpu_parses_alone(tmp_path):
     ],
 )
 def test_a_missing_include_is_noticed(name, left_out, complaint, tmp_path):
-    """The test's own judgement: headers without one of their includes, which others bring in the units."""
+    """A header fails to compile alone if one of its includes is missing."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     header = tmp_path / "csrc" / name
     text = header.read_text()

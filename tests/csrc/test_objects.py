@@ -1,9 +1,9 @@
-"""The objects of the CPU's kernels, one unit per instruction set: they share no code, and the baseline's runs on every processor.
+"""The units of the CPU's kernels, one per instruction set, share no code, and the baseline runs on every processor.
 
-Of several copies of an inline function the linker keeps one. A function that two units had in common, or one of them and the
-bindings, would run with the instructions of either, on a processor that may not have these. So every function that could be
-shared must stand in the namespace of its unit's instruction set. Without optimisation nothing is inlined by luck: all that a
-unit could bring shows.
+Of several copies of an inline function the linker keeps one. If two units, or a unit and the bindings, shared a function,
+it might have instructions that the processor does not have. So every function that could be shared must be in the
+namespace of its unit's instruction set. The units are compiled without optimisation too: there no function is inlined, so
+none is missed.
 """
 
 import os
@@ -20,14 +20,14 @@ from csrc.building import build
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="several units are for x86 alone")
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-# A pointer for the unwinder, the same in all units.
+# A pointer that the unwinder uses; it is data, the same in all units.
 NO_CODE = {"DW.ref.__gxx_personality_v0"}
-# Registers of 32 and 64 bytes, masks, and every instruction with a VEX or EVEX prefix: their names begin with v.
+# Instructions with a VEX or EVEX prefix, whose names begin with v, registers of 32 and 64 bytes, and mask registers.
 AVX = re.compile(r"^v|%[yz]mm\d|%k\d")
 
 
 def tool(name: str) -> str:
-    """A program of binutils or a compiler. On the checking machine it must be there."""
+    """Return the path of a program. If it is not installed, skip the test, or fail it in CI."""
     found = shutil.which(name)
     if found is None:
         assert not os.environ.get("CI"), f"{name} is not installed"
@@ -40,19 +40,19 @@ def output(*command: str | Path) -> str:
 
 
 def weak_symbols(path: Path) -> set[str]:
-    """The symbols that an object defines and shares with others of the same name (nm: weak, weak object, unique)."""
+    """Return the symbols that an object defines and the linker merges by name (in nm: weak, weak object, unique)."""
     lines = output(tool("nm"), "--defined-only", "--format=posix", path).splitlines()
     return {name for name, kind, *_ in map(str.split, lines) if kind in ("W", "V", "u")} - NO_CODE
 
 
 def shared_symbols(path: Path, isa: str) -> set[str]:
-    """The weak symbols of an object that another one may define too: they name nothing of this instruction set alone."""
+    """Return the weak symbols of an object that another unit may define too: those outside of its own namespace."""
     namespace = f"8empcause3cpu{len(isa)}{isa}"
     return {name for name in weak_symbols(path) if namespace not in name}
 
 
 def avx_instructions(path: Path) -> list[str]:
-    """The instructions of an object that only processors with AVX run."""
+    """Return the instructions of an object that only processors with AVX run."""
     lines = output(tool("objdump"), "-d", "--no-show-raw-insn", path).splitlines()
     instructions = [line.split("\t", 1)[1] for line in lines if re.match(r"\s*[0-9a-f]+:\t", line)]
     assert instructions, f"{path} has no code"
@@ -61,7 +61,7 @@ def avx_instructions(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    """Builds the units and returns the objects of each."""
+    """A function that builds the units and returns the objects of each."""
 
     def built(build_type: str) -> dict[str, list[Path]]:
         folder = tmp_path_factory.mktemp(build_type)
@@ -129,7 +129,7 @@ def compiled(source: str, unit: str, folder: Path, *flags: str) -> Path:
     ids=["an inline function", "std::vector", "a namespace of its own"],
 )
 def test_shared_code_is_noticed(source, shared, tmp_path):
-    """The test's own judgement of a unit with a function that others may have, and without."""
+    """The test finds a function that two units would share, and accepts one in the unit's namespace."""
     unit = compiled(source, "avx512", tmp_path, "-mavx512f")
     assert weak_symbols(unit)
     found = shared_symbols(unit, "avx512")
@@ -139,5 +139,5 @@ def test_shared_code_is_noticed(source, shared, tmp_path):
 
 @pytest.mark.parametrize("flags", [["-mavx"], ["-mavx2"], ["-mavx512f"], []], ids=str)
 def test_avx_is_noticed(flags, tmp_path):
-    """The test's own judgement of an object compiled with the wrong flags, though no wide register may be in it."""
+    """The test finds instructions of AVX in an object that was compiled with the wrong flags."""
     assert bool(avx_instructions(compiled(SUM, "baseline", tmp_path, *flags))) == bool(flags)

@@ -1,4 +1,4 @@
-"""exp2 and log2 of the CPU's kernels keep the bounds that csrc/cpu/simd.h states, on every instruction set."""
+"""The errors of exp2 and log2 of the CPU's kernels are below the bounds in csrc/cpu/simd.h, on all instruction sets."""
 
 import os
 import re
