@@ -171,7 +171,7 @@ class Operators {
     check_rows("value", value, dtype_, keys_, a_.num_key_heads);
     const double most_rows = static_cast<double>(rows_) + static_cast<double>(keys_) + 1;
     require(static_cast<double>(outer_) * a_.num_heads * most_rows * a_.head_dim < kMostElements,
-            "there are too many rows: batch * heads * (queries + keys) * head_dim must be below 2^60");
+            "there are too many rows: batch * heads * (queries + keys + 1) * head_dim must be below 2^60");
     if (a_.num_key_heads < 1 || a_.num_heads % a_.num_key_heads != 0) {
       refuse("key", std::string(key_form) + " with Hkv a divisor of " + std::to_string(a_.num_heads), key);
     }
