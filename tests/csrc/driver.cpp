@@ -1,7 +1,7 @@
 // Runs the CPU's kernels without torch on random problems of every kind, and compares them with the
 // equations in fp64. It is meant to run under sanitizers. -DEMPCAUSE_BUILD_DRIVER=ON builds it.
 //
-//   driver [cases] [seed]      exit code 0 if all cases agree; else prints the first that does not, and how to repeat it
+//   driver [cases] [seed]      exit code 0 if all cases agree; else prints the first that does not, to repeat it
 //
 // Memory that a kernel must not read or write (padding between rows, masked keys) is NaN. Every case runs
 // serially and with threads, and the results must be the same bits. EMPCAUSE_CPU_ISA chooses the instruction set.

@@ -1,7 +1,7 @@
 """Compares the CUDA kernels with fp64, over shapes, masks, strides and precisions.
 
 The kernels run on a GPU where there is one and the CUDA backend is built. Elsewhere they run under the emulator, which
-also detects races, reads of unwritten shared memory and accesses outside of the tensors, and ends the call with an error.
+also ends a call with an error at a race, a read of unwritten shared memory or an access outside of the tensors.
 """
 
 import pytest

@@ -1,9 +1,9 @@
 """The units of the CPU's kernels, one per instruction set, share no code, and the baseline runs on every processor.
 
-Of several copies of an inline function the linker keeps one. If two units, or a unit and the bindings, shared a function,
-it might have instructions that the processor does not have. So every function that could be shared must be in the
-namespace of its unit's instruction set. The units are compiled without optimisation too: there no function is inlined, so
-none is missed.
+Of several copies of an inline function the linker keeps one. If two units, or a unit and the bindings, shared a
+function, it might have instructions that the processor does not have. So every function that could be shared must be in
+the namespace of its unit's instruction set. The units are compiled without optimisation too: there no function is
+inlined, so none is missed.
 """
 
 import os
