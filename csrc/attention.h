@@ -4,10 +4,10 @@
 //   b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
 //   o_i  = sum_j Z_ij b_ij v_j        Z_ij the dropout factor, 0 or 1 / (1 - p)
 //
-// The forward pass stores LSE in two parts, so that neither loses digits to the other: `maximum`, where the terms of a row
-// are divided by 2^maximum, and `total`, the sum of these terms. The backward pass computes the same terms from the same
-// numbers, so its probabilities sum to 1 however large the logits are. On a GPU LSE is stored as cuda/logsumexp.h
-// describes.
+// The forward pass stores LSE in two parts, so that neither loses digits to the other: `maximum`,
+// where the terms of a row are divided by 2^maximum, and `total`, the sum of these terms. The backward
+// pass computes the same terms from the same numbers, so its probabilities sum to 1 however large the
+// logits are. On a GPU LSE is stored as cuda/logsumexp.h describes.
 #pragma once
 
 #include <cstdint>

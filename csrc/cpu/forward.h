@@ -9,9 +9,9 @@ namespace empcause::cpu::EMPCAUSE_ISA {
 // Query rows that a task works on together. With a tile of keys they fit the second-level cache.
 constexpr int64_t kBand = 192;
 
-// The sums of a row are divided by 2^reference, where the reference is at first the largest logit of the first tile in
-// which the row sees a key. It is raised only to a logit that exceeds it by more than this, as raising it multiplies all
-// sums of the row by a correction.
+// The sums of a row are divided by 2^reference, where the reference is at first the largest logit of
+// the first tile in which the row sees a key. It is raised only to a logit that exceeds it by more
+// than this, as raising it multiplies all sums of the row by a correction.
 constexpr float kSlack = 8.0f;
 
 // A block of query rows, with the results over the tiles of keys so far.

@@ -53,8 +53,8 @@ inline Vec multiply_add(UnsignedVec a, UnsignedVec b, Vec sum) {
   return reinterpret_cast<Vec>(
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 #else
-  const auto low = [](UnsignedVec operands) { return reinterpret_cast<Vec>(operands << 16); };
-  const auto high = [](UnsignedVec operands) { return reinterpret_cast<Vec>(operands & 0xffff0000u); };
+  const auto low = [](UnsignedVec bits) { return reinterpret_cast<Vec>(bits << 16); };
+  const auto high = [](UnsignedVec bits) { return reinterpret_cast<Vec>(bits & 0xffff0000u); };
   return sum + high(a) * high(b) + low(a) * low(b);
 #endif
 }

@@ -9,7 +9,8 @@
 namespace empcause::cpu::EMPCAUSE_ISA {
 
 constexpr int64_t kKeyTile = 64;
-// The most vectors of query rows in a block. The backward pass sums over the rows of a block, and longer sums are faster.
+// The most vectors of query rows in a block. The backward pass sums over the rows of a block, and
+// longer sums are faster.
 constexpr int64_t kMostVecs = 6;
 
 // Rows of keys and values are read from the tensor without a copy if at most this many blocks of queries read them.
@@ -125,8 +126,8 @@ struct Step {
   bool ragged;
 };
 
-// A tile by a block of query rows, cut into steps. Without a causal mask there is one step of all keys and vectors; with
-// one, later steps have later keys and fewer vectors.
+// A tile by a block of query rows, cut into steps. Without a causal mask there is one step of all keys
+// and vectors; with one, later steps have later keys and fewer vectors.
 struct Staircase {
   Step step[kMostVecs + 1];
   int count = 0;
