@@ -1,5 +1,6 @@
 # make demo: everything once on the embedded sample, with a report.   make test: the tests.
 # make faults: what happens when something goes wrong.   make guards: each guard of these tests is taken away; its test must notice.
+# make abi: the bindings compile against the headers of torch 2.10 to the newest, which it downloads.
 # All set up .venv first, once. TORCH_SPEC and TRITON_SPEC say which torch and which triton are installed where .venv has none
 # (a torch for CUDA brings its own triton).
 PYTHON ?= python3
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[ch]*')
 STYLED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')  # by .clang-format
 
-.PHONY: setup demo test slow faults guards lint clean
+.PHONY: setup demo test slow faults guards abi lint clean
 
 setup: $(READY)
 
@@ -31,6 +32,9 @@ faults: $(READY)
 guards: $(READY)
 	PYTHONPATH=tests/csrc $(BIN)/python tests/faults/remove_guards.py -k '$(K)'
 
+abi: $(READY)
+	$(BIN)/python -m pytest -m abi -s tests/csrc/test_abi.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +48,7 @@ $(READY): $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH_SPEC)'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TRITON_SPEC)'
-	$(BIN)/python -m pip install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24'
+	$(BIN)/python -m pip install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.25.2'
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 

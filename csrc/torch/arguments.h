@@ -49,8 +49,8 @@ struct TensorDevice {
   int32_t type = 0, index = 0;
 
   explicit TensorDevice(const Tensor& tensor) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
   }
 
   bool operator==(const TensorDevice& other) const { return type == other.type && index == other.index; }

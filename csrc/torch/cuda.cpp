@@ -1,5 +1,6 @@
 // torch.ops.empcause_cuda: the raw operators on CUDA devices, or on CPU tensors if built for the emulator.
 #if !defined(EMPCAUSE_CUDA_EMULATION)
+#include <dlfcn.h>
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -34,6 +35,18 @@ class Context {
 
 #else
 
+// torch's function that returns the current stream of a device. It is looked up in libtorch_cuda.so at the first call,
+// because torch loads that library with local visibility, and because this library must load where there is none.
+decltype(&aoti_torch_get_current_cuda_stream) current_stream_function() {
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    require(symbol != nullptr, "the CUDA backend needs a torch that is built for CUDA");
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(symbol);
+  }();
+  return function;
+}
+
 // Makes the tensors' device the current one for the duration of the call.
 class Context {
  public:
@@ -43,7 +56,7 @@ class Context {
 
   cuda::Stream stream() {
     void* stream = nullptr;
-    require(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
+    require(current_stream_function()(index_, &stream) == AOTI_TORCH_SUCCESS, "no current CUDA stream");
     return stream;
   }
 
