@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[ch]*')
 STYLED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')  # by .clang-format
 
-.PHONY: setup demo test slow faults guards lint clean
+.PHONY: setup demo test slow faults guards fault-table lint clean
 
 setup: $(READY)
 
@@ -29,7 +29,10 @@ faults: $(READY)
 	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest tests/faults
 
 guards: $(READY)
-	PYTHONPATH=tests/csrc $(BIN)/python tests/faults/remove_guards.py -k '$(K)'
+	PYTHONPATH=tests $(BIN)/python -m faults.remove_guards -k '$(K)'
+
+fault-table: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m faults.table
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
 from empcause.benchmarks.figures import Row
 from empcause.benchmarks.gate import Gate, first_sentence
 from empcause.benchmarks.peers import Inputs, Peer, make_inputs

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from empcause.benchmarks.gate import disagreement
-from ops.cases import Case, exact, gradients, plain_torch
 from torch import Tensor
 
 from empcause import biased_attention
+from empcause.benchmarks.gate import disagreement
+from ops.cases import Case, exact, gradients, plain_torch
 
 
 def matrix() -> Iterator[Case]:

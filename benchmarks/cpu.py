@@ -18,12 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from empcause.benchmarks.comparison import Yardstick, directions, time_case
-from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
-from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
-from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
-from empcause.benchmarks.shapes import Case
-from empcause.benchmarks.timing import Stopwatch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +25,12 @@ from tqdm import tqdm
 
 import empcause
 from empcause import _C
+from empcause.benchmarks.comparison import Yardstick, directions, time_case
+from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
+from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
+from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
+from empcause.benchmarks.shapes import Case
+from empcause.benchmarks.timing import Stopwatch
 from empcause.errors import UserError
 
 CPU = f"{OURS} cpu"

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formula
-from empcause.benchmarks.shapes import Case
 from torch import Tensor
 
+from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formula
+from empcause.benchmarks.shapes import Case
 from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference
 

@@ -27,6 +27,8 @@ if importlib.util.find_spec("empcause.kernels") is None:
     empcause.__path__.append(str(ROOT))
 
 import torch
+from torch.nn.attention import SDPBackend
+
 from empcause.benchmarks import correctness, training_steps
 from empcause.benchmarks.comparison import time_case
 from empcause.benchmarks.figures import OURS, Row, write_csv
@@ -36,8 +38,6 @@ from empcause.benchmarks.peers import Peer, peers
 from empcause.benchmarks.shapes import CASES, Case
 from empcause.benchmarks.timing import ROUNDS_SECONDS, Budget, Stopwatch, Timing
 from empcause.benchmarks.training_steps import Texts
-from torch.nn.attention import SDPBackend
-
 from empcause.ops.backends import load_cuda
 
 # Seconds after the start at which each section ends; the report takes a few more.

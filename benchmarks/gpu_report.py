@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+
 from empcause.benchmarks.figures import OURS, Row
 
 

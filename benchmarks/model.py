@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from empcause.benchmarks.shapes import CASES, Case
 from empcause.kernels.configurations import block_d, configuration
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from empcause.benchmarks.shapes import Case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from empcause import biased_attention, biased_attention_varlen
+from empcause.benchmarks.shapes import Case
 
 STRENGTH = 0.5
 SEED = 7

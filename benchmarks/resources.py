@@ -30,9 +30,10 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported: there would be nothing to compile
 
 import triton
+from tqdm import tqdm
+
 from empcause.kernels import aot
 from empcause.kernels.configurations import configuration
-from tqdm import tqdm
 
 TABLE = Path(__file__).parent / "results" / "resources.csv"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

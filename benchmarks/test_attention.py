@@ -7,6 +7,7 @@ skipped. Compare within one run, as ratios: the machine's speed cancels.
 from dataclasses import replace
 
 import pytest
+
 from empcause.benchmarks.comparison import directions
 from empcause.benchmarks.cpu import DTYPES, SUITES
 from empcause.benchmarks.gate import Gate, first_sentence

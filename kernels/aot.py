@@ -10,10 +10,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from empcause.kernels.operators import Call
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from empcause.kernels.operators import Call
 
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (64, 128, 256)

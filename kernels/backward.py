@@ -18,6 +18,7 @@ delta / z, and z is multiplied once, at the end.
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import (
     LOG2E,
     UNSPECIALIZED,

@@ -6,6 +6,7 @@ read once for all of them; weights of its own give each head its own tile.
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     logsumexp_pointer,

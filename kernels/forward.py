@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     load_rows,

@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 import torch
 import triton
+from torch import Tensor
+
 from empcause.kernels import weights
 from empcause.kernels.backward import backward_keys_kernel, backward_queries_kernel, delta_kernel
 from empcause.kernels.configurations import Configuration, block_d, configuration
 from empcause.kernels.decode import MAX_PARTS, decode_kernel, merge_kernel
 from empcause.kernels.forward import forward_kernel
-from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256

@@ -6,6 +6,7 @@ exp2. The logarithm is taken once per key here instead of once per tile there.
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import UNSPECIALIZED
 
 # Rounding may leave a weight meant as 0 slightly below it.

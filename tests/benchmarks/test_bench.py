@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from empcause.benchmarks import cpu
 from empcause.benchmarks.comparison import Yardstick, time_case
 from empcause.benchmarks.cpu import SUITES, Limits, best_peers, compare
@@ -12,7 +13,6 @@ from empcause.benchmarks.figures import Row
 from empcause.benchmarks.peers import cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch, Timing
-
 from empcause.cli import main
 from empcause.cli.bench import SUITES as CHOICES
 from empcause.errors import UserError

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
+
 from empcause.benchmarks import correctness, gpu, training_steps
 from empcause.benchmarks.comparison import time_case
 from empcause.benchmarks.figures import Row, ratios, write_csv
@@ -19,8 +21,6 @@ from empcause.benchmarks.peers import Peer, formula, make_inputs, peers, this_pa
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwatch, Timing
 from empcause.benchmarks.training_steps import Texts
-from torch.nn.attention import SDPBackend
-
 from empcause.integration import attention as integration
 from empcause.ops.choice import choose_backend
 

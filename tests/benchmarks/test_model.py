@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from empcause.benchmarks import model
 from empcause.benchmarks.model import GPUS, PUBLISHED, Tile, estimate, executed_tiles
 from empcause.benchmarks.shapes import CASES, Case

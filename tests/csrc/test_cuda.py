@@ -6,15 +6,15 @@ races, uninitialised shared memory and accesses outside of the tensors, and ends
 
 import pytest
 import torch
-from csrc.building import ROOT, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.cases import Case, gradients
-from ops.contract import TOLERANCE, Contract, packed_case
 
 import empcause
+from csrc.building import ROOT, build
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.backends import load_cuda
+from ops.cases import Case, gradients
+from ops.contract import TOLERANCE, Contract, packed_case
 
 ON_DEVICE = empcause.info()["cuda"].built and torch.cuda.is_available()
 DEVICE = "cuda" if ON_DEVICE else "cpu"

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 import torch
-from empcause._C import build_info
-from ops.cases import gradients
 from torch import Tensor
 
+from empcause._C import build_info
 from empcause.ops import biased_attention
+from ops.cases import gradients
 
 SHAPE = (1, 2, 64, 32)
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.accuracy import against_torch
-from ops.cases import Case
-from ops.contract import Contract
 
 import empcause
 from empcause.ops import biased_attention
+from ops.accuracy import against_torch
+from ops.cases import Case
+from ops.contract import Contract
 
 CPU = empcause.info()["cpu"]
 if not CPU.runs and os.environ.get("EMPCAUSE_REQUIRE_CPU") != "1":
