@@ -9,52 +9,9 @@ from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formul
 from empcause.benchmarks.shapes import Case
 from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference
+from empcause.testing import disagreement, gradients
 
 ROWS = 512  # of keys, that are judged at least: few values have no error of typical size
-NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
-
-
-def disagreement(
-    truth: Sequence[Tensor], got: Sequence[Tensor], plain: Sequence[Tensor], dtype: torch.dtype
-) -> str | None:
-    """Why results are not as exact as they should be; None if they are.
-
-    Two errors against fp64 count, the root of the mean square (which sees what is slightly wrong everywhere) and the largest
-    (which sees what is wrong somewhere). Each may be twice that of plain torch in the same dtype, and its rounding unit.
-
-    Args:
-        truth: output and gradients in fp64.
-        got: the same from what is judged.
-        plain: the same from plain torch in `dtype`.
-    """
-    rows = truth[0][..., 0].numel()
-    for name, expected, actual, usual in zip(NAMES, truth, got, plain, strict=False):
-        if actual.shape != expected.shape:
-            return f"{name}: shape {list(actual.shape)} in place of {list(expected.shape)}"
-        if not expected.numel():
-            continue
-        if not actual.isfinite().all():
-            return f"{name}: not finite"
-        eps, size = torch.finfo(dtype).eps, _root_mean_square(expected)
-        # However small a gradient is, it is a difference of larger terms, which are rounded.
-        measures = [("largest", _largest, 8 * eps * max(_largest(expected), 1.0))]
-        # An error has no typical size where the gradient vanishes but for the rounding of fp64, as with a single key, nor
-        # where all of it comes from a single row's probabilities.
-        if size > 1e-12 and rows > 1:
-            measures.append(("root mean square", _root_mean_square, eps * size))
-        for kind, measure, unit in measures:
-            error, bound = measure(actual.double() - expected), 2 * measure(usual.double() - expected) + unit
-            if error > bound:
-                return f"{name}: {kind} error {error:.3g}, allowed {bound:.3g}"
-    return None
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.abs().max())
 
 
 class Gate:
@@ -78,8 +35,8 @@ class Gate:
             with torch.no_grad():
                 got = [call(*self.inputs.leaves)]
         else:
-            wants_cause = peer.weighted and peer.cause_gradient
-            got = _gradients(call, self.inputs.leaves, self.inputs.grad_output, wants_cause)
+            number = 4 if peer.weighted and peer.cause_gradient else 3
+            got = gradients(call, self.inputs.leaves, self.inputs.grad_output, number)
         key = peer.weighted, dropout_p
         if key not in self._expected:
             self._expected[key] = tuple(
@@ -95,14 +52,6 @@ def first_sentence(error: BaseException) -> str:
     """The first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]
-
-
-def _gradients(call: Call, leaves: Sequence[Tensor], grad_output: Tensor, wants_cause: bool) -> list[Tensor]:
-    """Output and gradients of query, key, value, and of cause where wanted."""
-    leaves = [leaf.detach().requires_grad_(wants_cause or index < 3) for index, leaf in enumerate(leaves)]
-    output = call(*leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [output.detach(), *torch.autograd.grad(output, wanted, grad_output)]
 
 
 def _judged(case: Case) -> list[int]:
@@ -153,8 +102,8 @@ def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtyp
         leaves = (tensors[0][:, rows], tensors[1][:, head : head + 1], tensors[2][:, head : head + 1], cause)
         grad = grad_output[:, rows]
         if dtype is None:
-            parts.append(_gradients(plainly, leaves, grad, True))
+            parts.append(gradients(plainly, leaves, grad))
         else:
-            parts.append(_gradients(exactly, [leaf.to(dtype) for leaf in leaves], grad.to(dtype), True))
+            parts.append(gradients(exactly, [leaf.to(dtype) for leaf in leaves], grad.to(dtype)))
     heads = [torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:4]]
     return [*heads, torch.stack([part[4] for part in parts]).sum(0)]

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from empcause.benchmarks import correctness, gpu, training_steps
 from empcause.benchmarks.comparison import time_case
 from empcause.benchmarks.figures import Row, ratios, write_csv
-from empcause.benchmarks.gate import Gate, disagreement
+from empcause.benchmarks.gate import Gate
 from empcause.benchmarks.gpu_report import plot
 from empcause.benchmarks.peers import Peer, formula, make_inputs, peers, this_package
 from empcause.benchmarks.shapes import Case
@@ -23,6 +23,7 @@ from empcause.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwat
 from empcause.benchmarks.training_steps import Texts
 from empcause.integration import attention as integration
 from empcause.ops.choice import choose_backend
+from empcause.testing import disagreement
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "n_positions": 64}

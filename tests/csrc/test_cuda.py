@@ -13,7 +13,7 @@ import empcause
 from csrc.building import ROOT, build
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.backends import load_cuda
-from ops.cases import Case, gradients
+from empcause.testing import Case, gradients
 from ops.contract import TOLERANCE, Contract, packed_case
 
 ON_DEVICE = empcause.info()["cuda"].built and torch.cuda.is_available()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
-from ops.cases import Case
+from empcause.testing import Case
 from ops.contract import Contract, packed_case
 
 TRITON = empcause.info()["triton"]

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from empcause._C import build_info
 from empcause.ops import biased_attention
-from ops.cases import gradients
+from empcause.testing import NAMES, gradients
 
 SHAPE = (1, 2, 64, 32)
-NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
 
 
 def errors(

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen, use_backend
-from ops.cases import Case
+from empcause.testing import Case
 
 pytestmark = pytest.mark.skipif(not empcause.info()["cpu"].runs, reason="the CPU kernels are not built")
 
