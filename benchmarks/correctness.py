@@ -1,6 +1,7 @@
 """The cases that a backend must get right on a device before anything is timed there."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def matrix() -> Iterator[Case]:
         (torch.bfloat16, 256),
         (torch.float16, 16),
     ):
-        size = {"dtype": dtype, "dim": dim}
+        size: dict[str, Any] = {"dtype": dtype, "dim": dim}
         yield Case(**size, queries=150, keys=150, masked=True, layout="qkv")
         yield Case(**size, queries=129, keys=129, dropout_p=0.1, per_head=True, cause_shape="BHK")
         yield Case(**size, queries=1, keys=700, heads=6)

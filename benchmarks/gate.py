@@ -1,4 +1,4 @@
-"""What must hold of a peer before it is timed: outputs and gradients against fp64, on the very tensors that are timed."""
+"""A check of every peer before it is timed: outputs and gradients against fp64, on the very tensors that are timed."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ class Gate:
         self._expected: dict[tuple[bool, float], tuple[list[Tensor], list[Tensor]]] = {}
 
     def verdict(self, peer: Peer, call: Call) -> str | None:
-        """What is wrong with a peer, whose `call` was prepared with the case's dropout; None if nothing is."""
+        """Say what is wrong with a peer, whose `call` was prepared with the case's dropout; None if nothing is."""
         case = self.inputs.case
         dropout_p = case.dropout_p if peer.ours else 0.0
         if dropout_p != case.dropout_p:
@@ -39,23 +39,24 @@ class Gate:
             got = gradients(call, self.inputs.leaves, self.inputs.grad_output, number)
         key = peer.weighted, dropout_p
         if key not in self._expected:
-            self._expected[key] = tuple(
+            truth, plain = (
                 _joined([_expected(self.inputs, index, dropout_p, peer.weighted, dtype) for index in _judged(case)])
                 for dtype in (torch.float64, None)
             )
+            self._expected[key] = truth, plain
         truth, plain = self._expected[key]
         judged = _joined([_sequence(case, got, index) for index in _judged(case)])
         return disagreement(truth, judged, plain, case.dtype)
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]
 
 
 def _judged(case: Case) -> list[int]:
-    """Sequences of the batch, from the last on, until they have `ROWS` keys."""
+    """Return the numbers of the last sequences of the batch, as many as it takes to have `ROWS` keys."""
     last = case.batch - 1
     while last > 0 and sum(case.lengths[last:]) < ROWS:
         last -= 1
@@ -63,7 +64,7 @@ def _judged(case: Case) -> list[int]:
 
 
 def _sequence(case: Case, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
-    """One sequence's part, without padding, of tensors like query, key, value and cause: `[1, H, N, D]`, `[1, N]`."""
+    """Return one sequence's part of tensors like query or cause, without padding: `[1, H, N, D]` or `[1, N]`."""
     length = case.lengths[index]
     if case.packed:
         rows = slice(sum(case.lengths[:index]), sum(case.lengths[: index + 1]))
@@ -72,14 +73,18 @@ def _sequence(case: Case, tensors: Sequence[Tensor], index: int) -> list[Tensor]
 
 
 def _joined(sequences: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Such tensors of several sequences as one: `[rows, D]`, `[rows]`."""
+    """Return the tensors `[1, H, N, D]` and `[1, N]` of several sequences as one each: `[rows, D]` and `[rows]`."""
     return [
         torch.cat([x.flatten(0, -2) if x.dim() == 4 else x[0] for x in same]) for same in zip(*sequences, strict=True)
     ]
 
 
 def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtype: torch.dtype | None) -> list[Tensor]:
-    """Output and gradients for one sequence: the reference in fp64, or the plain formula in the case's own dtype."""
+    """Return output and gradients for one sequence.
+
+    Args:
+        dtype: of the reference; None: the formula in plain torch in the dtype of the case.
+    """
     case = inputs.case
     *tensors, cause, grad_output = _sequence(case, (*inputs.leaves, inputs.grad_output), index)
     cause = cause if weighted else torch.zeros_like(cause)
@@ -96,8 +101,8 @@ def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtyp
         def exactly(*leaves: Tensor, kept: Tensor = kept) -> Tensor:
             return biased_attention_reference(*leaves, strength=STRENGTH, dropout_p=dropout_p, keep=kept)[0]
 
-        def plainly(*leaves: Tensor, kept: Tensor = kept) -> Tensor:
-            return formula(*leaves, None, lambda probability: probability * kept / (1 - dropout_p))
+        def plainly(query: Tensor, key: Tensor, value: Tensor, cause: Tensor, kept: Tensor = kept) -> Tensor:
+            return formula(query, key, value, cause, None, lambda probability: probability * kept / (1 - dropout_p))
 
         leaves = (tensors[0][:, rows], tensors[1][:, head : head + 1], tensors[2][:, head : head + 1], cause)
         grad = grad_output[:, rows]

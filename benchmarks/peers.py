@@ -6,6 +6,7 @@ and cause. A peer that cannot weigh keys computes another function: it is there 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +106,13 @@ def this_package(backend: str) -> Peer:
 
     def prepare(inputs: Inputs, dropout_p: float) -> Call:
         seed = torch.tensor(SEED, device=inputs.query.device)
-        options = {"strength": STRENGTH, "dropout_p": dropout_p, "seed": seed, "backend": backend}
+        options: dict[str, Any] = {"strength": STRENGTH, "dropout_p": dropout_p, "seed": seed, "backend": backend}
         if not inputs.case.packed:
             return lambda *leaves: biased_attention(*leaves, key_mask=inputs.key_mask, **options)
         longest = max(inputs.case.lengths)
-        sums = {"cu_seqlens_q": inputs.sums, "cu_seqlens_k": inputs.sums}
-        return lambda *leaves: biased_attention_varlen(
-            *leaves, **sums, max_seqlen_q=longest, max_seqlen_k=longest, **options
-        )
+        options |= {"cu_seqlens_q": inputs.sums, "cu_seqlens_k": inputs.sums}
+        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        return lambda *leaves: biased_attention_varlen(*leaves, **options)
 
     return Peer(f"empcause {backend}", prepare, ours=True)
 
@@ -206,10 +206,15 @@ def _varlen_plain(inputs: Inputs, dropout_p: float, kernel: SDPBackend) -> Call:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(inputs.case.lengths)
-    gqa = {"enable_gqa": True} if inputs.case.heads != inputs.case.key_heads else {}
-    return lambda q, k, v, c: varlen_attn(
-        q, k, v, inputs.sums, inputs.sums, longest, longest, window_size=(-1, 0), **gqa
-    )
+    options: dict[str, Any] = {"enable_gqa": True} if inputs.case.heads != inputs.case.key_heads else {}
+    packing: tuple[Any, ...] = (inputs.sums, inputs.sums, longest, longest)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
+        output = varlen_attn(query, key, value, *packing, window_size=(-1, 0), **options)
+        assert isinstance(output, Tensor), "it returns more only where it is asked to"
+        return output
+
+    return call
 
 
 def _flex(compiled: bool) -> Callable[[Inputs, float], Call]:

@@ -25,6 +25,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported: there would be nothing to compile
@@ -184,9 +185,24 @@ def triton_figures(variant: aot.Variant, arch: int) -> list[Figures]:
     if variant.kernel not in ("weights", "merge"):  # which have one configuration, without a plan
         dtype, dropout = aot.DTYPES[variant.dtype], "dropout" in variant.options
         planned = configuration(variant.kernel, variant.head_dim, dtype, arch, dropout).blocks_per_sm
-    named = ("triton", variant.kernel, variant.dtype, variant.head_dim, variant.options, arch)
-    figures = (registers, local, metadata.shared, threads, planned, possible, matrix, copies)
-    return [Figures(*named, *figures, triton_compiler(arch))]
+    figures = Figures(
+        backend="triton",
+        kernel=variant.kernel,
+        dtype=variant.dtype,
+        head_dim=variant.head_dim,
+        options=variant.options,
+        arch=arch,
+        registers=registers,
+        local_bytes=local,
+        shared_bytes=metadata.shared,
+        threads=threads,
+        planned_blocks=planned,
+        possible_blocks=possible,
+        matrix_instructions=matrix,
+        async_copies=copies,
+        compiler=triton_compiler(arch),
+    )
+    return [figures]
 
 
 # --- CUDA.
@@ -248,9 +264,25 @@ def cuda_figures(source: str, dtype: str, arch: int) -> list[Figures]:
         # From sm_90 on, what the system reserves is counted where a kernel uses shared memory at all.
         shared = dynamic + max(0, static - (SHARED_RESERVED if arch >= 90 else 0))
         possible = possible_blocks(arch, registers, threads, shared)
-        figures = (registers, local, shared, threads, planned, possible, matrix, copies, cuda_compiler())
         name, head_dim, options = kernel_of(kernel)
-        rows.append(Figures("cuda", name, dtype, head_dim, options, arch, *figures))
+        figures = Figures(
+            backend="cuda",
+            kernel=name,
+            dtype=dtype,
+            head_dim=head_dim,
+            options=options,
+            arch=arch,
+            registers=registers,
+            local_bytes=local,
+            shared_bytes=shared,
+            threads=threads,
+            planned_blocks=planned,
+            possible_blocks=possible,
+            matrix_instructions=matrix,
+            async_copies=copies,
+            compiler=cuda_compiler(),
+        )
+        rows.append(figures)
     return rows
 
 
@@ -295,7 +327,8 @@ def read_table(path: Path) -> dict[tuple[str, ...], Figures]:
     if not path.exists():
         return {}
     with path.open(newline="") as file:
-        rows = [Figures(*(field.type(row[field.name]) for field in fields(Figures))) for row in csv.DictReader(file)]
+        kinds: dict[str, Any] = {field.name: field.type for field in fields(Figures)}  # int or str
+        rows = [Figures(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in csv.DictReader(file)]
     return {row.key: row for row in rows}
 
 

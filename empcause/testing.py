@@ -154,13 +154,13 @@ def measured(case: Case, backend: str, device: str = "cpu") -> list[Tensor]:
     tensors, options = case.make()
     options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
 
-    def call(*leaves: Tensor | None) -> Tensor:
+    def call(*leaves: Any) -> Tensor:
         return biased_attention(*(_on(device, leaf) for leaf in leaves), **options, backend=backend).cpu()
 
     return gradients(call, tensors)
 
 
-def _on(device: str, tensor: Tensor | None) -> Tensor | None:
+def _on(device: str, tensor: Any) -> Any:
     """Return the tensor on a device, with its strides even where it is a view into a larger buffer."""
     if tensor is None or tensor.device.type == torch.device(device).type:
         return tensor
@@ -255,14 +255,13 @@ def verdict(case: Case, backend: str, device: str = "cpu") -> str | None:
     """
     rows = case.batch * case.heads * case.queries
     draws = range(min(MOST_DRAWS, -(-JUDGED_ROWS // rows)) if rows else 1)
-    joined = (
-        [
-            torch.cat(parts)
-            for parts in zip(*(results(replace(case, seed=case.seed + 1000 * i)) for i in draws), strict=True)
-        ]
-        for results in (exact, partial(measured, backend=backend, device=device), plain_torch)
-    )
-    return disagreement(*joined, case.dtype)
+
+    def joined(results: Callable[[Case], list[Tensor]]) -> list[Tensor]:
+        drawn = (results(replace(case, seed=case.seed + 1000 * index)) for index in draws)
+        return [torch.cat(parts) for parts in zip(*drawn, strict=True)]
+
+    ours = joined(partial(measured, backend=backend, device=device))
+    return disagreement(joined(exact), ours, joined(plain_torch), case.dtype)
 
 
 def assert_close(case: Case, backend: str, device: str = "cpu") -> None:

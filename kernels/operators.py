@@ -209,7 +209,7 @@ class Call:
             forms = "[M] or [H or 1, M]" if self.packed else "[B or 1, K] or [B or 1, H or 1, K]"
             _refuse("cause", f"float32 {forms}", cause)
         outer, heads = self.cause_sizes()
-        shape = () if self.packed else (1 if outer == 1 else self.outer,)
+        shape: tuple[int, ...] = () if self.packed else (1 if outer == 1 else self.outer,)
         shape += (1 if heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
         self.check_contiguous("cause", cause, torch.float32, (*shape, self.num_keys))
 
