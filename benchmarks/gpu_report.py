@@ -42,6 +42,8 @@ def plot_all(rows: Sequence[Row], facts: dict[str, str], folder: Path) -> None:
 def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -> bool:
     """Draw medians of a section as bars, a panel per case and direction; the lines are the 20th and 80th percentile.
 
+    What only one peer was timed for has no panel.
+
     Returns:
         Whether there was anything to draw.
     """
@@ -54,12 +56,15 @@ def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -
     for row in rows:
         if row.timing and row.section == section:
             panels.setdefault(row.group, []).append((row, row.timing))
+    panels = {group: found for group, found in panels.items() if len(found) > 1}
     if not panels:
         return False
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.24 * max(len(found) for found in panels.values()) + 0.9
-    figure, grid = pyplot.subplots(lines, columns, figsize=(6 * columns, height * lines + 0.5), squeeze=False)
+    figure, grid = pyplot.subplots(
+        lines, columns, figsize=(6 * columns, height * lines + 0.5), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     for axes, ((_, case, direction), found) in zip(grid.flat, panels.items(), strict=False):
@@ -78,7 +83,6 @@ def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("milliseconds (grey: without weights, another function)", fontsize=8)
     figure.suptitle(f"{section}: {facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

@@ -1,9 +1,11 @@
 """What every shipped kernel needs of a GPU, read from its machine code: registers, memory, matrix instructions. No GPU is needed.
 
-    python benchmarks/resources.py                 compiles everything, rewrites benchmarks/results/resources.csv and resources.md
-    python benchmarks/resources.py --check         compiles everything; exit code 1 if a limit is broken or a figure got worse
-    python benchmarks/resources.py --check --dtypes bf16 fp32  without fp16, whose kernels differ from those of bf16 by little
-    python benchmarks/resources.py --check --fast  a part, in about half a minute
+    python -m empcause.benchmarks.resources                 compiles everything, rewrites benchmarks/results/resources.csv and .md
+    python -m empcause.benchmarks.resources --check         compiles everything; exit code 1 if limits break or figures are worse
+    python -m empcause.benchmarks.resources --check --dtypes bf16 fp32    without fp16, whose kernels differ little from bf16's
+    python -m empcause.benchmarks.resources --check --fast  a part, in about half a minute
+
+It needs the sources: an editable install.
 
 Limits: no local memory (spills, stacks), matrix instructions in every kernel with products of 16-bit numbers, and registers and
 shared memory that let the planned number of blocks share a multiprocessor. Figures are compared with the committed table if the
@@ -345,7 +347,7 @@ def summary(rows: list[Figures]) -> str:
     archs = sorted(SHARED_BYTES)
     lines = [
         "Registers per thread / KiB of shared memory per block / blocks that fit one multiprocessor; bf16, head size 64,",
-        "with the options that take most registers. Written by `python benchmarks/resources.py`.",
+        "with the options that take most registers. Written by `python -m empcause.benchmarks.resources`.",
         "",
         "| backend | kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "|---|---|" + "---:|" * len(archs),
