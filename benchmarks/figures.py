@@ -22,7 +22,7 @@ class Row:
         case: name of the shape or batch, and its dtype.
         direction: "forward", "forward+backward", "forward+backward+cause" (with the gradient of cause), "step".
         peer: what was timed.
-        same_function: whether it weighs keys as asked, or is there as a mark of speed only.
+        same_function: whether it weighs keys as asked, or is there to compare speed only.
         status: "ok", or why it was not timed.
         timing: milliseconds.
         gflops: useful multiplications and additions of the matrix products, 10^9 per second; None for training steps.
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """Rows that are compared with each other: section, case, direction."""
+        """Section, case and direction: rows of the same group are compared with each other."""
         return self.section, self.case, self.direction
 
 

@@ -10,6 +10,7 @@ The rule (`disagreement`) measures errors against fp64 and bounds them by the er
 dtype of the case.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,8 +24,9 @@ from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference, key_weights
 
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
-# A case of fewer query rows is drawn several times: a row's errors go together, so those of a few rows have no typical size.
-JUDGED_ROWS, MOST_DRAWS = 128, 8
+# A case with fewer query rows, or with fewer elements of query or key, is drawn several times: few errors have no typical size,
+# and all errors of a row go together.
+JUDGED_ROWS, JUDGED_ELEMENTS, MOST_DRAWS = 128, 512, 64
 _STRENGTH, _SEED = 0.8, 11
 _LAYOUTS = ("BHND", "BNHD", "BHDN", "qkv")
 
@@ -251,10 +253,12 @@ def _largest(x: Tensor) -> float:
 def verdict(case: Case, backend: str, device: str = "cpu") -> str | None:
     """Say what is wrong with a backend on a case, by `disagreement`; None if nothing is.
 
-    A case of fewer than JUDGED_ROWS query rows is drawn with up to MOST_DRAWS seeds, and the draws are judged as one.
+    A small case is drawn with up to MOST_DRAWS seeds, until it has JUDGED_ROWS query rows and JUDGED_ELEMENTS elements of query
+    and of key, and the draws are judged as one.
     """
-    rows = case.batch * case.heads * case.queries
-    draws = range(min(MOST_DRAWS, -(-JUDGED_ROWS // rows)) if rows else 1)
+    rows, key_rows = case.batch * case.heads * case.queries, case.batch * case.key_heads * case.keys
+    share = min(rows / JUDGED_ROWS, min(rows, key_rows) * case.dim / JUDGED_ELEMENTS)
+    draws = range(min(MOST_DRAWS, math.ceil(1 / share)) if share else 1)
 
     def joined(results: Callable[[Case], list[Tensor]]) -> list[Tensor]:
         drawn = (results(replace(case, seed=case.seed + 1000 * index)) for index in draws)
