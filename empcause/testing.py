@@ -13,7 +13,6 @@ dtype of the case.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,12 @@ from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference, key_weights
 
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
-# A case with fewer query rows, or with fewer elements of query or key, is drawn several times: few errors have no typical size,
-# and all errors of a row go together.
-JUDGED_ROWS, JUDGED_ELEMENTS, MOST_DRAWS = 128, 512, 64
+# A case needs as many query rows, and elements of query and of key, for its root mean square error to be judged alone: few errors
+# have no typical size, and all errors of a row go together. Otherwise a batch at most LARGEST_FACTOR times as large is added.
+JUDGED_ROWS, JUDGED_ELEMENTS, LARGEST_FACTOR = 128, 512, 64
+# With fewer columns a few extreme elements make the root mean square; where rows see fewer keys, torch subtracts equal terms
+# without an error, and its own root mean square is no measure.
+JUDGED_COLUMNS = JUDGED_KEYS = 8
 _STRENGTH, _SEED = 0.8, 11
 _LAYOUTS = ("BHND", "BNHD", "BHDN", "qkv")
 
@@ -201,7 +203,11 @@ def plain_torch(case: Case) -> list[Tensor]:
 
 
 def disagreement(
-    truth: Sequence[Tensor], got: Sequence[Tensor], plain: Sequence[Tensor], dtype: torch.dtype
+    truth: Sequence[Tensor],
+    got: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    dtype: torch.dtype,
+    errors: Sequence[str] = ("largest", "root mean square"),
 ) -> str | None:
     """Say why results are less exact than they should be; None if they are exact enough.
 
@@ -213,6 +219,7 @@ def disagreement(
         got: what is judged, in the same order.
         plain: the results of plain torch in `dtype`, in the same order.
         dtype: whose rounding unit counts.
+        errors: the kinds of error that count.
 
     Returns:
         One sentence that names the first tensor that is wrong, its error and the bound.
@@ -231,11 +238,14 @@ def disagreement(
         vanishes = size <= 1e-12
         # However small a gradient is, it is a difference of larger terms, which are rounded.
         terms = truth[0].shape[-1] ** 0.5 if vanishes else 1.0
-        measures = [("largest", _largest, 8 * eps * max(_largest(expected), terms))]
+        measures = {"largest": (_largest, 8 * eps * max(_largest(expected), terms))}
         # Nor has it one where all of it comes from a single row's probabilities.
         if not vanishes and rows > 1:
-            measures.append(("root mean square", _root_mean_square, eps * size))
-        for kind, measure, unit in measures:
+            measures["root mean square"] = _root_mean_square, eps * size
+        for kind in errors:
+            if kind not in measures:
+                continue
+            measure, unit = measures[kind]
             error, bound = measure(actual.double() - expected), 2 * measure(usual.double() - expected) + unit
             if error > bound:
                 return f"{name}: {kind} error {error:.3g}, allowed {bound:.3g}"
@@ -253,19 +263,31 @@ def _largest(x: Tensor) -> float:
 def verdict(case: Case, backend: str, device: str = "cpu") -> str | None:
     """Say what is wrong with a backend on a case, by `disagreement`; None if nothing is.
 
-    A small case is drawn with up to MOST_DRAWS seeds, until it has JUDGED_ROWS query rows and JUDGED_ELEMENTS elements of query
-    and of key, and the draws are judged as one.
+    The root mean square of a small case is judged together with that of a larger batch, so that there are JUDGED_ROWS query rows
+    and JUDGED_ELEMENTS elements of query and of key. It is not judged with fewer than JUDGED_COLUMNS columns, nor where no row
+    sees JUDGED_KEYS keys. A case with `extra` options, which fit its own batch, is judged alone.
     """
+
+    def results(case: Case) -> tuple[list[Tensor], ...]:
+        return exact(case), measured(case, backend, device), plain_torch(case)
+
     rows, key_rows = case.batch * case.heads * case.queries, case.batch * case.key_heads * case.keys
     share = min(rows / JUDGED_ROWS, min(rows, key_rows) * case.dim / JUDGED_ELEMENTS)
-    draws = range(min(MOST_DRAWS, math.ceil(1 / share)) if share else 1)
-
-    def joined(results: Callable[[Case], list[Tensor]]) -> list[Tensor]:
-        drawn = (results(replace(case, seed=case.seed + 1000 * index)) for index in draws)
-        return [torch.cat(parts) for parts in zip(*drawn, strict=True)]
-
-    ours = joined(partial(measured, backend=backend, device=device))
-    return disagreement(joined(exact), ours, joined(plain_torch), case.dtype)
+    offset = case.keys - case.queries if case.query_offset is None else case.query_offset
+    seen = min(case.keys, case.queries + offset) if case.causal else case.keys
+    few = case.dim < JUDGED_COLUMNS or seen < JUDGED_KEYS
+    truth, got, plain = results(case)
+    if (not 0 < share < 1 or case.extra) and not few:
+        return disagreement(truth, got, plain, case.dtype)
+    wrong = disagreement(truth, got, plain, case.dtype, ["largest"])
+    if wrong is not None or few:
+        return wrong
+    larger = replace(case, batch=case.batch * min(LARGEST_FACTOR, math.ceil(1 / share)), seed=case.seed + 1000)
+    truth, got, plain = (
+        [torch.cat(parts) for parts in zip(alone, others, strict=True)]
+        for alone, others in zip((truth, got, plain), results(larger), strict=True)
+    )
+    return disagreement(truth, got, plain, case.dtype, ["root mean square"])
 
 
 def assert_close(case: Case, backend: str, device: str = "cpu") -> None:

@@ -56,7 +56,7 @@ def decode_kernel(
 ):
     """Store what one part of the keys gives, in fp32.
 
-    The output is `[parts, num_outer, rows, heads, head_dim]`, maximum and total of the rows are `[parts, num_outer, heads, rows]`.
+    The output is `[parts, num_outer, rows, heads, head_dim]`, maximum and total of rows are `[parts, num_outer, heads, rows]`.
 
     Row r of the tile is query `r % max_queries` of head `first_head + r // max_queries`; `packed_heads` heads share the tile.
     """
