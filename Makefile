@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[ch]*')
 STYLED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')  # by .clang-format
 
-.PHONY: setup demo test slow faults guards abi lint clean
+.PHONY: setup demo test slow faults guards fault-table abi lint clean
 
 setup: $(READY)
 
@@ -30,16 +30,22 @@ faults: $(READY)
 	EMPCAUSE_REQUIRE_CPU=1 $(BIN)/python -m pytest tests/faults
 
 guards: $(READY)
-	PYTHONPATH=tests/csrc $(BIN)/python tests/faults/remove_guards.py -k '$(K)'
+	PYTHONPATH=tests $(BIN)/python -m faults.remove_guards -k '$(K)'
 
 abi: $(READY)
 	$(BIN)/python -m pytest -m abi -s tests/csrc/test_abi.py
 
+fault-table: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m faults.table
+
+# mypy reads the package as it is installed, with kernels/ and benchmarks/ inside.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(STYLED)
-	$(BIN)/mypy
+	rm -rf build/typed/empcause && mkdir -p build/typed/empcause
+	ln -s $(CURDIR)/empcause/* $(CURDIR)/kernels $(CURDIR)/benchmarks build/typed/empcause
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 # Built against the torch in .venv: an isolated build would fetch a torch of its own.
 $(READY): $(NATIVE)

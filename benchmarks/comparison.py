@@ -1,11 +1,13 @@
-"""One case of attention: its peers are checked, then those that are right are timed in turn."""
+"""One case of attention: every peer is judged, then those that are right are timed in turn."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from empcause.benchmarks.figures import Row
 from empcause.benchmarks.gate import Gate, first_sentence
 from empcause.benchmarks.peers import Inputs, Peer, make_inputs
@@ -14,12 +16,12 @@ from empcause.benchmarks.timing import ROUNDS_SECONDS, Stopwatch
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """Something that shows what the machine does at most, timed in turn with the peers.
+class Limit:
+    """Work that shows the most that the machine does, timed in turn with the peers.
 
     Attributes:
         run: does `work` FLOPs, or reads as many bytes.
-        needs: how much of that a case takes, for a direction.
+        needs: how much of that work a case takes, for a direction.
     """
 
     name: str
@@ -28,8 +30,26 @@ class Yardstick:
     needs: Callable[[Case, str], float]
 
 
-def directions(inputs: Inputs, peer: Peer, call: Callable[..., torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed of a peer."""
+@dataclass(frozen=True)
+class Prepared:
+    """One direction of a peer, judged and ready to be timed; or the reason why there is nothing to time.
+
+    Attributes:
+        direction: "forward", "forward+backward", "forward+backward+cause" (with the gradient of cause); "all" without a call.
+        call: what is timed; it ran once. None: see `status`.
+        status: "ok", or why there is no call.
+        refused: whether the peer itself raised an error.
+    """
+
+    peer: Peer
+    direction: str
+    call: Callable[[], object] | None
+    status: str = "ok"
+    refused: bool = False
+
+
+def directions(inputs: Inputs, peer: Peer, call: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
+    """Return what can be timed of a peer, by direction."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -47,56 +67,73 @@ def directions(inputs: Inputs, peer: Peer, call: Callable[..., torch.Tensor]) ->
     return found
 
 
-def time_case(
-    case: Case,
-    candidates: list[Peer],
-    device: str,
-    stopwatch: Stopwatch,
-    seconds: float = float("inf"),
-    patience: float = float("inf"),
-    rounds_seconds: float = ROUNDS_SECONDS,
-    yardstick: Yardstick | None = None,
-) -> Iterator[Row]:
-    """Check the peers on a case, as many as the seconds suffice for, then time those that are right, in turn.
+def prepare(
+    case: Case, peers: Sequence[Peer], device: str, seconds: float = float("inf"), patience: float = float("inf")
+) -> Iterator[Prepared]:
+    """Judge peers on the very tensors that are timed, and yield every direction of those that are right.
 
     Args:
-        patience: a peer whose check takes longer than this many seconds is left out.
-        rounds_seconds: what timing one direction may take.
-        yardstick: gets a row of the time that it would take for this case.
+        seconds: after this many, peers that are left are not judged.
+        patience: a peer of others whose check takes longer than this many seconds is left out.
     """
     begun = time.monotonic()
     torch.compiler.reset()
     inputs = make_inputs(case, device)
     gate = Gate(inputs)
+    for peer in peers:
+        if time.monotonic() - begun >= seconds:
+            yield Prepared(peer, "all", None, "not reached")
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a peer that refuses also says so in an error
+                call = peer.prepare(inputs, case.dropout_p)
+                checked = time.monotonic()
+                wrong = gate.verdict(peer, call)
+                checked = time.monotonic() - checked
+                if wrong is None and checked > patience and not peer.ours:
+                    wrong = f"right, but too slow: its check took {checked:.0f} s"
+                found = directions(inputs, peer, call) if wrong is None else {}
+                for timed in found.values():
+                    timed()
+        except Exception as error:  # peers refuse in many ways
+            yield Prepared(peer, "all", None, f"does not run: {first_sentence(error)}", refused=True)
+            continue
+        if wrong is not None:
+            yield Prepared(peer, "all", None, wrong)
+        yield from (Prepared(peer, direction, timed) for direction, timed in found.items())
+
+
+def time_case(
+    case: Case,
+    peers: Sequence[Peer],
+    device: str,
+    stopwatch: Stopwatch,
+    seconds: float = float("inf"),
+    patience: float = float("inf"),
+    rounds_seconds: float = ROUNDS_SECONDS,
+    limit: Limit | None = None,
+) -> Iterator[Row]:
+    """Judge the peers (see `prepare`), then time those that are right, in turn; what is not timed has a row with the reason.
+
+    Args:
+        rounds_seconds: what timing one direction may take.
+        limit: gets a row with the time that it would take for the work of this case.
+    """
     name = f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
     calls: dict[str, dict[str, Callable[[], object]]] = {}
-    for peer in candidates:
-        verdict: str | None = "not reached"
-        if time.monotonic() - begun < seconds:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a peer that refuses also says so in an error
-                    call = peer.prepare(inputs, case.dropout_p)
-                    checked = time.monotonic()
-                    verdict = gate.verdict(peer, call)
-                    checked = time.monotonic() - checked
-                    if verdict is None and checked > patience and not peer.ours:
-                        verdict = f"right, but too slow: its check took {checked:.0f} s"
-                    if verdict is None:
-                        for direction, timed in directions(inputs, peer, call).items():
-                            timed()
-                            calls.setdefault(direction, {})[peer.name] = timed
-            except Exception as error:  # peers refuse in many ways
-                verdict = f"does not run: {first_sentence(error)}"
-        if verdict is not None:
-            yield Row("attention", name, "all", peer.name, peer.weighted, verdict)
-    weighted = {peer.name: peer.weighted for peer in candidates}
+    for item in prepare(case, peers, device, seconds, patience):
+        if item.call is None:
+            yield Row("attention", name, item.direction, item.peer.name, item.peer.weighted, item.status)
+        else:
+            calls.setdefault(item.direction, {})[item.peer.name] = item.call
+    weighted = {peer.name: peer.weighted for peer in peers}
     for direction, found in calls.items():
-        if yardstick is not None:
-            found[yardstick.name] = yardstick.run
+        if limit is not None:
+            found[limit.name] = limit.run
         for peer_name, timing in stopwatch.interleave(found, rounds_seconds).items():
-            if yardstick is not None and peer_name == yardstick.name:
-                timing = timing.scaled(yardstick.needs(case, direction) / yardstick.work)
+            if limit is not None and peer_name == limit.name:
+                timing = timing.scaled(limit.needs(case, direction) / limit.work)
             gflops = case.flops(direction) / timing.median / 1e6
             same = weighted.get(peer_name, False)
             yield Row("attention", name, direction, peer_name, same, "ok", timing, gflops, shape=case)

@@ -1,6 +1,6 @@
-"""Attention on the CPU beside the other ways to it, and beside what the machine can do at most: `empcause bench`.
+"""Attention on the CPU beside the other ways to compute it, and beside the machine's limits: `empcause bench`.
 
-Every case is checked against fp64 first; what is wrong is not timed. Peers take turns, so that a machine that slows down slows
+Every peer is judged against fp64 first; one that is wrong is not timed. Peers take turns, so that a machine that slows down slows
 them all: compare ratios, not milliseconds. The machine's limits are measured in the same run.
 """
 
@@ -13,24 +13,24 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from empcause.benchmarks.comparison import Yardstick, directions, time_case
-from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
-from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
-from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
-from empcause.benchmarks.shapes import Case
-from empcause.benchmarks.timing import Stopwatch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 import empcause
-from empcause import _C
+from empcause._C import build_info, multiply_adds, read_all
+from empcause.benchmarks.comparison import Limit, directions, time_case
+from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
+from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
+from empcause.benchmarks.peers import FLEX, Peer, cpu_peers, make_inputs
+from empcause.benchmarks.shapes import Case
+from empcause.benchmarks.timing import Stopwatch
 from empcause.errors import UserError
 
 CPU = f"{OURS} cpu"
@@ -73,7 +73,7 @@ SUITES: dict[str, list[Case]] = {
 
 
 class Limits:
-    """What the machine does at most, by as many threads as torch has: multiply-adds, and reading memory.
+    """The most that the machine does with as many threads as torch has: multiply-adds, and reading memory.
 
     Attributes:
         gflops: 10^9 FLOP/s of each dtype, the best of several. bf16 is on a par with fp32 where it is multiplied as that.
@@ -83,44 +83,45 @@ class Limits:
     def __init__(self, rounds: int = 4_000_000, bytes_read: int = 2**29, repeats: int = 8) -> None:
         self._tasks = 8 * torch.get_num_threads()
         self._values = torch.ones(bytes_read // 4)  # more than the caches hold
-        in_pairs = _C.multiply_adds(1, 1, True) > _C.multiply_adds(1, 1, False)
-        self._in_pairs = {torch.float32: False, torch.bfloat16: in_pairs}
-        best = {pairs: _best_rate(self._multiply_adds(pairs, rounds), repeats) for pairs in {False, in_pairs}}
-        self.gflops = {dtype: best[pairs] for dtype, pairs in self._in_pairs.items()}
+        # Whether bf16 is multiplied as bf16, two products at a time.
+        has_bf16 = multiply_adds(1, 1, True) > multiply_adds(1, 1, False)
+        self._as_bf16 = {torch.float32: False, torch.bfloat16: has_bf16}
+        best = {as_bf16: _best_rate(self._multiply_adds(as_bf16, rounds), repeats) for as_bf16 in {False, has_bf16}}
+        self.gflops = {dtype: best[as_bf16] for dtype, as_bf16 in self._as_bf16.items()}
         self.gigabytes = _best_rate(self._reading(bytes_read), repeats)
 
-    def of(self, case: Case) -> Yardstick:
-        """What a case is timed beside, as a machine that others use too is not always equally fast.
+    def of(self, case: Case) -> Limit:
+        """Return the limit of a case, which is timed in turn with it: a machine that others use too is not always equally fast.
 
-        Decoding is bound by reading, the rest by multiply-adds. Of either no more than the case takes, so that waking threads
-        counts as much in both; and while a processor computes for long and reads nothing, its neighbours fill the caches, and
-        the peer that comes next pays for it.
+        Decoding is bound by reading, the rest by multiply-adds. A limit does no more work than the case needs, so that waking
+        threads counts as much in both; and while a processor computes for long and reads nothing, its neighbours fill the
+        caches, and the peer that comes next pays for it.
         """
         if case.decoding:
             return self._reading(case.bytes("forward"))
-        in_pairs = self._in_pairs[case.dtype]
-        return self._multiply_adds(in_pairs, int(case.flops("forward")) // _C.multiply_adds(1, 1, in_pairs))
+        as_bf16 = self._as_bf16[case.dtype]
+        return self._multiply_adds(as_bf16, int(case.flops("forward")) // multiply_adds(1, 1, as_bf16))
 
-    def _multiply_adds(self, in_pairs: bool, rounds: int) -> Yardstick:
+    def _multiply_adds(self, as_bf16: bool, rounds: int) -> Limit:
         rounds_each = max(1, rounds // self._tasks)
 
-        def multiply_adds() -> None:
-            _C.multiply_adds(rounds_each, self._tasks, in_pairs)
+        def run() -> None:
+            multiply_adds(rounds_each, self._tasks, as_bf16)
 
-        work = rounds_each * self._tasks * _C.multiply_adds(1, 1, in_pairs)
-        return Yardstick("limit: multiply-adds", multiply_adds, work, Case.flops)
+        work = rounds_each * self._tasks * multiply_adds(1, 1, as_bf16)
+        return Limit("limit: multiply-adds", run, work, Case.flops)
 
-    def _reading(self, wanted: int) -> Yardstick:
+    def _reading(self, wanted: int) -> Limit:
         values = self._values[: wanted // 4]
 
-        def read() -> None:
-            _C.read_all(values.data_ptr(), values.numel(), self._tasks)
+        def run() -> None:
+            read_all(values.data_ptr(), values.numel(), self._tasks)
 
-        return Yardstick("limit: reading", read, values.nbytes, Case.bytes)
+        return Limit("limit: reading", run, values.nbytes, Case.bytes)
 
 
-def _best_rate(limit: Yardstick, repeats: int) -> float:
-    """10^9 FLOPs or bytes per second."""
+def _best_rate(limit: Limit, repeats: int) -> float:
+    """Return the best rate of several runs: 10^9 FLOPs or bytes per second."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -130,14 +131,14 @@ def _best_rate(limit: Yardstick, repeats: int) -> float:
 
 
 def machine(limits: Limits) -> dict[str, str]:
-    """What the figures depend on."""
+    """Return what the figures depend on: processor, instruction set, threads, limits, versions."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
         "cpu": model,
-        "isa": _C.build_info()["isa_selected"],
+        "isa": build_info()["isa_selected"],
         "threads": str(torch.get_num_threads()),
         "peak_gflops": f"{limits.gflops[torch.float32]:.1f}",
         "peak_gflops_bf16": f"{limits.gflops[torch.bfloat16]:.1f}",
@@ -147,25 +148,34 @@ def machine(limits: Limits) -> dict[str, str]:
     }
 
 
+def chosen_cases(suites: Iterable[str] | None = None, dtypes: Iterable[str] | None = None) -> list[Case]:
+    """Return the cases of suites in the dtypes, both by name; None: all."""
+    suites, dtypes = SUITES if suites is None else suites, DTYPES if dtypes is None else dtypes
+    return [replace(case, dtype=DTYPES[dtype]) for suite in suites for dtype in dtypes for case in SUITES[suite]]
+
+
+def chosen_peers(names: Sequence[str] | None = None) -> list[Peer]:
+    """Return this package and the peers of these names; None: all but FlexAttention, which compiles for long."""
+    return [peer for peer in cpu_peers() if peer.ours or (peer.name != FLEX if names is None else peer.name in names)]
+
+
 def run(
     suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | None, seconds: float, limits: Limits
 ) -> Iterator[Row]:
-    """Check and time the peers on every case.
+    """Judge and time the peers on every case.
 
     Args:
-        names: of the peers, beside this package; None: all but FlexAttention, which compiles for long.
+        suites, dtypes, names: as in `chosen_cases` and `chosen_peers`.
         seconds: for the rounds of one direction of a case.
     """
-    chosen = [peer for peer in cpu_peers() if peer.ours or (peer.name != FLEX if names is None else peer.name in names)]
-    cases = [replace(case, dtype=DTYPES[dtype]) for suite in suites for dtype in dtypes for case in SUITES[suite]]
-    stopwatch = Stopwatch("cpu")
-    for case in tqdm(cases, desc="attention", unit="case", disable=None):
+    peers, stopwatch = chosen_peers(names), Stopwatch("cpu")
+    for case in tqdm(chosen_cases(suites, dtypes), desc="attention", unit="case", disable=None):
         limit = limits.of(case)
-        yield from time_case(case, chosen, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, yardstick=limit)
+        yield from time_case(case, peers, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, limit=limit)
 
 
 def peak_memory(name: str, length: int) -> int:
-    """Bytes that a forward and backward pass takes at most, beside its inputs: the growth of this process by Linux's account."""
+    """Return the bytes that a forward and backward pass takes at its peak beside its inputs, by Linux's account."""
     inputs = make_inputs(Case("memory", 1, 12, 12, length, length, 64, torch.float32), "cpu")
     peer = next(peer for peer in cpu_peers() if peer.name == name)
     call = directions(inputs, peer, peer.prepare(inputs, 0.0))["forward+backward"]
@@ -200,7 +210,7 @@ def run_memory(lengths: Sequence[int] = (1024, 2048, 4096)) -> Iterator[Row]:
 
 
 def best_peers(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, float]]:
-    """Of each section, case and direction: the fastest other way to the same function, and its time / ours."""
+    """Return the fastest peer of the same function, and its time / ours, for each section, case and direction."""
     found: dict[tuple[str, str, str], tuple[str, float]] = {}
     by_peer = ratios(rows)
     for row in rows:
@@ -211,7 +221,7 @@ def best_peers(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, flo
 
 
 def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
-    """Our figures, with the fastest peer's ratio; then geometric means, and what was not timed."""
+    """Print our figures with the fastest peer's ratio, then geometric means, then what was not timed."""
     best, found = best_peers(rows), ratios(rows)
     table = Table("case", "direction", "ms", "p20", "p80", "GFLOP/s", "of limit", "best peer", "/ ours", box=SIMPLE)
     for column in table.columns[2:7] + table.columns[8:]:
@@ -288,7 +298,7 @@ def bench(
 
 
 def compare(old: Path, new: Path, tolerance: float) -> list[str]:
-    """Where the second run is slower beside a peer than the first was, by more than the tolerance.
+    """Return where the second run is slower beside a peer than the first was, by more than the tolerance; a sentence for each.
 
     Both the peer and the machine may have changed, so that a case counts by its best ratio over the peers that both runs timed.
 

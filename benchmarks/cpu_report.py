@@ -28,7 +28,7 @@ def _where(facts: dict[str, str]) -> str:
 
 
 def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
-    """Time of each peer / ours over the length of the sequences, a panel for each dtype and direction.
+    """Draw the time of each peer / ours over the length of the sequences, a panel for each dtype and direction.
 
     Returns:
         Whether there was anything to draw.
@@ -74,7 +74,7 @@ def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
 def plot_roofline(
     rows: Sequence[Row], gflops: Collection[float], gigabytes: float, facts: dict[str, str], path: Path
 ) -> bool:
-    """Useful FLOPs per second over FLOPs per byte of the tensors that have to be read and written, under the machine's limits.
+    """Draw useful FLOPs per second over FLOPs per byte of inputs and outputs, under the machine's limits.
 
     Args:
         gflops: 10^9 FLOP/s, of each dtype that has a limit of its own.
@@ -84,8 +84,11 @@ def plot_roofline(
         Whether there was anything to draw.
     """
     # A single key shows what a call costs, not what the machine gives.
-    ours = [row for row in rows if row.timing and row.peer.startswith(OURS) and row.shape and row.shape.keys > 1]
-    points = [(row, row.shape.flops(row.direction) / row.shape.bytes(row.direction)) for row in ours]
+    points = [
+        (row, row.shape.flops(row.direction) / row.shape.bytes(row.direction))
+        for row in rows
+        if row.timing and row.peer.startswith(OURS) and row.shape and row.shape.keys > 1
+    ]
     if not points:
         return False
     pyplot = _pyplot()

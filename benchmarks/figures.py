@@ -1,4 +1,4 @@
-"""Figures of a run, their ratios, and the CSV they are written to."""
+"""Figures of a run, their ratios, and the CSV that holds them."""
 
 import csv
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Timing
 
 OURS = "empcause"
+_IDENTITY = ("section", "case", "direction", "peer", "same_function", "status")
+_FIGURES = ("median_ms", "p20_ms", "p80_ms", "repeats", "gflops", "peak_mib")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Row:
         case: name of the shape or batch, and its dtype.
         direction: "forward", "forward+backward", "forward+backward+cause" (with the gradient of cause), "step".
         peer: what was timed.
-        same_function: whether it weighs keys as asked, or is there as a mark of speed only.
+        same_function: whether it weighs keys as asked, or is there to compare speed only.
         status: "ok", or why it was not timed.
         timing: milliseconds.
         gflops: useful multiplications and additions of the matrix products, 10^9 per second; None for training steps.
@@ -41,12 +43,12 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """Rows that are compared with each other: section, case, direction."""
+        """Section, case and direction: rows of the same group are compared with each other."""
         return self.section, self.case, self.direction
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[tuple[str, str, str], str], dict[str, float]]:
-    """Time of each peer / time of each of our backends, same case and direction: above 1 we are faster."""
+    """Return the time of each peer / that of each of our backends in the same case and direction: above 1 we are faster."""
     ours: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if row.timing and OURS in row.peer:
@@ -58,21 +60,41 @@ def ratios(rows: Sequence[Row]) -> dict[tuple[tuple[str, str, str], str], dict[s
     }
 
 
+def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """Read rows and facts that `write_csv` wrote; shapes are not in the file, and ratios follow from the rows.
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        lines, columns = list(reader), [*(reader.fieldnames or [])]
+    names = (*_IDENTITY, *_FIGURES)
+    if not lines or (*columns[: len(names)],) != names:
+        raise ValueError(f"{path} is not a table of these benchmarks: it has the columns {', '.join(columns)}")
+    rows = []
+    for line in lines:
+        timing = None
+        if line["median_ms"]:
+            median, p20, p80 = (float(line[name]) for name in ("median_ms", "p20_ms", "p80_ms"))
+            timing = Timing(median, p20, p80, int(line["repeats"]))
+        gflops, peak_mib = (float(line[name]) if line[name] else None for name in ("gflops", "peak_mib"))
+        section, case, direction, peer, same_function, status = (line[name] for name in _IDENTITY)
+        rows.append(
+            Row(section, case, direction, peer, same_function == "True", status, timing, gflops, peak_mib=peak_mib)
+        )
+    facts = [name for name in columns[len(names) :] if not name.startswith("time / ")]
+    return rows, {name: lines[0][name] for name in facts}
+
+
 def write_csv(rows: Sequence[Row], facts: dict[str, str], path: Path) -> None:
-    """One line per row: its figures, its ratios, the machine."""
+    """Write one line per row: its figures, its ratios, the machine."""
     found = ratios(rows)
     columns = sorted({name for values in found.values() for name in values})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                *("section", "case", "direction", "peer", "same_function", "status"),
-                *("median_ms", "p20_ms", "p80_ms", "repeats", "gflops", "peak_mib"),
-                *(f"time / {name}" for name in columns),
-                *facts,
-            ]
-        )
+        writer.writerow([*_IDENTITY, *_FIGURES, *(f"time / {name}" for name in columns), *facts])
         for row in rows:
             timing = asdict(row.timing) if row.timing else {}
             figures = [*(timing.get(name) for name in ("median", "p20", "p80", "repeats")), row.gflops, row.peak_mib]

@@ -1,60 +1,17 @@
-"""What must hold of a peer before it is timed: outputs and gradients against fp64, on the very tensors that are timed."""
+"""A check of every peer before it is timed: outputs and gradients against fp64, on the very tensors that are timed."""
 
 from collections.abc import Sequence
 
 import torch
-from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formula
-from empcause.benchmarks.shapes import Case
 from torch import Tensor
 
+from empcause.benchmarks.peers import SEED, STRENGTH, Call, Inputs, Peer, formula
+from empcause.benchmarks.shapes import Case
 from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference
+from empcause.testing import disagreement, gradients
 
 ROWS = 512  # of keys, that are judged at least: few values have no error of typical size
-NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
-
-
-def disagreement(
-    truth: Sequence[Tensor], got: Sequence[Tensor], plain: Sequence[Tensor], dtype: torch.dtype
-) -> str | None:
-    """Why results are not as exact as they should be; None if they are.
-
-    Two errors against fp64 count, the root of the mean square (which sees what is slightly wrong everywhere) and the largest
-    (which sees what is wrong somewhere). Each may be twice that of plain torch in the same dtype, and its rounding unit.
-
-    Args:
-        truth: output and gradients in fp64.
-        got: the same from what is judged.
-        plain: the same from plain torch in `dtype`.
-    """
-    rows = truth[0][..., 0].numel()
-    for name, expected, actual, usual in zip(NAMES, truth, got, plain, strict=False):
-        if actual.shape != expected.shape:
-            return f"{name}: shape {list(actual.shape)} in place of {list(expected.shape)}"
-        if not expected.numel():
-            continue
-        if not actual.isfinite().all():
-            return f"{name}: not finite"
-        eps, size = torch.finfo(dtype).eps, _root_mean_square(expected)
-        # However small a gradient is, it is a difference of larger terms, which are rounded.
-        measures = [("largest", _largest, 8 * eps * max(_largest(expected), 1.0))]
-        # An error has no typical size where the gradient vanishes but for the rounding of fp64, as with a single key, nor
-        # where all of it comes from a single row's probabilities.
-        if size > 1e-12 and rows > 1:
-            measures.append(("root mean square", _root_mean_square, eps * size))
-        for kind, measure, unit in measures:
-            error, bound = measure(actual.double() - expected), 2 * measure(usual.double() - expected) + unit
-            if error > bound:
-                return f"{name}: {kind} error {error:.3g}, allowed {bound:.3g}"
-    return None
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.abs().max())
 
 
 class Gate:
@@ -69,7 +26,7 @@ class Gate:
         self._expected: dict[tuple[bool, float], tuple[list[Tensor], list[Tensor]]] = {}
 
     def verdict(self, peer: Peer, call: Call) -> str | None:
-        """What is wrong with a peer, whose `call` was prepared with the case's dropout; None if nothing is."""
+        """Say what is wrong with a peer, whose `call` was prepared with the case's dropout; None if nothing is."""
         case = self.inputs.case
         dropout_p = case.dropout_p if peer.ours else 0.0
         if dropout_p != case.dropout_p:
@@ -78,35 +35,28 @@ class Gate:
             with torch.no_grad():
                 got = [call(*self.inputs.leaves)]
         else:
-            wants_cause = peer.weighted and peer.cause_gradient
-            got = _gradients(call, self.inputs.leaves, self.inputs.grad_output, wants_cause)
+            number = 4 if peer.weighted and peer.cause_gradient else 3
+            got = gradients(call, self.inputs.leaves, self.inputs.grad_output, number)
         key = peer.weighted, dropout_p
         if key not in self._expected:
-            self._expected[key] = tuple(
+            truth, plain = (
                 _joined([_expected(self.inputs, index, dropout_p, peer.weighted, dtype) for index in _judged(case)])
                 for dtype in (torch.float64, None)
             )
+            self._expected[key] = truth, plain
         truth, plain = self._expected[key]
         judged = _joined([_sequence(case, got, index) for index in _judged(case)])
         return disagreement(truth, judged, plain, case.dtype)
 
 
 def first_sentence(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:160]
 
 
-def _gradients(call: Call, leaves: Sequence[Tensor], grad_output: Tensor, wants_cause: bool) -> list[Tensor]:
-    """Output and gradients of query, key, value, and of cause where wanted."""
-    leaves = [leaf.detach().requires_grad_(wants_cause or index < 3) for index, leaf in enumerate(leaves)]
-    output = call(*leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [output.detach(), *torch.autograd.grad(output, wanted, grad_output)]
-
-
 def _judged(case: Case) -> list[int]:
-    """Sequences of the batch, from the last on, until they have `ROWS` keys."""
+    """Return the numbers of the last sequences of the batch, as many as it takes to have `ROWS` keys."""
     last = case.batch - 1
     while last > 0 and sum(case.lengths[last:]) < ROWS:
         last -= 1
@@ -114,7 +64,7 @@ def _judged(case: Case) -> list[int]:
 
 
 def _sequence(case: Case, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
-    """One sequence's part, without padding, of tensors like query, key, value and cause: `[1, H, N, D]`, `[1, N]`."""
+    """Return one sequence's part of tensors like query or cause, without padding: `[1, H, N, D]` or `[1, N]`."""
     length = case.lengths[index]
     if case.packed:
         rows = slice(sum(case.lengths[:index]), sum(case.lengths[: index + 1]))
@@ -123,14 +73,18 @@ def _sequence(case: Case, tensors: Sequence[Tensor], index: int) -> list[Tensor]
 
 
 def _joined(sequences: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Such tensors of several sequences as one: `[rows, D]`, `[rows]`."""
+    """Return the tensors `[1, H, N, D]` and `[1, N]` of several sequences as one each: `[rows, D]` and `[rows]`."""
     return [
         torch.cat([x.flatten(0, -2) if x.dim() == 4 else x[0] for x in same]) for same in zip(*sequences, strict=True)
     ]
 
 
 def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtype: torch.dtype | None) -> list[Tensor]:
-    """Output and gradients for one sequence: the reference in fp64, or the plain formula in the case's own dtype."""
+    """Return output and gradients for one sequence.
+
+    Args:
+        dtype: of the reference; None: the formula in plain torch in the dtype of the case.
+    """
     case = inputs.case
     *tensors, cause, grad_output = _sequence(case, (*inputs.leaves, inputs.grad_output), index)
     cause = cause if weighted else torch.zeros_like(cause)
@@ -147,14 +101,14 @@ def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtyp
         def exactly(*leaves: Tensor, kept: Tensor = kept) -> Tensor:
             return biased_attention_reference(*leaves, strength=STRENGTH, dropout_p=dropout_p, keep=kept)[0]
 
-        def plainly(*leaves: Tensor, kept: Tensor = kept) -> Tensor:
-            return formula(*leaves, None, lambda probability: probability * kept / (1 - dropout_p))
+        def plainly(query: Tensor, key: Tensor, value: Tensor, cause: Tensor, kept: Tensor = kept) -> Tensor:
+            return formula(query, key, value, cause, None, lambda probability: probability * kept / (1 - dropout_p))
 
         leaves = (tensors[0][:, rows], tensors[1][:, head : head + 1], tensors[2][:, head : head + 1], cause)
         grad = grad_output[:, rows]
         if dtype is None:
-            parts.append(_gradients(plainly, leaves, grad, True))
+            parts.append(gradients(plainly, leaves, grad))
         else:
-            parts.append(_gradients(exactly, [leaf.to(dtype) for leaf in leaves], grad.to(dtype), True))
+            parts.append(gradients(exactly, [leaf.to(dtype) for leaf in leaves], grad.to(dtype)))
     heads = [torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:4]]
     return [*heads, torch.stack([part[4] for part in parts]).sum(0)]

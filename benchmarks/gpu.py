@@ -1,14 +1,14 @@
 """Everything about the GPU backends that needs a GPU, in one command and less than eight minutes.
 
-    python benchmarks/gpu.py [folder of the results]
+    python -m empcause.benchmarks.gpu FOLDER
 
-Builds the CUDA backend if it is missing, checks both backends on the device, times attention beside its peers and whole training
-steps of the generator beside stock GPT-2, and writes `gpu.csv`, `gpu_attention.png` and `gpu_training_step.png`. What is wrong is
-not timed; what the time did not suffice for is said. The exit code is 1 if anything was wrong.
+Builds the CUDA backend if it is missing and its sources are there, checks both backends on the device, times attention beside its
+peers and whole training steps of the generator beside stock GPT-2, and writes `gpu.csv`, `gpu_attention.png` and
+`gpu_training_step.png` to the folder. What is wrong is not timed; what was not reached in the time is printed. The exit code is 1
+if anything was wrong.
 """
-# ruff: noqa: E402  the package and the tests' cases are found from here, installed or not
 
-import importlib.util
+import argparse
 import os
 import shutil
 import signal
@@ -16,34 +16,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests") if str(path) not in sys.path]
-
-import empcause
-
-# In a tree that is not installed, kernels/ and benchmarks/ are not yet inside the package.
-if importlib.util.find_spec("empcause.kernels") is None:
-    empcause.__path__.append(str(ROOT))
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
+
+import empcause
 from empcause.benchmarks import correctness, training_steps
 from empcause.benchmarks.comparison import time_case
 from empcause.benchmarks.figures import OURS, Row, write_csv
 from empcause.benchmarks.gate import first_sentence
-from empcause.benchmarks.gpu_report import machine, plot
+from empcause.benchmarks.gpu_report import machine, plot_all
 from empcause.benchmarks.peers import Peer, peers
 from empcause.benchmarks.shapes import CASES, Case
 from empcause.benchmarks.timing import ROUNDS_SECONDS, Budget, Stopwatch, Timing
 from empcause.benchmarks.training_steps import Texts
-from torch.nn.attention import SDPBackend
-
 from empcause.ops.backends import load_cuda
 
 # Seconds after the start at which each section ends; the report takes a few more.
 BUILT, CHECKED, TIMED, TRAINED = 140.0, 165.0, 290.0, 455.0
 # What a case of attention, and a training step (not compiled, compiled), need at least: checks, compiling, some rounds.
 CASE_SECONDS, STEP_SECONDS = 8.0, (6.0, 60.0)
+ROOT = Path(__file__).resolve().parents[1]  # of the sources, where this is an editable install
 BUILD = ROOT / "build" / "cuda"
 
 KERNELS = {
@@ -60,9 +54,12 @@ TEXTS = [
 ]
 
 
-def start_build() -> subprocess.Popen | None:
+def start_build() -> subprocess.Popen[bytes] | None:
     """Build the CUDA backend for this GPU alone, in the background; None if it is there or cannot be built."""
     if empcause.info()["cuda"].runs:
+        return None
+    if not (ROOT / "CMakeLists.txt").exists():
+        print("The CUDA backend is not built: its sources are not here, since the package was installed from a wheel.")
         return None
     major, minor = torch.cuda.get_device_capability()
     options = ["-DEMPCAUSE_CUDA=ON", "-DEMPCAUSE_BUILD_MODULE=OFF", f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}"]
@@ -80,7 +77,7 @@ def start_build() -> subprocess.Popen | None:
             return None
 
 
-def finish_build(build: subprocess.Popen | None, budget: Budget) -> None:
+def finish_build(build: subprocess.Popen[bytes] | None, budget: Budget) -> None:
     """Wait for the build and load what it made."""
     if build is None:
         return
@@ -97,7 +94,7 @@ def finish_build(build: subprocess.Popen | None, budget: Budget) -> None:
 
 
 def check(backend: str, device: str, budget: Budget) -> int:
-    """Run the correctness matrix on a backend; how many cases are wrong."""
+    """Run the correctness matrix on a backend and return how many cases are wrong."""
     cases = list(correctness.matrix())
     wrong = done = 0
     for case in cases:
@@ -120,14 +117,14 @@ def check(backend: str, device: str, budget: Budget) -> int:
 def time_attention(
     cases: list[Case], candidates: list[Peer], device: str, stopwatch: Stopwatch, budget: Budget
 ) -> Iterator[Row]:
-    """Time the cases as far as the section's time suffices; each has an equal share of what is left."""
+    """Time cases until the section's time is over; each has an equal share of what is left."""
     for index, case in enumerate(cases):
         if budget.allows(f"attention {case.name}, {case.dtype}", CASE_SECONDS):
             yield from time_case(case, candidates, device, stopwatch, budget.left() / (len(cases) - index))
 
 
 def time_steps(
-    texts: list[Texts], backends: list[str], sizes: dict[str, int], device: str, stopwatch: Stopwatch, budget: Budget
+    texts: list[Texts], backends: list[str], sizes: dict[str, Any], device: str, stopwatch: Stopwatch, budget: Budget
 ) -> Iterator[Row]:
     """Check the generator's loss on each backend, then time training steps: not compiled, then compiled for the first batches."""
     verdicts: dict[tuple[str | None, bool], str | None] = {}
@@ -150,7 +147,7 @@ def time_steps(
 
 
 def _time_step(
-    variant: training_steps.Variant, batch: Texts, sizes: dict[str, int], device: str, stopwatch: Stopwatch
+    variant: training_steps.Variant, batch: Texts, sizes: dict[str, Any], device: str, stopwatch: Stopwatch
 ) -> tuple[Timing, float | None]:
     torch.compiler.reset()
     with empcause.use_backend(variant.backend or "reference"):
@@ -166,8 +163,7 @@ def _time_step(
 def report(rows: list[Row], facts: dict[str, str], folder: Path) -> None:
     """Write the results, and print ours and what was not timed."""
     write_csv(rows, facts, folder / "gpu.csv")
-    for section in ("attention", "training step"):
-        plot(rows, section, facts, folder / f"gpu_{section.replace(' ', '_')}.png")
+    plot_all(rows, facts, folder)
     for row in rows:
         if row.timing is None:
             print(f"   not timed: {row.case}, {row.peer}: {row.status}")
@@ -177,7 +173,7 @@ def report(rows: list[Row], facts: dict[str, str], folder: Path) -> None:
 
 
 def main(folder: Path) -> int:
-    """Check, time and report what this machine's GPU does; how much was wrong."""
+    """Check, time and report what this machine's GPU does, and return how much was wrong."""
     if not torch.cuda.is_available():
         print("There is no CUDA device that torch can use here, so nothing was built, checked or timed.")
         return 0
@@ -208,4 +204,6 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results") > 0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the results, which are replaced there")
+    sys.exit(main(parser.parse_args().folder) > 0)

@@ -1,14 +1,21 @@
-"""Plots of `gpu.py`, and the machine they are from."""
+"""Plots of the GPU benchmark, and what machine its figures are from.
+
+python -m empcause.benchmarks.gpu_report FOLDER    draws the plots anew from FOLDER/gpu.csv
+"""
 
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from empcause.benchmarks.figures import OURS, Row
+
+from empcause.benchmarks.figures import OURS, Row, read_csv
+from empcause.benchmarks.timing import Timing
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the figures depend on: GPU, driver, versions."""
+    """Return what the figures depend on: GPU, driver, versions."""
     try:
         import triton
 
@@ -26,8 +33,16 @@ def machine(device: str) -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(device), "driver": driver, **facts}
 
 
-def plot(rows: list[Row], section: str, facts: dict[str, str], path: Path) -> bool:
-    """Medians of a section as bars, a panel per case and direction; the lines are the 20th and 80th percentile.
+def plot_all(rows: Sequence[Row], facts: dict[str, str], folder: Path) -> None:
+    """Draw `gpu_attention.png` and `gpu_training_step.png`, each if there is something to draw."""
+    for section in ("attention", "training step"):
+        plot(rows, section, facts, folder / f"gpu_{section.replace(' ', '_')}.png")
+
+
+def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -> bool:
+    """Draw medians of a section as bars, a panel per case and direction; the lines are the 20th and 80th percentile.
+
+    What only one peer was timed for has no panel.
 
     Returns:
         Whether there was anything to draw.
@@ -37,35 +52,41 @@ def plot(rows: list[Row], section: str, facts: dict[str, str], path: Path) -> bo
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels: dict[tuple[str, str, str], list[Row]] = {}
+    panels: dict[tuple[str, str, str], list[tuple[Row, Timing]]] = {}
     for row in rows:
         if row.timing and row.section == section:
-            panels.setdefault(row.group, []).append(row)
+            panels.setdefault(row.group, []).append((row, row.timing))
+    panels = {group: found for group, found in panels.items() if len(found) > 1}
     if not panels:
         return False
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.24 * max(len(found) for found in panels.values()) + 0.9
-    figure, grid = pyplot.subplots(lines, columns, figsize=(6 * columns, height * lines + 0.5), squeeze=False)
+    figure, grid = pyplot.subplots(
+        lines, columns, figsize=(6 * columns, height * lines + 0.5), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     for axes, ((_, case, direction), found) in zip(grid.flat, panels.items(), strict=False):
-        found = sorted(found, key=lambda row: row.timing.median)
-        medians = [row.timing.median for row in found]
+        found = sorted(found, key=lambda item: item[1].median)
+        medians = [timing.median for _, timing in found]
         errors = [
-            [row.timing.median - row.timing.p20 for row in found],
-            [row.timing.p80 - row.timing.median for row in found],
+            [timing.median - timing.p20 for _, timing in found],
+            [timing.p80 - timing.median for _, timing in found],
         ]
-        colors = ["#DD8452" if OURS in row.peer else "#4C72B0" if row.same_function else "#BBBBBB" for row in found]
+        colors = ["#DD8452" if OURS in row.peer else "#4C72B0" if row.same_function else "#BBBBBB" for row, _ in found]
         axes.barh(range(len(found)), medians, xerr=errors, color=colors, height=0.7, error_kw={"linewidth": 0.8})
-        axes.set_yticks(range(len(found)), [row.peer for row in found], fontsize=7)
+        axes.set_yticks(range(len(found)), [row.peer for row, _ in found], fontsize=7)
         axes.invert_yaxis()
         axes.set_title(f"{case}, {direction}", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("milliseconds (grey: without weights, another function)", fontsize=8)
     figure.suptitle(f"{section}: {facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
+
+
+if __name__ == "__main__":
+    plot_all(*read_csv(Path(sys.argv[1]) / "gpu.csv"), Path(sys.argv[1]))

@@ -1,23 +1,24 @@
 """Causal attention with weighted keys: this package's backends, and the other ways to get it, on the same tensors.
 
 A peer is prepared once for the inputs of a case (masks are made, functions compiled) and then called with query, key, value
-and cause. A peer that cannot weigh keys computes another function: it is there as a mark of speed, and says so.
+and cause. A peer that cannot weigh keys computes another function: it is there to compare speed, and `weighted` is False.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from empcause.benchmarks.shapes import Case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from empcause import biased_attention, biased_attention_varlen
+from empcause.benchmarks.shapes import Case
 
 STRENGTH = 0.5
 SEED = 7
-# Stands for the logarithm of 0 where a mask is one more feature of the keys: large, yet fp16 holds it.
+# The logarithm of 0 where a mask is one more feature of the keys: far below all others, yet fp16 holds it.
 HIDDEN = -3e4
 FLEX = "flex score_mod"
 
@@ -49,7 +50,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
-    """Draw the tensors of a case."""
+    """Draw the tensors of a case on a device."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(heads: int, rows: int) -> Tensor:
@@ -86,7 +87,7 @@ class Peer:
     Attributes:
         name: in the results.
         prepare: makes the call for some inputs, with this dropout; raises if it cannot do them.
-        weighted: whether keys are weighted (the same function), or not (a mark of speed only).
+        weighted: whether keys are weighted (the same function), or not (there to compare speed only).
         cause_gradient: whether gradients of cause come back too.
         backward: whether it has a backward pass.
         ours: whether the package does it; then dropout is the seed's and can be checked.
@@ -101,18 +102,17 @@ class Peer:
 
 
 def this_package(backend: str) -> Peer:
-    """A backend of `biased_attention`."""
+    """Return the peer of a backend of `biased_attention`."""
 
     def prepare(inputs: Inputs, dropout_p: float) -> Call:
         seed = torch.tensor(SEED, device=inputs.query.device)
-        options = {"strength": STRENGTH, "dropout_p": dropout_p, "seed": seed, "backend": backend}
+        options: dict[str, Any] = {"strength": STRENGTH, "dropout_p": dropout_p, "seed": seed, "backend": backend}
         if not inputs.case.packed:
             return lambda *leaves: biased_attention(*leaves, key_mask=inputs.key_mask, **options)
         longest = max(inputs.case.lengths)
-        sums = {"cu_seqlens_q": inputs.sums, "cu_seqlens_k": inputs.sums}
-        return lambda *leaves: biased_attention_varlen(
-            *leaves, **sums, max_seqlen_q=longest, max_seqlen_k=longest, **options
-        )
+        options |= {"cu_seqlens_q": inputs.sums, "cu_seqlens_k": inputs.sums}
+        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        return lambda *leaves: biased_attention_varlen(*leaves, **options)
 
     return Peer(f"empcause {backend}", prepare, ours=True)
 
@@ -120,7 +120,7 @@ def this_package(backend: str) -> Peer:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, cause: Tensor, key_mask: Tensor | None, drop: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The paper's formula step by step in the tensors' dtype: softmax, times the weights, renormalised."""
+    """Compute the paper's formula step by step in the tensors' dtype: softmax, times the weights, renormalised."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -206,10 +206,15 @@ def _varlen_plain(inputs: Inputs, dropout_p: float, kernel: SDPBackend) -> Call:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(inputs.case.lengths)
-    gqa = {"enable_gqa": True} if inputs.case.heads != inputs.case.key_heads else {}
-    return lambda q, k, v, c: varlen_attn(
-        q, k, v, inputs.sums, inputs.sums, longest, longest, window_size=(-1, 0), **gqa
-    )
+    options: dict[str, Any] = {"enable_gqa": True} if inputs.case.heads != inputs.case.key_heads else {}
+    packing: tuple[Any, ...] = (inputs.sums, inputs.sums, longest, longest)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
+        output = varlen_attn(query, key, value, *packing, window_size=(-1, 0), **options)
+        assert isinstance(output, Tensor), "it returns more only where it is asked to"
+        return output
+
+    return call
 
 
 def _flex(compiled: bool) -> Callable[[Inputs, float], Call]:
@@ -281,7 +286,7 @@ def _folded(kernel: SDPBackend) -> Callable[[Inputs, float], Call]:
 
 
 def peers(backends: list[str], kernels: dict[str, SDPBackend], compiled: bool = True) -> list[Peer]:
-    """All peers: these backends of the package, torch's attention through these kernels, FlexAttention, the formula.
+    """Return all peers: these backends of the package, torch's attention through these kernels, FlexAttention, the formula.
 
     Args:
         backends: of `biased_attention`.
@@ -301,7 +306,7 @@ def peers(backends: list[str], kernels: dict[str, SDPBackend], compiled: bool = 
 
 
 def cpu_peers() -> list[Peer]:
-    """All peers on the CPU; FlexAttention, which has no backward pass there and is compiled for every case, is the last."""
+    """Return all peers on the CPU; the last, FlexAttention, has no backward pass there and is compiled for every case."""
     flash = SDPBackend.FLASH_ATTENTION
     return [
         this_package("cpu"),

@@ -1,9 +1,11 @@
 """What every shipped kernel needs of a GPU, read from its machine code: registers, memory, matrix instructions. No GPU is needed.
 
-    python benchmarks/resources.py                 compiles everything, rewrites benchmarks/results/resources.csv and resources.md
-    python benchmarks/resources.py --check         compiles everything; exit code 1 if a limit is broken or a figure got worse
-    python benchmarks/resources.py --check --dtypes bf16 fp32  without fp16, whose kernels differ from those of bf16 by little
-    python benchmarks/resources.py --check --fast  a part, in about half a minute
+    python -m empcause.benchmarks.resources                 compiles everything, rewrites benchmarks/results/resources.csv and .md
+    python -m empcause.benchmarks.resources --check         compiles everything; exit code 1 if limits break or figures are worse
+    python -m empcause.benchmarks.resources --check --dtypes bf16 fp32    without fp16, whose kernels differ little from bf16's
+    python -m empcause.benchmarks.resources --check --fast  a part, in about half a minute
+
+It needs the sources: an editable install.
 
 Limits: no local memory (spills, stacks), matrix instructions in every kernel with products of 16-bit numbers, and registers and
 shared memory that let the planned number of blocks share a multiprocessor. Figures are compared with the committed table if the
@@ -25,14 +27,16 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported: there would be nothing to compile
 
 import triton
+from tqdm import tqdm
+
 from empcause.kernels import aot
 from empcause.kernels.configurations import configuration
-from tqdm import tqdm
 
 TABLE = Path(__file__).parent / "results" / "resources.csv"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -183,9 +187,24 @@ def triton_figures(variant: aot.Variant, arch: int) -> list[Figures]:
     if variant.kernel not in ("weights", "merge"):  # which have one configuration, without a plan
         dtype, dropout = aot.DTYPES[variant.dtype], "dropout" in variant.options
         planned = configuration(variant.kernel, variant.head_dim, dtype, arch, dropout).blocks_per_sm
-    named = ("triton", variant.kernel, variant.dtype, variant.head_dim, variant.options, arch)
-    figures = (registers, local, metadata.shared, threads, planned, possible, matrix, copies)
-    return [Figures(*named, *figures, triton_compiler(arch))]
+    figures = Figures(
+        backend="triton",
+        kernel=variant.kernel,
+        dtype=variant.dtype,
+        head_dim=variant.head_dim,
+        options=variant.options,
+        arch=arch,
+        registers=registers,
+        local_bytes=local,
+        shared_bytes=metadata.shared,
+        threads=threads,
+        planned_blocks=planned,
+        possible_blocks=possible,
+        matrix_instructions=matrix,
+        async_copies=copies,
+        compiler=triton_compiler(arch),
+    )
+    return [figures]
 
 
 # --- CUDA.
@@ -247,9 +266,25 @@ def cuda_figures(source: str, dtype: str, arch: int) -> list[Figures]:
         # From sm_90 on, what the system reserves is counted where a kernel uses shared memory at all.
         shared = dynamic + max(0, static - (SHARED_RESERVED if arch >= 90 else 0))
         possible = possible_blocks(arch, registers, threads, shared)
-        figures = (registers, local, shared, threads, planned, possible, matrix, copies, cuda_compiler())
         name, head_dim, options = kernel_of(kernel)
-        rows.append(Figures("cuda", name, dtype, head_dim, options, arch, *figures))
+        figures = Figures(
+            backend="cuda",
+            kernel=name,
+            dtype=dtype,
+            head_dim=head_dim,
+            options=options,
+            arch=arch,
+            registers=registers,
+            local_bytes=local,
+            shared_bytes=shared,
+            threads=threads,
+            planned_blocks=planned,
+            possible_blocks=possible,
+            matrix_instructions=matrix,
+            async_copies=copies,
+            compiler=cuda_compiler(),
+        )
+        rows.append(figures)
     return rows
 
 
@@ -294,7 +329,8 @@ def read_table(path: Path) -> dict[tuple[str, ...], Figures]:
     if not path.exists():
         return {}
     with path.open(newline="") as file:
-        rows = [Figures(*(field.type(row[field.name]) for field in fields(Figures))) for row in csv.DictReader(file)]
+        kinds: dict[str, Any] = {field.name: field.type for field in fields(Figures)}  # int or str
+        rows = [Figures(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in csv.DictReader(file)]
     return {row.key: row for row in rows}
 
 
@@ -311,7 +347,7 @@ def summary(rows: list[Figures]) -> str:
     archs = sorted(SHARED_BYTES)
     lines = [
         "Registers per thread / KiB of shared memory per block / blocks that fit one multiprocessor; bf16, head size 64,",
-        "with the options that take most registers. Written by `python benchmarks/resources.py`.",
+        "with the options that take most registers. Written by `python -m empcause.benchmarks.resources`.",
         "",
         "| backend | kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "|---|---|" + "---:|" * len(archs),

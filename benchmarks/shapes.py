@@ -1,4 +1,4 @@
-"""Shapes of attention that are timed and modelled."""
+"""Shapes of attention that are timed."""
 
 from dataclasses import dataclass
 
@@ -47,18 +47,18 @@ class Case:
         return self.queries == 1 < self.keys
 
     def flops(self, direction: str) -> float:
-        """Multiplications and additions of the matrix products, over visible pairs of real tokens.
+        """Return the multiplications and additions of the matrix products, over the visible logits of real tokens.
 
         The forward pass has two products; the backward pass counts five, as in published figures.
         """
-        pairs = 0
+        logits = 0
         for length in self.lengths:
             queries = min(self.queries, length)
-            pairs += queries * (length - queries) + queries * (queries + 1) // 2
-        return 4 * self.dim * self.heads * pairs * {"forward": 1.0, "backward": 2.5}.get(direction, 3.5)
+            logits += queries * (length - queries) + queries * (queries + 1) // 2
+        return 4 * self.dim * self.heads * logits * {"forward": 1.0, "backward": 2.5}.get(direction, 3.5)
 
     def bytes(self, direction: str) -> int:
-        """Of the tensors that have to be read and written, without padding.
+        """Return the bytes of the tensors that have to be read and written, without padding.
 
         The forward pass reads query, key and value and writes the output; the backward pass reads these and the output's
         gradient, and writes three gradients.

@@ -1,41 +1,38 @@
 """The cases of `empcause bench` under pytest-benchmark: `pytest benchmarks --benchmark-only`, with `-k` to choose.
 
-Each peer is first checked against fp64 on the very tensors that are timed; one that is wrong fails, one that cannot run is
-skipped. Compare within one run, as ratios: the machine's speed cancels.
+Each peer is first judged on the very tensors that are timed; one that is wrong fails, one that cannot run is skipped. Compare
+within one run, as ratios: the machine's speed cancels.
 """
 
-from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import pytest
-from empcause.benchmarks.comparison import directions
-from empcause.benchmarks.cpu import DTYPES, SUITES
-from empcause.benchmarks.gate import Gate, first_sentence
-from empcause.benchmarks.peers import FLEX, cpu_peers, make_inputs
 
-PEERS = {peer.name: peer for peer in cpu_peers() if peer.name != FLEX}
-CASES = {
-    f"{case.name}|{name}": replace(case, dtype=dtype)
-    for cases in SUITES.values()
-    for case in cases
-    for name, dtype in DTYPES.items()
-}
+from empcause.benchmarks import cpu
+from empcause.benchmarks.comparison import Prepared, prepare
+
+PEERS = {peer.name: peer for peer in cpu.chosen_peers()}
+CASES = {f"{case.name}|{dtype}": case for dtype in cpu.DTYPES for case in cpu.chosen_cases(dtypes=[dtype])}
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@lru_cache(maxsize=1)
+def prepared(case: str, peer: str) -> list[Prepared]:
+    """Return what can be timed of a peer, kept for the next direction."""
+    return list(prepare(CASES[case], [PEERS[peer]], "cpu"))
+
+
 @pytest.mark.parametrize("direction", ["forward", "forward+backward", "forward+backward+cause"])
+@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("case", CASES)
-def test_attention(benchmark, case, direction, peer):
-    inputs = make_inputs(CASES[case], "cpu")
-    try:
-        call = PEERS[peer].prepare(inputs, inputs.case.dropout_p)
-        verdict = Gate(inputs).verdict(PEERS[peer], call)
-    except (RuntimeError, ValueError) as error:
-        if PEERS[peer].ours:
-            raise
-        pytest.skip(first_sentence(error))
-    assert verdict is None
-    timed = directions(inputs, PEERS[peer], call)
-    if direction not in timed:
+def test_attention(benchmark: Any, case: str, peer: str, direction: str) -> None:
+    found = prepared(case, peer)
+    for item in found:
+        if item.refused and not item.peer.ours:
+            pytest.skip(item.status)
+        assert item.status == "ok"
+    calls = {item.direction: item.call for item in found}
+    if direction not in calls:
         pytest.skip(f"{peer} has no {direction} here")
     benchmark.group = f"{case}, {direction}"
-    benchmark(timed[direction])
+    benchmark(calls[direction])

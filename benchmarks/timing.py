@@ -25,13 +25,14 @@ class Timing:
 
     @classmethod
     def of(cls, milliseconds: list[float]) -> "Timing":
+        """Return the quantiles of measured times."""
         if len(milliseconds) == 1:
-            return cls(*milliseconds * 3, 1)
+            return cls(milliseconds[0], milliseconds[0], milliseconds[0], 1)
         low, *_, high = statistics.quantiles(milliseconds, n=5, method="inclusive")
         return cls(statistics.median(milliseconds), low, high, len(milliseconds))
 
     def scaled(self, factor: float) -> "Timing":
-        """The times of as many times the work."""
+        """Return the times of `factor` times the work."""
         return Timing(self.median * factor, self.p20 * factor, self.p80 * factor, self.repeats)
 
 
@@ -43,8 +44,9 @@ class Stopwatch:
         self._flushed = torch.empty(FLUSHED_BYTES if self.on_gpu else 0, dtype=torch.int8, device=device)
 
     def interleave(self, calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
-        """Time functions in turn, each round in another order, so that what drifts, and what the one before left in the caches,
-        meets all alike.
+        """Time functions in turn, each round in another order.
+
+        What drifts, and what the function before left in the caches, meets all alike.
 
         Args:
             calls: functions, warmed up here.
@@ -112,7 +114,7 @@ class Budget:
         self._start = self._end = self.clock()
 
     def begin(self, section: str, until: float) -> None:
-        """Begin a section that may last until so many seconds after the start of the run."""
+        """Begin a section that may last until `until` seconds after the start of the run."""
         print(f"== {section} ({self.clock() - self._start:.0f} s)", flush=True)
         self._end = self._start + until
 
@@ -121,7 +123,7 @@ class Budget:
         return self._end - self.clock()
 
     def allows(self, what: str, seconds: float) -> bool:
-        """Whether the section has so many seconds for this; if not, it is noted as not reached."""
+        """Whether the section has this many seconds left for `what`; if not, `what` is noted as not reached."""
         if self.left() >= seconds:
             return True
         self.skipped.append(what)

@@ -36,12 +36,12 @@ class Texts:
         return [self.longest - 3 * self.longest * i // (4 * max(1, self.number - 1)) for i in range(self.number)]
 
 
-# How the package's attention is told of packed texts; stock attention finds them in position_ids, without a mask.
+# Names by which this package's attention gets packed texts; stock attention finds them in position_ids, without a mask.
 PACKING = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def make_batch(texts: Texts, vocabulary: int, device: str) -> dict[str, Any]:
-    """Random tokens under the names of the generator's `forward`; the last quarter of each text is labelled."""
+    """Draw tokens and return them under the names of the generator's `forward`; the last quarter of each text is labelled."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in texts.lengths:
@@ -94,7 +94,7 @@ class Variant:
 
 
 def variants(backends: list[str], compiled: bool) -> list[Variant]:
-    """What is compared: the generator with causes, the same class without, stock GPT-2 with eager attention and SDPA."""
+    """Return what is compared: the generator with causes, stock GPT-2 with SDPA and with eager attention, and without causes."""
     found = [Variant(f"generator, empcause {name}", "empcause", True, name, compiled) for name in backends]
     found.append(Variant("stock, sdpa", "sdpa", compiled=compiled))
     found.append(Variant("stock, eager", "eager", compiled=compiled))
@@ -103,18 +103,19 @@ def variants(backends: list[str], compiled: bool) -> list[Variant]:
     return found
 
 
-def build(variant: Variant, sizes: dict[str, int], device: str) -> nn.Module:
-    """The model from nothing, the same weights for all variants."""
+def build(variant: Variant, sizes: dict[str, Any], device: str) -> nn.Module:
+    """Return the model with random weights, the same for all variants."""
     torch.manual_seed(0)
-    config_class, model_class = (
-        (EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel) if variant.generator else (GPT2Config, GPT2LMHeadModel)
-    )
+    classes: tuple[Any, Any] = (GPT2Config, GPT2LMHeadModel)
+    if variant.generator:
+        classes = (EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel)
+    config_class, model_class = classes
     config = config_class(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0)
     return model_class._from_config(config, attn_implementation=variant.attention).to(device)
 
 
-def loss_of(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Tensor:
-    """The loss under bf16 autocast; stock models are not given what they do not know."""
+def loss_of(model: Callable[..., Any], variant: Variant, batch: dict[str, Any]) -> Tensor:
+    """Return the loss under bf16 autocast; stock models are not given what they do not know."""
     names = set(batch)
     if "cu_seq_lens_q" in batch and variant.attention != "empcause":
         names -= set(PACKING)
@@ -127,7 +128,7 @@ def loss_of(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Tensor
 
 
 def make_step(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Callable[[], None]:
-    """One optimiser step, as a function."""
+    """Return a function that takes one optimiser step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=batch["input_ids"].is_cuda)
     run = torch.compile(model) if variant.compiled else model
     model.train()
@@ -141,8 +142,13 @@ def make_step(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Call
     return step
 
 
-def judge(variant: Variant, texts: Texts, sizes: dict[str, int], device: str) -> str | None:
-    """What is wrong with a backend's loss and gradients beside the reference's for the same weights; None if nothing is."""
+def judge(variant: Variant, texts: Texts, sizes: dict[str, Any], device: str) -> str | None:
+    """Say where a backend's loss or gradients are not the reference's for the same weights; None if they are.
+
+    Args:
+        variant: with a backend.
+    """
+    assert variant.backend is not None
     batch = make_batch(texts, sizes["vocab_size"], device)
     model = build(variant, sizes, device).eval()
     figures = []

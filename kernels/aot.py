@@ -1,7 +1,7 @@
 """Compilation ahead of time, without a GPU: what the operators would launch on an architecture, as it would be compiled there.
 
-The host code runs on meta tensors with its launches recorded, so that nothing is said twice. Needs a process without
-TRITON_INTERPRET.
+The host code runs on meta tensors and its launches are recorded, so that they are written down in one place. It needs a process
+without TRITON_INTERPRET.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from empcause.kernels.operators import Call
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from empcause.kernels.operators import Call
 
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (64, 128, 256)
@@ -41,7 +42,7 @@ class Variant:
 
 
 def shipped() -> Iterator[Variant]:
-    """Every form whose figures are looked after. The kernel of the weights knows neither dtype nor head size."""
+    """Yield every form whose figures are in the resource table. The kernel of the weights has neither dtype nor head size."""
     yield Variant("weights", "fp32", 0, "")
     for kernel, every in _OPTIONS.items():
         for dtype in DTYPES:
@@ -51,7 +52,7 @@ def shipped() -> Iterator[Variant]:
 
 
 def compiled(variant: Variant, arch: int) -> Any:
-    """Triton's CompiledKernel of a variant: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`, `.metadata.num_warps`.
+    """Return Triton's CompiledKernel of a variant: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`, `.metadata.num_warps`.
 
     Args:
         arch: compute capability times 10.
@@ -61,7 +62,7 @@ def compiled(variant: Variant, arch: int) -> Any:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with what it was to be launched with."""
+    """A kernel with the arguments and options of its launch."""
 
     kernel: Any
     arguments: list[Any]
@@ -76,7 +77,7 @@ class Launch:
 
 
 def launches(arch: int, cause_grad: bool, **arguments: Any) -> dict[str, Launch]:
-    """What a forward and a backward call launch on an architecture, by the kernel's name.
+    """Return what a forward and a backward call launch on an architecture, by the kernel's name.
 
     Args:
         arguments: those of `Call`, the tensors on the device "meta".
@@ -97,7 +98,7 @@ def launches(arch: int, cause_grad: bool, **arguments: Any) -> dict[str, Launch]
 
 
 class _Absent:
-    """In the place of a driver: says which GPU to compile for."""
+    """Replaces Triton's driver and names the GPU to compile for."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch

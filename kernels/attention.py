@@ -1,4 +1,4 @@
-"""What every kernel shares: the problem's geometry (compare csrc/attention.h).
+"""Code that every kernel shares: the problem's geometry (compare csrc/attention.h).
 
     x_ij = scale * q_i . k_j          for keys j <= i + query_offset, if causal
     b_ij = w_j exp(x_ij - LSE_i)      LSE_i = log sum_j w_j exp(x_ij)
@@ -42,12 +42,12 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sequence(batch, cu_queries, cu_keys, total_queries, total_keys, query_offset):
-    """The queries and keys of one sequence.
+    """Return the queries and keys of one sequence.
 
     Prefix sums that do not fit the tensors, which cannot be refused without waiting for a GPU, never lead outside them.
 
     Args:
-        batch: which one.
+        batch: number of the sequence.
         cu_queries, cu_keys: prefix sums `[sequences + 1]` int32 over the rows of packed tensors, or None.
         total_queries, total_keys: rows of the tensors.
         query_offset: pointer to the position of query 0 among the keys (int64), or None: the last query sees the last key.
@@ -77,24 +77,24 @@ def sequence(batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
 
 @triton.jit
 def seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a block of query rows sees of the keys.
+    """Return the range of keys that a block of query rows sees.
 
     Args:
-        rows: the block's, `first_row` the first of them.
-        offset: of query positions among the keys.
+        rows: numbers of the block's rows, `first_row` the first of them.
+        offset: position of query 0 among the keys.
 
     Returns:
-        full, a multiple of BLOCK_N: every row sees the keys [0, full), so no index is compared there; end: none sees a key from
-        there on; the last key that each row sees.
+        all_see_end, a multiple of BLOCK_N: every row sees the keys [0, all_see_end), so no index is compared there; end: no row
+        sees a key from there on; the last key that each row sees.
     """
     end = num_keys
-    full = num_keys // BLOCK_N * BLOCK_N
+    all_see_end = num_keys // BLOCK_N * BLOCK_N
     last_keys = tl.zeros_like(rows) + num_keys - 1
     if CAUSAL:
         last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, tl.minimum(first_row + rows.shape[0], num_queries) + offset)
-        full = tl.minimum(full, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
-    return full, end, last_keys
+        all_see_end = tl.minimum(all_see_end, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+    return all_see_end, end, last_keys
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def clamped(value, low, high):
 
 @triton.jit
 def row_pointer(tensor, strides, outer, head, row):
-    """Where a row of a strided tensor begins."""
+    """Return the pointer to the first element of a row of a strided tensor."""
     return (
         tensor
         + tl.cast(outer, tl.int64) * strides[0]
@@ -115,19 +115,19 @@ def row_pointer(tensor, strides, outer, head, row):
 
 @triton.jit
 def result_index(outer, head, row, num_rows, num_heads):
-    """Number of a row in a tensor laid out `[batch, rows, heads]`."""
+    """Return the number of a row in a tensor laid out `[batch, rows, heads]`."""
     return (tl.cast(outer, tl.int64) * num_rows + row) * num_heads + head
 
 
 @triton.jit
 def row_index(outer, head, row, num_rows, num_heads):
-    """Number of a row in a quantity `[batch, heads, rows]`."""
+    """Return the number of a row in a quantity `[batch, heads, rows]`."""
     return (tl.cast(outer, tl.int64) * num_heads + head) * num_rows + row
 
 
 @triton.jit
 def load_rows(pointer, stride, present, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[ROWS, BLOCK_D]` from the row at `pointer` on: zeros where `present` (None: everywhere) is False and beyond HEAD_DIM."""
+    """Load `[ROWS, BLOCK_D]` from the row at `pointer` on: zeros where `present` is False (None: nowhere) and beyond HEAD_DIM."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     # In a loop over tiles these offsets stay as they are, and only the pointer moves.
     pointers = pointer + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + columns)
@@ -145,7 +145,7 @@ def load_rows(pointer, stride, present, ROWS: tl.constexpr, HEAD_DIM: tl.constex
 
 @triton.jit
 def store_rows(pointer, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores `[ROWS, BLOCK_D]` in the tensor's dtype, where `inside` holds and up to HEAD_DIM."""
+    """Store `[ROWS, BLOCK_D]` in the tensor's dtype, where `inside` is True and up to HEAD_DIM."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     pointers = pointer + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + columns)
     mask = inside[:, None] & (columns < HEAD_DIM)
@@ -154,14 +154,19 @@ def store_rows(pointer, stride, values, inside, ROWS: tl.constexpr, HEAD_DIM: tl
 
 @triton.jit
 def logsumexp_pointer(statistics, outer, head, row, num_rows, num_heads, dtype: tl.constexpr):
-    """Where LSE of a row stands in statistics `[batch, heads, parts, rows]`: two parts where rows are of fp32, else one."""
+    """Return the pointer to LSE of a row in `[batch, heads, parts, rows]`: two parts where rows are of fp32, else one."""
     parts: tl.constexpr = 2 if dtype == tl.float32 else 1
     return statistics + (tl.cast(outer, tl.int64) * num_heads + head) * parts * num_rows + row
 
 
 @triton.jit
 def store_logsumexp(pointers, num_rows, maximum, total, inside, dtype: tl.constexpr):
-    """LSE of some rows from the powers of two that their terms are relative to, and the sums of these, 0 where no key is seen."""
+    """Store LSE of rows.
+
+    Args:
+        maximum: powers of two that the rows' terms are relative to.
+        total: sums of the terms, 0 where no key is seen.
+    """
     dead = total == 0.0
     log_total = tl.log2(tl.where(dead, 1.0, total))
     if dtype == tl.float32:
@@ -173,7 +178,7 @@ def store_logsumexp(pointers, num_rows, maximum, total, inside, dtype: tl.conste
 
 @triton.jit
 def load_logsumexp(pointers, num_rows, inside, dtype: tl.constexpr):
-    """LSE of some rows in two parts, `maximum` and `log_total`; the first is infinite where no key is seen."""
+    """Load LSE of rows in two parts, `maximum` and `log_total`; the first is infinite where no key is seen."""
     maximum = tl.load(pointers, mask=inside, other=float("inf"))
     log_total = tl.zeros_like(maximum)
     if dtype == tl.float32:
@@ -183,5 +188,5 @@ def load_logsumexp(pointers, num_rows, inside, dtype: tl.constexpr):
 
 @triton.jit
 def shifted(pointer, rows, stride):
-    """The pointer `rows` rows further."""
+    """Return the pointer to the row that is `rows` rows further."""
     return pointer + tl.cast(rows, tl.int64) * stride

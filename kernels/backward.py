@@ -18,6 +18,7 @@ delta / z, and z is multiplied once, at the end.
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import (
     LOG2E,
     UNSPECIALIZED,
@@ -54,10 +55,10 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """delta of every row, 0 for dead ones. Packed or not makes no difference here: one batch of all rows."""
-    pair = tl.program_id(0) // num_blocks
-    outer = pair // num_heads
-    head = pair % num_heads
+    """Store delta of every row, 0 for rows that see no key. Packed rows are one batch."""
+    batch_head = tl.program_id(0) // num_blocks
+    outer = batch_head // num_heads
+    head = batch_head % num_heads
     first_row = tl.program_id(0) % num_blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < total_queries
@@ -105,7 +106,7 @@ def attend_backward_keys(
     DROPOUT: tl.constexpr,
     CAUSE_GRAD: tl.constexpr,
 ):
-    """One block of keys against the query rows [begin, end) of one head, tile by tile; tiles are `[keys, rows]`.
+    """Add to the sums of one block of keys what a head's query rows [begin, end) give; tiles are `[keys, rows]`.
 
     Args:
         grad_key, grad_value, grad_weight: running sums; the first two in units of z, grad_key also without the scale, and
@@ -189,12 +190,14 @@ def backward_keys_kernel(
     DROPOUT: tl.constexpr,
     CAUSE_GRAD: tl.constexpr,
 ):
-    """grad_key, grad_value and, if CAUSE_GRAD, grad_weight `[batch, num_heads, total_keys]`; one program per block of keys of a
-    key head."""
+    """Store grad_key, grad_value and, if CAUSE_GRAD, grad_weight `[batch, num_heads, total_keys]`.
+
+    One program has a block of keys of a key head.
+    """
     num_key_heads = num_heads // group
-    pair = tl.program_id(0) // num_blocks
-    batch = pair // num_key_heads
-    key_head = pair % num_key_heads
+    batch_key_head = tl.program_id(0) // num_blocks
+    batch = batch_key_head // num_key_heads
+    key_head = batch_key_head % num_key_heads
     outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
         batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
     )
@@ -209,12 +212,14 @@ def backward_keys_kernel(
     k = load_rows(key, key_strides[2], inside, BLOCK_N, HEAD_DIM, BLOCK_D)
     v = load_rows(value, value_strides[2], inside, BLOCK_N, HEAD_DIM, BLOCK_D)
 
-    # Rows before `begin` see none of these keys, rows from `full` on see them all.
+    # Rows before `begin` see none of these keys, rows from `all_see_begin` on see them all.
     begin = 0
-    full = 0
+    all_see_begin = 0
     if CAUSAL:
         begin = tl.minimum(tl.maximum(first_key - offset, 0), num_queries) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.minimum(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), num_queries), BLOCK_M) * BLOCK_M
+        all_see_begin = (
+            tl.cdiv(tl.minimum(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), num_queries), BLOCK_M) * BLOCK_M
+        )
     key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(group):
@@ -242,8 +247,8 @@ def backward_keys_kernel(
                 grad_output_strides[2],
                 keys - offset,
                 first_key,
-                begin if bounded else full,
-                full if bounded else num_queries,
+                begin if bounded else all_see_begin,
+                all_see_begin if bounded else num_queries,
                 num_queries,
                 scale,
                 seed,
@@ -307,7 +312,7 @@ def attend_backward_queries(
     BOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """One block of query rows against the keys [begin, end), tile by tile.
+    """Add to grad_query of one block of query rows what the keys [begin, end) give, tile by tile.
 
     Args:
         grad_query: running sum, in units of z and without the scale.
@@ -377,11 +382,11 @@ def backward_queries_kernel(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """grad_query: one program per block of query rows of a head, as in the forward pass."""
-    pair = tl.program_id(0) // num_blocks
+    """Store grad_query; one program has a block of query rows of a head, as in the forward pass."""
+    batch_head = tl.program_id(0) // num_blocks
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
-    batch = pair // num_heads
-    head = pair % num_heads
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
     outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
         batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
     )
@@ -402,7 +407,7 @@ def backward_queries_kernel(
     q = load_rows(query, query_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
     do = load_rows(grad_output, grad_output_strides[2], alive, BLOCK_M, HEAD_DIM, BLOCK_D)
 
-    full, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
+    all_see_end, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
     query_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for bounded in tl.static_range(2):
         query_sum = attend_backward_queries(
@@ -419,12 +424,12 @@ def backward_queries_kernel(
             value_strides[2],
             first_row,
             last_keys,
-            full if bounded else 0,
-            end if bounded else full,
+            all_see_end if bounded else 0,
+            end if bounded else all_see_end,
             num_keys,
             scale,
             seed,
-            pair,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_M,

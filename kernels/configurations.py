@@ -25,7 +25,7 @@ import torch
 class Configuration:
     """How a kernel is cut up.
 
-    Args:
+    Attributes:
         block_m, block_n: query rows and keys of a tile.
         num_warps: of a program.
         blocks_per_sm: programs that are to run side by side on an SM.
@@ -40,97 +40,95 @@ class Configuration:
 
     @property
     def max_registers(self) -> int:
-        """Of a thread, so that blocks_per_sm fit. Said even where it is all there are: ptxas left alone spills to save some."""
+        """Registers of a thread, so that blocks_per_sm fit. ptxas spills where it has no limit, even if there are enough."""
         return min(255, 65536 // (32 * self.num_warps * self.blocks_per_sm) // 8 * 8)
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton's compiler is told."""
+        """Options of Triton's compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
-_C = Configuration
-
 # kernel -> architecture -> head size up to which it holds -> without dropout, with dropout.
-_HALF = {
+_16_BIT = {
     "forward": {
         80: {
-            64: (_C(128, 64, 4, 2), _C(128, 64, 8)),
-            128: (_C(128, 32, 4, 2), _C(128, 32, 8)),
-            256: (_C(64, 32, 8), _C(64, 32, 8)),
+            64: (Configuration(128, 64, 4, 2), Configuration(128, 64, 8)),
+            128: (Configuration(128, 32, 4, 2), Configuration(128, 32, 8)),
+            256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         90: {
-            64: (_C(128, 64, 8, 2), _C(128, 64, 8)),
-            128: (_C(128, 64, 8), _C(128, 64, 8)),
-            256: (_C(128, 32, 8), _C(128, 32, 8)),
+            64: (Configuration(128, 64, 8, 2), Configuration(128, 64, 8)),
+            128: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            256: (Configuration(128, 32, 8), Configuration(128, 32, 8)),
         },
         100: {
-            64: (_C(128, 64, 8), _C(128, 64, 8)),
-            128: (_C(128, 64, 8), _C(128, 64, 8)),
-            256: (_C(128, 32, 8), _C(128, 32, 8)),
+            64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            128: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            256: (Configuration(128, 32, 8), Configuration(128, 32, 8)),
         },
     },
     "backward_keys": {
         80: {
-            64: (_C(32, 64, 4, 2), _C(16, 128, 8)),
-            128: (_C(32, 64, 8), _C(32, 32, 8)),
-            256: (_C(32, 32, 8), _C(32, 32, 8)),
+            64: (Configuration(32, 64, 4, 2), Configuration(16, 128, 8)),
+            128: (Configuration(32, 64, 8), Configuration(32, 32, 8)),
+            256: (Configuration(32, 32, 8), Configuration(32, 32, 8)),
         },
         90: {
-            64: (_C(64, 128, 8), _C(64, 128, 8)),
-            128: (_C(32, 128, 8, num_stages=3), _C(32, 128, 8)),
-            256: (_C(64, 32, 8), _C(64, 32, 8)),
+            64: (Configuration(64, 128, 8), Configuration(64, 128, 8)),
+            128: (Configuration(32, 128, 8, num_stages=3), Configuration(32, 128, 8)),
+            256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         100: {
-            64: (_C(64, 128, 8), _C(64, 128, 8)),
-            128: (_C(64, 128, 8), _C(32, 128, 8)),
-            256: (_C(32, 64, 8), _C(32, 64, 8, num_stages=3)),
+            64: (Configuration(64, 128, 8), Configuration(64, 128, 8)),
+            128: (Configuration(64, 128, 8), Configuration(32, 128, 8)),
+            256: (Configuration(32, 64, 8), Configuration(32, 64, 8, num_stages=3)),
         },
     },
     "backward_queries": {
         80: {
-            64: (_C(128, 64, 8), _C(64, 32, 4, 2)),
-            128: (_C(128, 32, 8), _C(64, 32, 4, 2)),
-            256: (_C(64, 32, 8), _C(64, 32, 8)),
+            64: (Configuration(128, 64, 8), Configuration(64, 32, 4, 2)),
+            128: (Configuration(128, 32, 8), Configuration(64, 32, 4, 2)),
+            256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         90: {
-            64: (_C(128, 64, 8), _C(128, 64, 8)),
-            128: (_C(128, 64, 8), _C(128, 64, 8)),
-            256: (_C(64, 32, 8), _C(64, 32, 8, num_stages=3)),
+            64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            128: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            256: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=3)),
         },
         100: {
-            64: (_C(128, 64, 8), _C(128, 64, 8)),
-            128: (_C(128, 64, 8), _C(128, 32, 8)),
-            256: (_C(64, 32, 8), _C(64, 32, 8)),
+            64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            128: (Configuration(128, 64, 8), Configuration(128, 32, 8)),
+            256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
     },
 }
 
 # The same for every architecture: head size up to which it holds -> without dropout, with dropout. One stage where the addresses
 # of several would not leave registers enough.
-_FULL = {
+_FP32 = {
     "forward": {
-        64: (_C(64, 32, 8, num_stages=1), _C(32, 32, 8)),
-        128: (_C(32, 32, 8, num_stages=1), _C(32, 16, 8)),
-        256: (_C(32, 16, 8, num_stages=1), _C(16, 16, 8)),
+        64: (Configuration(64, 32, 8, num_stages=1), Configuration(32, 32, 8)),
+        128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 16, 8)),
+        256: (Configuration(32, 16, 8, num_stages=1), Configuration(16, 16, 8)),
     },
     "backward_keys": {
-        64: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
-        128: (_C(16, 32, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
-        256: (_C(16, 16, 8, num_stages=1), _C(16, 16, 8, num_stages=1)),
+        64: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
+        128: (Configuration(16, 32, 8, num_stages=1), Configuration(16, 16, 8, num_stages=1)),
+        256: (Configuration(16, 16, 8, num_stages=1), Configuration(16, 16, 8, num_stages=1)),
     },
     "backward_queries": {
-        64: (_C(64, 32, 8), _C(64, 32, 8, num_stages=1)),
-        128: (_C(32, 32, 8, num_stages=1), _C(32, 32, 8, num_stages=1)),
-        256: (_C(16, 16, 8), _C(16, 16, 8)),
+        64: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=1)),
+        128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
+        256: (Configuration(16, 16, 8), Configuration(16, 16, 8)),
     },
 }
 
 # Decoding is bound by memory: enough bytes in flight per SM, and rows no more than a matrix instruction's 16.
-_DECODE = {64: _C(16, 64, 4, 4), 128: _C(16, 64, 4, 2), 256: _C(16, 32, 4, 2)}
-_DECODE_FULL = {64: _C(16, 64, 8), 128: _C(16, 32, 4, 2, 1), 256: _C(16, 16, 4, 2, 1)}
+_DECODE_16_BIT = {64: Configuration(16, 64, 4, 4), 128: Configuration(16, 64, 4, 2), 256: Configuration(16, 32, 4, 2)}
+_DECODE_FP32 = {64: Configuration(16, 64, 8), 128: Configuration(16, 32, 4, 2, 1), 256: Configuration(16, 16, 4, 2, 1)}
 # One pass over rows of output and its gradient; block_n is not used.
-_DELTA = {64: _C(32, 1, 4, 4), 128: _C(16, 1, 4, 4), 256: _C(8, 1, 4, 4)}
+_DELTA = {64: Configuration(32, 1, 4, 4), 128: Configuration(16, 1, 4, 4), 256: Configuration(8, 1, 4, 4)}
 
 
 def block_d(head_dim: int) -> int:
@@ -139,7 +137,7 @@ def block_d(head_dim: int) -> int:
 
 
 def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Configuration:
-    """The configuration of a kernel.
+    """Return the configuration of a kernel.
 
     Args:
         kernel: "forward", "backward_keys", "backward_queries", "decode" or "delta".
@@ -148,16 +146,16 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
         dropout: whether the call drops probabilities.
     """
     size = next(size for size in (64, 128, 256) if head_dim <= size)
-    full = dtype == torch.float32
+    is_fp32 = dtype == torch.float32
     if kernel == "delta":
         return _DELTA[size]
     if kernel == "decode":
-        return (_DECODE_FULL if full else _DECODE)[size]
-    if full:
-        return _FULL[kernel][size][dropout]
-    # sm_87 has sm_80's shared memory; what has less of it, or is newer than the table, takes sm_80's tiles buffered once.
+        return (_DECODE_FP32 if is_fp32 else _DECODE_16_BIT)[size]
+    if is_fp32:
+        return _FP32[kernel][size][dropout]
+    # sm_87 has sm_80's shared memory; what has less of it, or is newer than the table, takes the tiles of sm_80, buffered once.
     family = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}.get(arch)
-    chosen = _HALF[kernel][family or 80][size][dropout]
+    chosen = _16_BIT[kernel][family or 80][size][dropout]
     if family:
         return chosen
     fewer_rows = kernel == "backward_queries" and size == 256  # two operands of 64 rows alone would take 64 KiB

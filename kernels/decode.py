@@ -1,4 +1,4 @@
-"""Decoding: few query rows over many keys. Programs have parts of the keys, and a second kernel merges what they found.
+"""Decoding: few query rows over many keys. Each program attends to a part of the keys, and a second kernel merges the results.
 
 Where the heads that share a key head also share their weights, one tile holds the rows of them all, and keys and values are
 read once for all of them; weights of its own give each head its own tile.
@@ -6,6 +6,7 @@ read once for all of them; weights of its own give each head its own tile.
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     logsumexp_pointer,
@@ -53,8 +54,9 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One part of the keys: its output `[parts, num_outer, rows, heads, head_dim]`, and the maximum and total of its rows
-    `[parts, num_outer, heads, rows]`, all fp32.
+    """Store what one part of the keys gives, in fp32.
+
+    The output is `[parts, num_outer, rows, heads, head_dim]`, maximum and total of rows are `[parts, num_outer, heads, rows]`.
 
     Row r of the tile is query `r % max_queries` of head `first_head + r // max_queries`; `packed_heads` heads share the tile.
     """
@@ -83,7 +85,7 @@ def decode_kernel(
         last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, offset + num_queries)
         seen_by_all = tl.minimum(end, offset + 1)
-    full = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_N * BLOCK_N
+    all_see_end = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_N * BLOCK_N
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -100,8 +102,8 @@ def decode_kernel(
             value_strides[2],
             0,
             last_keys,
-            full if bounded else begin,
-            end if bounded else full,
+            all_see_end if bounded else begin,
+            end if bounded else all_see_end,
             num_keys,
             scale,
             None,
@@ -141,7 +143,7 @@ def merge_kernel(
     BLOCK_P: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
-    """Merges the parts in their order; one program per row of a head. Dead rows become 0."""
+    """Merge the parts in their order; one program has a row of a head. Rows that see no key become 0."""
     head = tl.program_id(0) % num_heads
     row = tl.program_id(0) // num_heads % total_queries
     outer = tl.program_id(0) // num_heads // total_queries

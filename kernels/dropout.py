@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def kept(seed, batch_head, first_row, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which probabilities of a tile survive: `[BLOCK_M, BLOCK_N]` from query row `first_row` and key `first_key` on.
+    """Return which probabilities of a tile are kept: `[BLOCK_M, BLOCK_N]` from query row `first_row` and key `first_key` on.
 
     `first_key` is a multiple of 8, `seed` a pointer.
     """

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     load_rows,
@@ -44,7 +45,7 @@ def attend(
     BOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """One block of query rows against the keys [begin, end), tile by tile.
+    """Attend from one block of query rows to the keys [begin, end), tile by tile.
 
     Args:
         accumulator, maximum, total: running output, unnormalised, with the maximum (in powers of two) it refers to and the
@@ -71,7 +72,7 @@ def attend(
             bias = tl.load(log2_weight + start + columns)
             k = load_rows(shifted(key, start, key_stride), key_stride, None, BLOCK_N, HEAD_DIM, BLOCK_D)
             present = bias > float("-inf")
-        # Weight, scale and log2(e) in one multiply-add. A key that is not there must not even show as NaN.
+        # Weight, scale and log2(e) are one multiply-add. NaN in an absent key must reach nothing.
         logits = tl.fma(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
         seen = (bias > float("-inf"))[None, :]
         if BOUNDED:
@@ -126,12 +127,12 @@ def forward_kernel(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """One program per block of query rows of a head; `num_blocks` of them per head, heads of one group side by side."""
-    pair = tl.program_id(0) // num_blocks
+    """Store output and LSE; one program has a block of query rows of a head, heads of one group side by side."""
+    batch_head = tl.program_id(0) // num_blocks
     # A causal block at the end has the most keys: it starts first.
     block = num_blocks - 1 - tl.program_id(0) % num_blocks
-    batch = pair // num_heads
-    head = pair % num_heads
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
     outer, query_begin, num_queries, key_begin, num_keys, offset = sequence(
         batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
     )
@@ -147,7 +148,7 @@ def forward_kernel(
     value = row_pointer(value, value_strides, outer, head // group, key_begin)
     log2_weight = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin)
 
-    full, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
+    all_see_end, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -164,12 +165,12 @@ def forward_kernel(
             value_strides[2],
             first_row,
             last_keys,
-            full if bounded else 0,
-            end if bounded else full,
+            all_see_end if bounded else 0,
+            end if bounded else all_see_end,
             num_keys,
             scale,
             seed,
-            pair,
+            batch_head,
             threshold,
             HEAD_DIM,
             BLOCK_M,

@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 import torch
 import triton
+from torch import Tensor
+
 from empcause.kernels import weights
 from empcause.kernels.backward import backward_keys_kernel, backward_queries_kernel, delta_kernel
 from empcause.kernels.configurations import Configuration, block_d, configuration
 from empcause.kernels.decode import MAX_PARTS, decode_kernel, merge_kernel
 from empcause.kernels.forward import forward_kernel
-from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -208,7 +209,7 @@ class Call:
             forms = "[M] or [H or 1, M]" if self.packed else "[B or 1, K] or [B or 1, H or 1, K]"
             _refuse("cause", f"float32 {forms}", cause)
         outer, heads = self.cause_sizes()
-        shape = () if self.packed else (1 if outer == 1 else self.outer,)
+        shape: tuple[int, ...] = () if self.packed else (1 if outer == 1 else self.outer,)
         shape += (1 if heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
         self.check_contiguous("cause", cause, torch.float32, (*shape, self.num_keys))
 

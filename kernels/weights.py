@@ -6,6 +6,7 @@ exp2. The logarithm is taken once per key here instead of once per tile there.
 
 import triton
 import triton.language as tl
+
 from empcause.kernels.attention import UNSPECIALIZED
 
 # Rounding may leave a weight meant as 0 slightly below it.
@@ -37,10 +38,10 @@ def weights_kernel(
         head_strength: fp32 `[num_heads]`, or None: `strength` for all.
         key_mask: `[batch, total_keys]` bool, or None: all keys.
     """
-    pair = tl.program_id(0) // num_blocks
+    batch_head = tl.program_id(0) // num_blocks
     keys = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
-    batch = tl.cast(pair // num_heads, tl.int64)
-    head = pair % num_heads
+    batch = tl.cast(batch_head // num_heads, tl.int64)
+    head = batch_head % num_heads
     present = keys < total_keys
     inside = present
     if key_mask is not None:
@@ -49,7 +50,7 @@ def weights_kernel(
     if cause is not None:
         if head_strength is not None:
             strength = tl.load(head_strength + head)
-        # What stands in a masked key, NaN included, is not looked at.
+        # The cause of a masked key is not read, whatever it is, NaN included.
         values = tl.load(cause + batch * cause_batch + head * cause_head + keys, mask=present, other=0.0)
         product = strength * values
         biased = 1.0 + product
@@ -59,4 +60,4 @@ def weights_kernel(
             "cause must be finite with 1 + strength * cause >= 0 wherever key_mask is True",
         )
         weight = tl.where(present, tl.maximum(biased, 0.0), 0.0)
-    tl.store(log2_weight + tl.cast(pair, tl.int64) * total_keys + keys, tl.log2(weight), mask=inside)
+    tl.store(log2_weight + tl.cast(batch_head, tl.int64) * total_keys + keys, tl.log2(weight), mask=inside)

@@ -11,7 +11,7 @@ LEVELS = (
     ("__version__", "errors", "files", "hub", "on_import", "outputs", "ranges", "text", "checkpoints"),
     ("_C", "kernels"),
     ("ops",),
-    ("data", "integration"),
+    ("data", "integration", "testing"),
     ("__init__", "metrics"),
     ("extractor",),
     ("generator",),

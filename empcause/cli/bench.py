@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
     from empcause.benchmarks import cpu
 
     if options.compare:
-        fallen = cpu.compare(*options.compare, options.tolerance)
+        old, new = options.compare
+        fallen = cpu.compare(old, new, options.tolerance)
         print("\n".join(fallen) or "No case fell behind its peers.")
         return int(bool(fallen))
     if options.threads is not None:

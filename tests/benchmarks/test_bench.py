@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from empcause.benchmarks import cpu
-from empcause.benchmarks.comparison import Yardstick, time_case
+
+from empcause.benchmarks import cpu, test_attention
+from empcause.benchmarks.comparison import Limit, time_case
 from empcause.benchmarks.cpu import SUITES, Limits, best_peers, compare
 from empcause.benchmarks.figures import Row
 from empcause.benchmarks.peers import cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch, Timing
-
 from empcause.cli import main
 from empcause.cli.bench import SUITES as CHOICES
 from empcause.errors import UserError
@@ -103,9 +103,22 @@ def test_a_wrong_kernel_is_not_timed(small, monkeypatch, capsys):
     assert "output: largest error" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_yardstick_is_timed_for_the_work_of_the_case():
-    yardstick = Yardstick("limit", lambda: None, 1.0, lambda case, direction: 1e12)
-    rows = list(time_case(SMALL, cpu_peers()[:1], "cpu", Stopwatch("cpu"), rounds_seconds=0.0, yardstick=yardstick))
+def test_pytest_benchmark_has_the_same_cases_and_peers(monkeypatch):
+    timed = []
+    monkeypatch.setattr(cpu, "time_case", lambda case, peers, *_, **__: timed.append((case, peers)) or [])
+    list(cpu.run(list(SUITES), list(cpu.DTYPES), None, 0.0, Limits(rounds=1000, bytes_read=2**16, repeats=1)))
+    given = {mark.args[0]: list(mark.args[1]) for mark in test_attention.test_attention.pytestmark}
+    cases = [test_attention.CASES[name] for name in given["case"]]
+    assert len(cases) == len(timed)
+    assert set(cases) == {case for case, _ in timed}
+    assert all(given["peer"] == [peer.name for peer in peers] for _, peers in timed)
+    (ours,) = [item for item in test_attention.prepare(SMALL, cpu_peers()[:1], "cpu") if item.direction == "forward"]
+    assert ours.direction in given["direction"]
+
+
+def test_a_limit_is_timed_for_the_work_of_the_case():
+    limit = Limit("limit", lambda: None, 1.0, lambda case, direction: 1e12)
+    rows = list(time_case(SMALL, cpu_peers()[:1], "cpu", Stopwatch("cpu"), rounds_seconds=0.0, limit=limit))
     limits = [row for row in rows if row.peer == "limit"]
     assert len(limits) == 3
     for row in limits:

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
+
 from empcause.benchmarks import correctness, gpu, training_steps
 from empcause.benchmarks.comparison import time_case
-from empcause.benchmarks.figures import Row, ratios, write_csv
-from empcause.benchmarks.gate import Gate, disagreement
+from empcause.benchmarks.figures import Row, ratios, read_csv, write_csv
+from empcause.benchmarks.gate import Gate
 from empcause.benchmarks.gpu_report import plot
 from empcause.benchmarks.peers import Peer, formula, make_inputs, peers, this_package
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import MAX_REPEATS, MIN_REPEATS, Budget, Stopwatch, Timing
 from empcause.benchmarks.training_steps import Texts
-from torch.nn.attention import SDPBackend
-
 from empcause.integration import attention as integration
 from empcause.ops.choice import choose_backend
+from empcause.testing import disagreement
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "n_positions": 64}
@@ -307,6 +308,20 @@ class TestReport:
         assert rows[2]["same_function"] == "False"
         assert all(row["torch"] == "1" and row["cuda"] == "3" for row in rows)
 
+    def test_csv_is_read_as_it_was_written(self, tmp_path):
+        write_csv(list(self.ROWS), self.FACTS, tmp_path / "gpu.csv")
+        assert read_csv(tmp_path / "gpu.csv") == (list(self.ROWS), self.FACTS)
+        (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+        with pytest.raises(ValueError, match="not a table of these benchmarks"):
+            read_csv(tmp_path / "other.csv")
+
+    def test_the_committed_figures_are_a_table_of_one_card(self, tmp_path):
+        committed = Path(gpu.__file__).parent / "results" / "gpu.csv"
+        rows, facts = read_csv(committed)
+        assert facts["gpu"] == "NVIDIA H200"
+        assert {row.section for row in rows} == {"attention", "training step"}
+        assert all((row.timing is None) == (row.status != "ok") for row in rows)
+
     def test_plot(self, tmp_path):
         assert plot(list(self.ROWS), "attention", self.FACTS, tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 5000
@@ -314,9 +329,9 @@ class TestReport:
         assert not (tmp_path / "b.png").exists()
 
 
-def test_without_a_gpu_it_says_so_in_one_sentence():
-    script = Path(gpu.__file__)
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "empcause.benchmarks.gpu", str(tmp_path)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "There is no CUDA device that torch can use here, so nothing was built, checked or timed.\n"

@@ -139,7 +139,7 @@ def check(backend, *options):
     if resources.why_not(backend):
         pytest.skip(resources.why_not(backend))
     done = subprocess.run(
-        [sys.executable, resources.__file__, "--check", "--backend", backend, *options],
+        [sys.executable, "-m", "empcause.benchmarks.resources", "--check", "--backend", backend, *options],
         capture_output=True,
         text=True,
         check=False,

@@ -6,15 +6,15 @@ also ends a call with an error at a race, a read of unwritten shared memory or a
 
 import pytest
 import torch
-from csrc.building import ROOT, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.cases import Case, gradients
-from ops.contract import TOLERANCE, Contract, packed_case
 
 import empcause
+from csrc.building import ROOT, build
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.backends import load_cuda
+from empcause.testing import Case, gradients
+from ops.contract import TOLERANCE, Contract, packed_case
 
 ON_DEVICE = empcause.info()["cuda"].built and torch.cuda.is_available()
 DEVICE = "cuda" if ON_DEVICE else "cpu"

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from csrc.building import ROOT, build
 
 pytestmark = pytest.mark.slow

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from csrc.building import ROOT
 
 HEADERS = [path.relative_to(ROOT) for path in sorted((ROOT / "csrc").rglob("*.h"))]

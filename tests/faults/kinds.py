@@ -1,12 +1,11 @@
 """What a kind of fault is: a cause, a place and a promised outcome, and the guards that keep the promise.
 
 Each test of this folder is one kind and says so with `@fault(...)`. From these marks come the table in
-docs/RELIABILITY.md (`python tests/faults/table.py`) and the proof that the tests see what they claim to see
+docs/RELIABILITY.md (`make fault-table`) and the proof that the tests see what they claim to see
 (`make guards` takes one guard away at a time; its test must fail).
 """
 
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER.parent))  # what helps the other tests helps these
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,9 @@ def fault(*guards: Guard, cause: str, place: str, promise: str) -> Callable[[Fun
 def kinds() -> Iterator[Kind]:
     """All kinds of this folder, in the order of files and lines."""
     for file in sorted(FOLDER.glob("test_*.py")):
-        for name, test in vars(importlib.import_module(file.stem)).items():
+        module = f"{FOLDER.name}.{file.stem}"
+        for name, test in vars(importlib.import_module(module)).items():
             for mark in getattr(test, "pytestmark", ()):
-                if mark.name == "fault" and test.__module__ == file.stem:
+                if mark.name == "fault" and test.__module__ == module:
                     node = f"{file.relative_to(ROOT)}::{name}"
                     yield Kind(guards=mark.args, test=node, **mark.kwargs)

@@ -18,9 +18,10 @@ from pathlib import Path
 from threading import Lock
 
 import pybind11
-from building import build
-from kinds import FOLDER, ROOT, Guard, Kind, kinds
 from tqdm import tqdm
+
+from csrc.building import build
+from faults.kinds import FOLDER, ROOT, Guard, Kind, kinds
 
 building = Lock()
 

@@ -1,8 +1,8 @@
-"""Writes the table of docs/RELIABILITY.md from the marks of the fault tests: `python tests/faults/table.py`."""
+"""Writes the table of docs/RELIABILITY.md from the marks of the fault tests: `make fault-table`."""
 
 from itertools import groupby
 
-from kinds import ROOT, kinds
+from faults.kinds import ROOT, kinds
 
 DOCUMENT = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

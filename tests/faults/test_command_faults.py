@@ -14,7 +14,6 @@ from threading import Event, Thread
 import pytest
 import torch
 from huggingface_hub import constants
-from kinds import Guard, fault
 from safetensors import SafetensorError
 
 from empcause import hub
@@ -26,6 +25,7 @@ from empcause.extractor import load_extractor
 from empcause.generator import Reply, Responder, load_generator
 from empcause.text import visible
 from empcause.training.generator import GeneratorTrainingArguments
+from faults.kinds import Guard, fault
 
 HOSTILE = "\x1b[31mred\x1b[0m [bold]not[/bold] \u202egnp\u2066 \u200b\x9b1m \x07\r\n\tend"
 SHOWN = r"\x1b[31mred\x1b[0m [bold]not[/bold] \u202egnp\u2066 \u200b\x9b1m \x07\r\n\tend"

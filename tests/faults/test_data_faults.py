@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from injection import unprivileged
-from kinds import Guard, fault
 from transformers import AutoTokenizer
 
 from empcause.cli import main
@@ -37,6 +35,8 @@ from empcause.data.collation import pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor.encoding import encode_text
+from faults.injection import unprivileged
+from faults.kinds import Guard, fault
 
 DIALOGUE_FILES, CAUSE_FILES = "empcause/data/empathetic_dialogues.py", "empcause/data/emocause.py"
 DATASET, LOADING, SOURCE = "empcause/data/dataset.py", "empcause/data/loading.py", "empcause/data/source.py"

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from kinds import Guard, fault
 from torch.autograd import forward_ad, functional
 from torch.autograd.functional import hvp
 
 from empcause.ops import biased_attention, biased_attention_varlen
+from faults.kinds import Guard, fault
 
 OPERATOR, REFERENCE = "empcause/ops/attention.py", "empcause/ops/reference.py"
 FORMULAS = "empcause/ops/registration.py"

@@ -5,17 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from injection import failing
-from kinds import ROOT, Guard, fault
 
-# The module alone: a process that imports the whole package takes seconds.
-WRITE = f"""
-import sys, types
-sys.modules["empcause"] = types.ModuleType("empcause")
-sys.modules["empcause"].__path__ = [{str(ROOT / "empcause")!r}]
-from empcause.files import write_text
-write_text(sys.argv[1], "new")
-"""
+from faults.injection import failing
+from faults.kinds import Guard, fault
+
+WRITE = "import sys; from empcause.files import write_text; write_text(sys.argv[1], 'new')"
 
 
 def write(path, prefix):

@@ -4,13 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from empcause.kernels import operators as triton_operators
-from kinds import Guard, fault
-from ops.accuracy import against_torch
-from ops.cases import gradients, raw_arguments
 
+from empcause.kernels import operators as triton_operators
 from empcause.ops import biased_attention
 from empcause.ops.reference import biased_attention_reference
+from empcause.testing import gradients
+from faults.kinds import Guard, fault
+from ops.accuracy import against_torch
+from ops.arguments import raw_arguments
 
 OPERATORS, BACKWARD = "csrc/torch/operators.h", "csrc/cpu/backward.h"
 REFERENCE, TRITON = "empcause/ops/reference.py", "kernels/operators.py"

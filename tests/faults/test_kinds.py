@@ -3,8 +3,9 @@
 import ast
 
 import pytest
-from kinds import kinds
-from table import DOCUMENT, with_table
+
+from faults.kinds import kinds
+from faults.table import DOCUMENT, with_table
 
 KINDS = list(kinds())
 
@@ -24,4 +25,4 @@ def test_a_guard_stands_where_it_is_said_to(kind):
 
 def test_the_document_has_the_table_of_these_tests():
     document = DOCUMENT.read_text(encoding="utf-8")
-    assert document == with_table(document), "run `python tests/faults/table.py`"
+    assert document == with_table(document), "run `make fault-table`"

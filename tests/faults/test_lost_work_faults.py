@@ -13,12 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from empcause.benchmarks import cpu
-from empcause.benchmarks.shapes import Case
-from kinds import ROOT, Guard, fault
-from small_training import At, arguments, in_a_process, start, train, weights
 from transformers import AutoConfig, AutoTokenizer
 
+from empcause.benchmarks import cpu
+from empcause.benchmarks.shapes import Case
 from empcause.cli import demo, main
 from empcause.errors import UserError
 from empcause.evaluation import causes as cause_evaluation
@@ -29,6 +27,8 @@ from empcause.generator import GENERATORS, CauseCache, causes
 from empcause.generator.modeling import add_separator
 from empcause.outputs import LOCK, RECORD, Record, seal, write_record
 from empcause.systems import own
+from faults.kinds import ROOT, Guard, fault
+from faults.small_training import At, arguments, in_a_process, start, train, weights
 
 OUTPUTS = "empcause/outputs.py"
 FOLDER = "empcause/training/folder.py"

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from kinds import Guard, fault
 
 from empcause.ops import biased_attention, biased_attention_varlen
+from faults.kinds import Guard, fault
 
 OPERATOR, PACKED = "empcause/ops/attention.py", "empcause/ops/varlen.py"
 BACKENDS = ("cpu", "reference")

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from kinds import Guard, fault
 
 from empcause.data import EMPATHETIC_DIALOGUES, load_annotations, load_dialogues, response_pairs
 from empcause.data.loading import PAPERS
@@ -21,6 +20,7 @@ from empcause.evaluation.tables import format_figure
 from empcause.metrics import bits_per_byte, emotion_correct, nll_per_word, score_causes
 from empcause.training.card import model_card
 from empcause.training.generator import GeneratorTrainingArguments
+from faults.kinds import Guard, fault
 
 SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0")
 HOSTILE = "\x1b[31mred\x1b[0m\n---\nlicense: mit\n---\n# <img src=x onerror=alert(1)> [link](http://x) `a|b` \u202e$x$"

@@ -14,8 +14,6 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
-from kinds import Guard, fault
-from small_training import At, arguments, in_a_process, killed_at, train, weights
 from transformers import GPT2Config, GPT2Model
 from transformers.utils import logging
 
@@ -23,6 +21,8 @@ from empcause.checkpoints import load_whole
 from empcause.errors import Interrupted, UserError
 from empcause.outputs import RECORD, read_record, seal
 from empcause.training.folder import find_checkpoint
+from faults.kinds import Guard, fault
+from faults.small_training import At, arguments, in_a_process, killed_at, train, weights
 
 FOLDER = "empcause/training/folder.py"
 OUTPUTS = "empcause/outputs.py"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
-from kinds import Guard, fault
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 import empcause
+from faults.kinds import Guard, fault
 
 STEERING = "empcause/integration/steering.py"
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

@@ -8,9 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from kinds import Guard, fault
 from safetensors.torch import load_file, save_file
-from small_training import ITEMS, SmallTrainer, arguments, collate, train, weights
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
@@ -24,6 +22,8 @@ from empcause.training import settings
 from empcause.training.common import StageTrainer
 from empcause.training.extractor import ExtractorTrainer, ExtractorTrainingArguments, build_encoder, check_tokenizer
 from empcause.training.generator import GeneratorTrainer, GeneratorTrainingArguments
+from faults.kinds import Guard, fault
+from faults.small_training import ITEMS, SmallTrainer, arguments, collate, train, weights
 
 COMMON = "empcause/training/common.py"
 CHECKPOINTS = "empcause/checkpoints.py"

@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from kinds import Guard, fault
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -28,6 +27,7 @@ import empcause
 from empcause.errors import UserError
 from empcause.integration import check_model, classes, empcause_attention
 from empcause.integration.checking import small_config
+from faults.kinds import Guard, fault
 
 ATTENTION = "empcause/integration/attention.py"
 MASKS = "empcause/integration/masks.py"

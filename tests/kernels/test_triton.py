@@ -7,17 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.cases import Case
-from ops.contract import Contract, packed_case
 
 import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
+from empcause.testing import Case
+from ops.contract import Contract, packed_case
 
 TRITON = empcause.info()["triton"]
 if not TRITON.runs:
     pytest.skip(f"no Triton kernels: {TRITON.reason}", allow_module_level=True)
 
 import triton  # noqa: E402
+
 from empcause.kernels import operators  # noqa: E402
 from empcause.kernels.configurations import configuration  # noqa: E402
 

@@ -3,26 +3,25 @@
 from collections.abc import Iterable
 
 import torch
-from empcause._C import build_info
-from ops.cases import gradients
 from torch import Tensor
 
+from empcause._C import build_info
 from empcause.ops import biased_attention
+from empcause.testing import NAMES, gradients
 
 SHAPE = (1, 2, 64, 32)
-NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
 
 
 def errors(
     dtype: torch.dtype, scale: float, seed: int, backend: str = "cpu", fused: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Root-mean-square errors of the output and all gradients for random inputs, the queries times `scale`.
+    """Return root-mean-square errors of the output and all gradients for random inputs, the queries times `scale`.
 
     Args:
-        fused: against torch's fused kernel, which takes no gradient of a bias, not against its formula, which does.
+        fused: whether torch runs its fused kernel, which has no gradient of a bias, or its formula, which has one.
 
     Returns:
-        Ours and those of torch, each `[5]`, or `[4]` if fused.
+        Our errors and those of torch, each `[5]`, or `[4]` if fused.
     """
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(SHAPE, generator=generator) for _ in range(3))
@@ -48,13 +47,13 @@ def errors(
 
 
 def against_torch(dtype: torch.dtype, scale: float, seeds: Iterable[int]) -> None:
-    """Over the seeds, the root-mean-square error at most 1.1 times torch's, and the worst seed's at most twice its worst.
+    """Assert that over the seeds the root-mean-square error is at most 1.1 times torch's, and the worst at most twice its worst.
 
-    Both against its fused kernel and, which is stricter, against its formula with a bias that gets a gradient: that computes bf16
-    and fp16 in fp32 throughout. Kernels that multiply pairs of bf16, as the fused one does, are held against that alone.
+    It is compared with torch's fused kernel and, which is stricter, with its formula with a bias that gets a gradient: that
+    computes bf16 and fp16 in fp32 throughout. Kernels with bf16 instructions, as the fused one, are compared with that one alone.
     """
-    pairs = dtype == torch.bfloat16 and build_info()["isa_selected"] == "avx512_bf16"
-    for fused in (True,) if pairs else (True, False):
+    bf16_products = dtype == torch.bfloat16 and build_info()["isa_selected"] == "avx512_bf16"
+    for fused in (True,) if bf16_products else (True, False):
         ours, theirs = map(torch.stack, zip(*(errors(dtype, scale, seed, fused=fused) for seed in seeds), strict=True))
         mean = (ours.square().mean(0) / theirs.square().mean(0)).sqrt()
         worst = ours.amax(0) / theirs.amax(0)

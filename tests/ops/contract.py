@@ -6,12 +6,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from ops.cases import Case, assert_close, exact, gradients, measured, move, pack, raw_arguments
 
 from empcause.ops import biased_attention, biased_attention_varlen
 from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference
 from empcause.ops.registration import OPERATORS
+from empcause.testing import Case, assert_close, exact, gradients, measured
+from ops.arguments import move, pack, raw_arguments
 
 PROBLEM = (
     "Tensor? cause, float strength, Tensor? head_strength, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "

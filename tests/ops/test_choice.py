@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from ops.cases import Case
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen, use_backend
+from empcause.testing import Case
 
 pytestmark = pytest.mark.skipif(not empcause.info()["cpu"].runs, reason="the CPU kernels are not built")
 

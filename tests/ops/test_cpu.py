@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.accuracy import against_torch
-from ops.cases import Case
-from ops.contract import Contract
 
 import empcause
 from empcause.ops import biased_attention
+from empcause.testing import Case
+from ops.accuracy import against_torch
+from ops.contract import Contract
 
 CPU = empcause.info()["cpu"]
 if not CPU.runs and os.environ.get("EMPCAUSE_REQUIRE_CPU") != "1":
@@ -139,19 +139,13 @@ cpu = empcause.info()["cpu"]
 if not cpu.runs:
     print("SKIP", cpu.reason); raise SystemExit
 assert {isa!r} in cpu.reason
-from ops.cases import Case, assert_close
+from empcause.testing import Case, assert_close
 for case in [Case(), Case(queries=70, keys=140, dim=33, masked=True, dropout_p=0.2), Case(dtype=torch.bfloat16, dim=64),
              Case(dtype=torch.float16), Case(causal=False, cause_shape="BHK", dim=5)]:
     assert_close(case, "cpu")
 print("FINE")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
-        check=False,
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if done.stdout.startswith("SKIP"):
         pytest.skip(done.stdout)

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from ops.cases import Case, gradients, measured, pack
 
 import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
+from empcause.testing import Case, gradients, measured
+from ops.arguments import pack
 
 HAS_CPU = empcause.info()["cpu"].runs
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the CPU kernels are not built")
