@@ -5,13 +5,13 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch._ops import OpOverloadPacket, _OpNamespace
 
-from empcause.ops.registration import OPERATORS, define, register, registered
+from empcause.ops.registration import OPERATORS, define, find_kernel, register, registered
+from empcause.ops.torch_internals import TESTED_TORCH, load_on_first_use
 from empcause.text import visible
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -184,29 +184,14 @@ def why_not_loaded(name: str) -> str | None:
     return None if f"empcause_{name}" in registered else BACKENDS[name].load()
 
 
-class _Namespace(_OpNamespace):
-    """`torch.ops.empcause_<name>`: the backend is loaded when somebody asks for an operator, as a saved program does by name."""
-
-    __module__ = _OpNamespace.__module__  # operators have it in their names
-
-    def __init__(self, backend: str) -> None:
-        super().__init__(f"empcause_{backend}")
-        self.backend = backend
-
-    def __getattr__(self, name: str) -> OpOverloadPacket:
-        if name in OPERATORS and (why_not := why_not_loaded(self.backend)) is not None:
-            raise AttributeError(f"The backend {self.backend!r} has no operators here: {why_not}.")
-        return super().__getattr__(name)
-
-
 for _name in BACKENDS.keys() - {"reference"}:  # which has no raw operators
-    setattr(torch.ops, f"empcause_{_name}", _Namespace(_name))
+    load_on_first_use(f"empcause_{_name}", OPERATORS, partial(why_not_loaded, _name))
 
 
 def _has_kernels(name: str, device_type: str) -> bool:
-    """Whether a loaded backend takes tensors there; of a GPU's, the interpreter's and the emulator's take those of the CPU."""
+    """Whether a loaded backend takes tensors of this device; Triton's interpreter and the emulator of CUDA take the CPU's."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"empcause_{name}::attention", key)
+    return key is not None and find_kernel(f"empcause_{name}::attention", key) is not None
 
 
 def _why_not(backend: Backend, device_type: str, dtype: torch.dtype) -> str | None:
