@@ -160,12 +160,14 @@ def read_mask(mask: Tensor) -> Visible:
     Raises:
         UserError: it is some other mask, or one of a window or chunk that is shorter than the keys.
     """
-    if not isinstance(mask, KeyMask) and not is_fake(mask):
+    if is_fake(mask):
+        return _read(mask)
+    if not isinstance(mask, KeyMask):
         raise UserError(
             'attn_implementation="empcause" makes its own mask from a two-dimensional attention_mask; it was given a '
             f"{mask.dtype} mask of shape {list(mask.shape)}, and arbitrary 4-D masks are not supported."
         )
-    if torch.compiler.is_compiling() or is_fake(mask):
+    if torch.compiler.is_compiling():
         return _read(mask)
     if mask.visible is None:
         mask.visible = _read(mask)

@@ -18,7 +18,7 @@ from empcause.ops.torch_internals import (
     assert_async,
     below_autograd,
     dispatch_modes_active,
-    may_carry_tangents,
+    forward_mode_active,
     transforms_active,
     without_wrapper,
 )
@@ -164,11 +164,7 @@ def _attention(
     others = (strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset)
     # Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func` and
     # forward mode need the registered one (`registration.py`).
-    if (
-        torch.compiler.is_compiling()
-        or transforms_active()
-        or may_carry_tangents(query, key, value, cause, head_strength)
-    ):
+    if torch.compiler.is_compiling() or transforms_active() or forward_mode_active():
         operator = getattr(torch.ops, f"empcause_{backend}").attention.default
         return operator(query, key, value, cause, *others, torch.is_grad_enabled())[0]
     operators = _operators(backend)

@@ -15,7 +15,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from empcause.ops.torch_internals import HAS_FORMULAS, at_one_level, below_autograd, forward_mode, may_carry_tangents
+from empcause.ops.torch_internals import (
+    HAS_FORMULAS,
+    at_one_level,
+    below_autograd,
+    forward_mode_active,
+    forward_mode_enabled,
+)
 
 
 def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -106,7 +112,7 @@ def _differentiable(name: str, operator: Callable, setup_context: Callable, back
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         # Here both modes are off; but below may be another transformation of torch.func, with derivatives of its own.
-        with torch.enable_grad(), forward_mode(), below_autograd():
+        with torch.enable_grad(), forward_mode_enabled(), below_autograd():
             output = operator(*inputs)
         setup_context(ctx, inputs, output)
         return output
@@ -117,7 +123,7 @@ def _differentiable(name: str, operator: Callable, setup_context: Callable, back
 
     def kernel(*inputs: Any) -> Any:
         recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        if recorded or may_carry_tangents(*inputs):
+        if recorded or forward_mode_active():
             return apply(*inputs)
         with below_autograd():
             return operator(*inputs)
@@ -125,8 +131,8 @@ def _differentiable(name: str, operator: Callable, setup_context: Callable, back
     return kernel
 
 
-def _refuse_tangents(library: torch.library.Library, name: str) -> None:
-    """Let the kernels of an operator refuse tensors with tangents, which they would drop without a word."""
+def _refuse_in_forward_mode(library: torch.library.Library, name: str) -> None:
+    """Let the kernels of an operator refuse to run in forward mode, where they would drop tangents without a word."""
     refuse = _refuse_forward_mode(name)
     for key in ("CPU", "CUDA"):
         kernel = find_kernel(name, key)
@@ -134,7 +140,7 @@ def _refuse_tangents(library: torch.library.Library, name: str) -> None:
             continue
 
         def checked(dispatch_keys: Any, *inputs: Any, kernel: Any = kernel) -> Any:
-            if may_carry_tangents(*inputs):
+            if forward_mode_active():
                 refuse()
             return kernel.call_boxed(dispatch_keys, *inputs)
 
@@ -155,7 +161,7 @@ def _register_derivatives(
         library.impl(name, formula, "Autograd")
     else:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
-        _refuse_tangents(library, name)
+        _refuse_in_forward_mode(library, name)
 
 
 def find_kernel(name: str, dispatch_key: str) -> Any:

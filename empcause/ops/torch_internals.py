@@ -63,7 +63,7 @@ _function = _find("torch._C._FunctionBase", lambda base: callable(base._sequence
 _namespace = _find("torch._ops._OpNamespace", lambda base: isinstance(torch.ops.aten, base))
 _fake = _find("torch._subclasses.fake_tensor.FakeTensor", lambda cls: issubclass(cls, Tensor))
 
-# Whether a formula of our own can stand before an operator: `at_one_level`, `forward_mode` and `below_autograd` do what they say.
+# Whether an operator can have a formula of our own: `at_one_level` and `forward_mode_enabled` can be called.
 HAS_FORMULAS = None not in (_below_autograd, _single_level, _set_forward_mode)
 # Whether `current_node`, `next_node_number` and `node_number` can be called; there is no documented way to know what they tell.
 HAS_NODES = None not in (_node, _next_number, _function)
@@ -86,20 +86,25 @@ def transforms_active() -> bool:
     return _transforms_active is None or _transforms_active()
 
 
-def may_carry_tangents(*values: Any) -> bool:
-    """Whether tensors among the values may have tangents: derivatives in forward mode are being computed.
+def forward_mode_active() -> bool:
+    """Whether derivatives are being computed in forward mode, so that tensors may have tangents.
 
-    Otherwise: whether one of them has a tangent.
+    Otherwise: the same, from whether torch gives a tensor a tangent.
     """
     if _has_level:
         return forward_ad._current_level >= 0
-    return any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values)
+    try:
+        forward_ad.make_dual(_NOTHING, _NOTHING)
+    except RuntimeError as error:
+        return "no level exists" not in str(error)
+    return True
 
 
 def at_one_level(function: type[torch.autograd.Function]) -> Callable:
-    """Returns `function.apply` for a kernel of the dispatcher, which has decided which transformation of `torch.func` comes first.
+    """Returns `function.apply` for use in a kernel of the dispatcher.
 
-    `apply` itself would ask that anew, and not end. To be called where `HAS_FORMULAS`.
+    The dispatcher has decided which transformation of `torch.func` comes first; `apply` itself would ask that anew, and not end.
+    To be called where `HAS_FORMULAS`.
     """
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -110,8 +115,8 @@ def at_one_level(function: type[torch.autograd.Function]) -> Callable:
     return applied
 
 
-def forward_mode() -> AbstractContextManager:
-    """A context in which derivatives in forward mode are computed, also within `torch.autograd.Function.forward`, which has them off.
+def forward_mode_enabled() -> AbstractContextManager:
+    """A context in which derivatives in forward mode are computed, even within `torch.autograd.Function.forward`.
 
     To be entered where `HAS_FORMULAS`.
     """
@@ -189,7 +194,7 @@ def load_on_first_use(name: str, operators: Sequence[str], load: Callable[[], st
         load()
         return
 
-    class Namespace(_namespace):  # type: ignore[misc]
+    class Namespace(_namespace):  # type: ignore[misc, valid-type]
         __module__ = _namespace.__module__  # operators have it in their names
 
         def __getattr__(self, operator: str) -> Any:

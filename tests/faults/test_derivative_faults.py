@@ -161,8 +161,8 @@ def test_options_of_samples_with_vmap(capfd):
 
 
 @fault(
-    Guard(FORMULAS, "recorded or may_carry_tangents(*inputs):", "recorded:"),
-    Guard(OPERATOR, " or may_carry_tangents(query, key, value, cause, head_strength):", ":"),
+    Guard(FORMULAS, "recorded or forward_mode_active():", "recorded:"),
+    Guard(OPERATOR, " or forward_mode_active():\n        operator", ":\n        operator"),
     cause="derivatives are asked for in forward mode: jvp, jacfwd, hessian, linearize, dual tensors",
     place="biased_attention and biased_attention_varlen on every backend",
     promise="kernels refuse and name the reference, which has them right; no tangent is lost",
@@ -204,7 +204,7 @@ def test_forward_mode():
         "_register_derivatives(library, attention_backward, backward, None, once)",
         "pass",
     ),
-    Guard(FORMULAS, "torch.enable_grad(), forward_mode(), ", ""),
+    Guard(FORMULAS, "torch.enable_grad(), forward_mode_enabled(), ", ""),
     cause="second derivatives are asked for of a loss that is linear in the output: hvp, a gradient penalty, grad of grad",
     place="biased_attention and biased_attention_varlen on every backend",
     promise="kernels refuse and name the reference, which has them right; create_graph alone does no harm",
