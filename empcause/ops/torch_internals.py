@@ -11,7 +11,7 @@ finds private names of torch in any other module.
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,15 +20,31 @@ from torch.autograd import forward_ad
 # The minor versions of torch with which all tests are run: the one that the Makefile installs, in CI too.
 TESTED_TORCH = ("2.13",)
 
+Documented = TypeVar("Documented", bound=Callable)
+
+missing: set[str] = set()  # private names that the installed torch lacks, or has in another form
+
 
 def _find(name: str, fits: Callable[[Any], bool]) -> Any:
     """Returns the object with this full name; None if torch has none, or if it does not fit."""
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-        return found if fits(found) else None
+        if fits(found):
+            return found
     except (ImportError, AttributeError, TypeError):
-        return None
+        pass
+    missing.add(name)
+    return None
+
+
+def _private(name: str, fits: Callable[[Any], bool]) -> Callable[[Documented], Documented]:
+    """Replaces a function, which answers by documented means, by the function of torch with this name if there is one that fits.
+
+    The name of torch itself is called then, without a call in between that a small attention would feel.
+    """
+    found = _find(name, fits)
+    return lambda documented: documented if found is None else found
 
 
 def _gives(kind: type, *arguments: Any) -> Callable[[Any], bool]:
@@ -48,42 +64,33 @@ def _opens(*arguments: Any) -> Callable[[Any], bool]:
 
 _NOTHING = torch.empty(0, device="cpu")
 
-_below_autograd = _find("torch._C._AutoDispatchBelowAutograd", _opens())
-_transforms_active = _find("torch._C._are_functorch_transforms_active", _gives(bool))
 _has_level = _find("torch.autograd.forward_ad._current_level", lambda level: type(level) is int) is not None
 _single_level = _find("torch._functorch.autograd_function.enable_single_level_autograd_function", _opens())
 _set_forward_mode = _find("torch.autograd.forward_ad._set_fwd_grad_enabled", _opens(True))
 _is_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor", _gives(bool, _NOTHING))
 _unwrap = _find("torch._C._functorch.get_unwrapped", callable)
-_dispatch_modes = _find("torch._C._len_torch_dispatch_stack", _gives(int))
-_assert = _find("torch._assert_async", _gives(type(None), _NOTHING.any().logical_not(), ""))
-_node = _find("torch._C._current_autograd_node", lambda function: function() is None or True)
-_next_number = _find("torch._C._autograd._get_sequence_nr", _gives(int))
 _function = _find("torch._C._FunctionBase", lambda base: callable(base._sequence_nr))
 _namespace = _find("torch._ops._OpNamespace", lambda base: isinstance(torch.ops.aten, base))
 _fake = _find("torch._subclasses.fake_tensor.FakeTensor", lambda cls: issubclass(cls, Tensor))
 
-# Whether an operator can have a formula of our own: `at_one_level` and `forward_mode_enabled` can be called.
-HAS_FORMULAS = None not in (_below_autograd, _single_level, _set_forward_mode)
-# Whether `current_node`, `next_node_number` and `node_number` can be called; there is no documented way to know what they tell.
-HAS_NODES = None not in (_node, _next_number, _function)
 
-
+@_private("torch._C._AutoDispatchBelowAutograd", _opens())
 def below_autograd() -> AbstractContextManager:
     """A context in which an operator's kernel runs at once: what torch records for derivatives, and a tangent, are passed over.
 
     Otherwise: a context that does nothing. Operators must then have derivatives by `torch.library.register_autograd`, which
     passes over them itself.
     """
-    return nullcontext() if _below_autograd is None else _below_autograd()
+    return nullcontext()
 
 
+@_private("torch._C._are_functorch_transforms_active", _gives(bool))
 def transforms_active() -> bool:
     """Whether the caller runs within `torch.func` or `torch.vmap`.
 
     Otherwise: True. It may be so, and the operators as torch dispatches them are right everywhere.
     """
-    return _transforms_active is None or _transforms_active()
+    return True
 
 
 def forward_mode_active() -> bool:
@@ -143,14 +150,16 @@ def all_samples(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def dispatch_modes_active() -> bool:
-    """Whether something watches the operators that run, for example to trace them, and could not follow a look at values.
+@_private("torch._C._len_torch_dispatch_stack", _gives(int))
+def dispatch_modes_active() -> int:
+    """How many things watch the operators that run, for example to trace them, and could not follow a look at values.
 
-    Otherwise: True. It may be so.
+    Otherwise: 1. There may be one.
     """
-    return _dispatch_modes is None or _dispatch_modes() > 0
+    return 1
 
 
+@_private("torch._assert_async", _gives(type(None), _NOTHING.any().logical_not(), ""))
 def assert_async(condition: Tensor, message: str) -> None:
     """Raise a RuntimeError if a 0-d bool tensor is False; on a GPU that happens on the device, and nobody waits for it.
 
@@ -159,20 +168,20 @@ def assert_async(condition: Tensor, message: str) -> None:
     Raises:
         RuntimeError: the condition is False.
     """
-    if _assert is not None:
-        _assert(condition, message)
-    elif not bool(condition):
+    if not bool(condition):
         raise RuntimeError(message)
 
 
+@_private("torch._C._current_autograd_node", lambda function: function() is None or True)
 def current_node() -> Any:
     """Returns the node whose backward pass this thread is computing, None outside of backward passes. Where `HAS_NODES`."""
-    return _node()
+    raise NotImplementedError
 
 
+@_private("torch._C._autograd._get_sequence_nr", _gives(int))
 def next_node_number() -> int:
     """Returns the number that the next node of this thread will have: they rise as the thread makes nodes. Where `HAS_NODES`."""
-    return _next_number()
+    raise NotImplementedError
 
 
 def node_number(node: Any) -> int:
@@ -211,3 +220,17 @@ def is_fake(tensor: Tensor) -> bool:
     Otherwise: False. torch refuses to make a tensor of another class of one that is fake.
     """
     return _fake is not None and isinstance(tensor, _fake)
+
+
+# Whether an operator can have a formula of our own: `at_one_level` and `forward_mode_enabled` can be called.
+HAS_FORMULAS = missing.isdisjoint(
+    {
+        "torch._C._AutoDispatchBelowAutograd",
+        "torch._functorch.autograd_function.enable_single_level_autograd_function",
+        "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    }
+)
+# Whether `current_node`, `next_node_number` and `node_number` can be called; there is no documented way to know what they tell.
+HAS_NODES = missing.isdisjoint(
+    {"torch._C._current_autograd_node", "torch._C._autograd._get_sequence_nr", "torch._C._FunctionBase"}
+)

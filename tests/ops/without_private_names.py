@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 SHIM = Path(__file__).parents[2] / "empcause/ops/torch_internals.py"
-NAMES = re.findall(r'_find\("(torch\.[\w.]+)"', SHIM.read_text(encoding="utf-8"))
+NAMES = re.findall(r'(?:_find|@_private)\("(torch\.[\w.]+)"', SHIM.read_text(encoding="utf-8"))
 
 
 def remove(missing):
