@@ -47,12 +47,24 @@ def _limited(model_type: str, model: str, results: Any) -> None:
 
 
 def main(chosen: list[str]) -> None:
-    """Write the table."""
+    """Write the table.
+
+    Args:
+        chosen: names of models to check anew; none stands for all.
+
+    Raises:
+        SystemExit: a name is unknown, or the rest of the table was made with another version of transformers.
+    """
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     warnings.simplefilter("ignore")
     table: dict[str, Any] = {part: {} for part in PARTS}
     if chosen:
         table = json.loads(TABLE.read_text(encoding="utf-8"))
+        if table["transformers"] != transformers.__version__:
+            sys.exit(
+                f"The table was made with transformers {table['transformers']}, and {transformers.__version__} is installed: "
+                "name no classes, so that all are checked anew; nothing was written."
+            )
     table["transformers"] = transformers.__version__
     fork = multiprocessing.get_context("fork")
     if unknown := set(chosen) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import (
     and_masks,
@@ -27,6 +26,7 @@ from transformers.masking_utils import (
 
 from empcause.errors import UserError
 from empcause.integration.classes import require
+from empcause.ops.torch_internals import is_fake
 
 # A key that is never seen; far from any row, yet safe to subtract.
 HIDDEN = 1 << 40
@@ -72,8 +72,7 @@ class KeyMask(Tensor):
     ) -> Any:
         """Hand on what leaves the mask a mask; `unbind` reads it, as plain tensors."""
         if func is Tensor.unbind:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return Tensor.__torch_function__(func, (Tensor,), args, kwargs or {})
         try:
             result = super().__torch_function__(func, types, args, kwargs or {})
         except RuntimeError as error:  # shapes or dtypes that do not go together
@@ -161,12 +160,14 @@ def read_mask(mask: Tensor) -> Visible:
     Raises:
         UserError: it is some other mask, or one of a window or chunk that is shorter than the keys.
     """
-    if not isinstance(mask, KeyMask | FakeTensor):
+    if is_fake(mask):
+        return _read(mask)
+    if not isinstance(mask, KeyMask):
         raise UserError(
             'attn_implementation="empcause" makes its own mask from a two-dimensional attention_mask; it was given a '
             f"{mask.dtype} mask of shape {list(mask.shape)}, and arbitrary 4-D masks are not supported."
         )
-    if torch.compiler.is_compiling() or isinstance(mask, FakeTensor):
+    if torch.compiler.is_compiling():
         return _read(mask)
     if mask.visible is None:
         mask.visible = _read(mask)
@@ -229,7 +230,7 @@ def _parts(mask_function: Callable) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _marked(mask: Tensor) -> KeyMask:
     """The mask as ours. A fake tensor, which has shapes alone, can be of no other class."""
-    return cast(KeyMask, mask) if isinstance(mask, FakeTensor) else mask.as_subclass(KeyMask)
+    return cast(KeyMask, mask) if is_fake(mask) else mask.as_subclass(KeyMask)
 
 
 def _pack(sequence: Tensor) -> KeyMask:

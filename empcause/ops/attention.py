@@ -9,19 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from empcause.ops.backends import DTYPES
 from empcause.ops.choice import choose_backend
 from empcause.ops.reference import SMALLEST_WEIGHT, biased_attention_reference
+from empcause.ops.torch_internals import (
+    all_samples,
+    assert_async,
+    below_autograd,
+    dispatch_modes_active,
+    forward_mode_active,
+    transforms_active,
+    without_wrapper,
+)
 from empcause.ops.varlen import biased_attention_varlen_reference
 
 MAX_HEAD_DIM = 256
 DENSE = torch.strided
 LARGEST_SCALE = 1e38  # so that fp32 holds it, in powers of two as well
-
-# Straight to the kernels: in eager mode the registered formula is not asked, which alone would take as long as a small call.
-below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def biased_attention(
@@ -159,7 +164,7 @@ def _attention(
     others = (strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset)
     # Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func` and
     # forward mode need the registered one (`registration.py`).
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or transforms_active() or forward_mode_active():
         operator = getattr(torch.ops, f"empcause_{backend}").attention.default
         return operator(query, key, value, cause, *others, torch.is_grad_enabled())[0]
     operators = _operators(backend)
@@ -193,9 +198,9 @@ def _reference(
         "seed": seed,
     }
     if packing is None:
-        check_weights(cause, strength, key_mask)
+        check_key_weights(cause, strength, key_mask)
         return biased_attention_reference(query, key, value, cause, query_offset=offset, **options)[0]
-    check_weights(
+    check_key_weights(
         None if cause is None else cause[None],
         strength,
         None if key_mask is None else key_mask[None],
@@ -205,7 +210,7 @@ def _reference(
     return biased_attention_varlen_reference(query, key, value, cause, **bounds, **options)[0]
 
 
-def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
+def check_key_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
     """Refuse a cause that is not finite or makes a weight negative where a key may be attended.
 
     On CPU the values are looked at here; elsewhere the check runs on the device without waiting for it.
@@ -224,13 +229,11 @@ def check_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tens
         fine = fine | ~key_mask[:, None]
     message = "cause must be finite with 1 + strength * cause >= 0 wherever key_mask is True"
     if torch.compiler.is_compiling():
-        torch._assert_async(fine.all(), message)
+        assert_async(fine.all(), message)
         return
-    plain = fine
-    while torch._C._functorch.is_functorch_wrapped_tensor(plain):
-        plain = torch._C._functorch.get_unwrapped(plain)  # the samples of torch.vmap all at once
-    if not plain.is_cpu or torch._C._len_torch_dispatch_stack():
-        torch._assert_async(plain.all(), message)
+    plain = all_samples(fine)
+    if not plain.is_cpu or dispatch_modes_active():
+        assert_async(plain.all(), message)
     elif not bool(plain.all()):
         if plain is not fine:
             raise RuntimeError(f"{message}.")
@@ -394,7 +397,7 @@ def _kernel_strength(strength: float | Tensor) -> tuple[float, Tensor | None]:
 def _operators(backend: str) -> tuple[Callable, Callable]:
     """The raw operators as eager mode calls them: looked up once, without the overloads' own wrappers."""
     operators = getattr(torch.ops, f"empcause_{backend}")
-    return operators.attention.default._op, operators.attention_backward.default._op
+    return without_wrapper(operators.attention.default), without_wrapper(operators.attention_backward.default)
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None) -> bool:

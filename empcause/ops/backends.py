@@ -1,17 +1,17 @@
-"""The registry of backends: which there are, which are built, which would run here, and why."""
+"""The registry of backends: which there are, which are built and which run on this machine."""
 
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch._ops import OpOverloadPacket, _OpNamespace
 
-from empcause.ops.registration import OPERATORS, define, register, registered
+from empcause.ops.registration import OPERATORS, define, find_kernel, register, registered
+from empcause.ops.torch_internals import TESTED_TORCH, load_on_first_use
 from empcause.text import visible
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -25,10 +25,10 @@ class Backend:
 
     Attributes:
         name: what `backend=` calls it; its raw operators are `torch.ops.empcause_<name>`.
-        devices: types of the devices that it is made for; None: all.
+        devices: types of the devices that it is made for; None stands for all.
         dtypes: of query, key and value.
-        load: makes its raw operators known to torch; why not, if that fails.
-        describe: once it is loaded, whether it would run here, and what it takes or why it would not.
+        load: makes its raw operators known to torch; returns None, or why that failed.
+        describe: returns whether the loaded backend would run on this machine, and what it takes or why it would not.
     """
 
     name: str
@@ -40,7 +40,14 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend: whether it is built, whether it would run here, and why."""
+    """One backend.
+
+    Attributes:
+        name: what `backend=` calls it.
+        built: whether its operators are known to torch.
+        runs: whether it would run on this machine.
+        reason: what it takes; or why it is not built or would not run.
+    """
 
     name: str
     built: bool
@@ -50,17 +57,36 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """What `empcause.info()` returns; `str()` of it is a table."""
+    """What `empcause.info()` returns; `str()` of it is a table.
+
+    Attributes:
+        version: of empcause.
+        torch: version of torch that is installed.
+        tested_torch: minor versions of torch ("2.13") with which all tests are run.
+        backends: all there are, best first.
+    """
 
     version: str
     torch: str
+    tested_torch: tuple[str, ...]
     backends: tuple[BackendInfo, ...]
 
+    @property
+    def torch_is_tested(self) -> bool:
+        """Whether the tests are run with the installed minor version of torch."""
+        return ".".join(self.torch.split(".")[:2]) in self.tested_torch
+
     def __getitem__(self, name: str) -> BackendInfo:
-        return next(backend for backend in self.backends if backend.name == name)
+        """Returns the backend of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {backend.name: backend for backend in self.backends}[name]
 
     def __str__(self) -> str:
-        lines = [f"empcause {self.version}, torch {self.torch}"]
+        tested = f"tested with {', '.join(self.tested_torch)}" + ("" if self.torch_is_tested else ", not with this one")
+        lines = [f"empcause {self.version}, torch {self.torch} ({tested})"]
         for backend in self.backends:
             state = "runs here" if backend.runs else "built, does not run here" if backend.built else "not built"
             lines.append(f"  {backend.name:<10} {state:<26} {backend.reason}")
@@ -68,10 +94,13 @@ class Info:
 
 
 def info() -> Info:
-    """What is built, what would run here, and why."""
+    """Returns which backends are built and which would run here, and whether the installed torch is one that is tested.
+
+    Loads all backends.
+    """
     from empcause import __version__
 
-    return Info(__version__, torch.__version__, tuple(map(_info, BACKENDS.values())))
+    return Info(__version__, torch.__version__, TESTED_TORCH, tuple(map(_info, BACKENDS.values())))
 
 
 def _info(backend: Backend) -> BackendInfo:
@@ -136,7 +165,7 @@ def _describe_gpu(name: str, on_cpu: str) -> tuple[bool, str]:
     return True, f"CUDA tensors in fp32, bf16, fp16; {torch.cuda.get_device_name()}"
 
 
-# By name, best first: tensors go to the first that is made for their device, takes their dtype and is there.
+# By name, best first: tensors go to the first backend that is made for their device, takes their dtype and can be loaded.
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -180,37 +209,22 @@ def load_cuda(path: str | Path) -> None:
 
 @cache
 def why_not_loaded(name: str) -> str | None:
-    """Load a backend; why that fails, if it does, the same for the whole process."""
+    """Load a backend, once per process. Returns None, or why that failed."""
     return None if f"empcause_{name}" in registered else BACKENDS[name].load()
 
 
-class _Namespace(_OpNamespace):
-    """`torch.ops.empcause_<name>`: the backend is loaded when somebody asks for an operator, as a saved program does by name."""
-
-    __module__ = _OpNamespace.__module__  # operators have it in their names
-
-    def __init__(self, backend: str) -> None:
-        super().__init__(f"empcause_{backend}")
-        self.backend = backend
-
-    def __getattr__(self, name: str) -> OpOverloadPacket:
-        if name in OPERATORS and (why_not := why_not_loaded(self.backend)) is not None:
-            raise AttributeError(f"The backend {self.backend!r} has no operators here: {why_not}.")
-        return super().__getattr__(name)
-
-
 for _name in BACKENDS.keys() - {"reference"}:  # which has no raw operators
-    setattr(torch.ops, f"empcause_{_name}", _Namespace(_name))
+    load_on_first_use(f"empcause_{_name}", OPERATORS, partial(why_not_loaded, _name))
 
 
 def _has_kernels(name: str, device_type: str) -> bool:
-    """Whether a loaded backend takes tensors there; of a GPU's, the interpreter's and the emulator's take those of the CPU."""
+    """Whether a loaded backend takes tensors of this device; Triton's interpreter and the emulator of CUDA take the CPU's."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"empcause_{name}::attention", key)
+    return key is not None and find_kernel(f"empcause_{name}::attention", key) is not None
 
 
 def _why_not(backend: Backend, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot take such tensors; None if it can."""
+    """Returns why a backend cannot take tensors of this device and dtype; None if it can."""
     why_not = why_not_loaded(backend.name)
     if why_not is not None:
         return why_not
@@ -225,7 +239,7 @@ def _why_not(backend: Backend, device_type: str, dtype: torch.dtype) -> str | No
 
 @cache
 def find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
-    """The name of the wanted backend, or of the best one, for tensors of a device and dtype, and why it cannot take them."""
+    """Returns the name of the wanted backend, or of the best one, and why it cannot take tensors of this device and dtype."""
     if wanted is not None:
         return wanted, _why_not(BACKENDS[wanted], device_type, dtype)
     made = (b for b in BACKENDS.values() if b.devices is None or device_type in b.devices)

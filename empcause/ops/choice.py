@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch._C._autograd import _get_sequence_nr
 
 from empcause.ops.backends import BACKENDS, find, why_not_loaded
+from empcause.ops.torch_internals import HAS_NODES, current_node, next_node_number, node_number
 
 _REMEMBERED = 10_000  # changes of the choice
 
@@ -18,7 +18,7 @@ class _Context:
 
     def __init__(self, name: str) -> None:
         self.name, self.thread = name, threading.get_ident()
-        self.again = torch._C._current_autograd_node() is not None
+        self.again = current_node() is not None
 
 
 class _Thread(threading.local):
@@ -31,7 +31,7 @@ class _Thread(threading.local):
 
     def look(self) -> None:
         self.seen = _changes
-        self.history.append((_get_sequence_nr(), _chosen))
+        self.history.append((next_node_number(), _chosen))
 
 
 _chosen: str | None = None  # by the innermost use_backend, for the whole process; compiled code guards on it
@@ -69,6 +69,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _chosen, _used
     _require_known(name)
+    if not HAS_NODES:
+        raise RuntimeError(
+            f"use_backend cannot tell with torch {torch.__version__} what checkpointed calls had chosen when they are computed "
+            f"again; pass backend={name!r} to the calls."
+        )
     if torch.compiler.is_compiling():  # the graph has the backend: what is left to trace is the variable
         before = _chosen, _used
         _chosen, _used = name, True
@@ -142,7 +147,7 @@ def _require_known(name: str) -> None:
 def _choice() -> str | None:
     """What `use_backend` has chosen. Within a backward pass, which computes checkpointed calls again, that is what it had chosen
     when the node was made for which it does; nodes have numbers, in the order in which their thread made them."""
-    node = torch._C._current_autograd_node()
+    node = current_node()
     if node is None:
         if _thread.seen != _changes:
             _thread.look()
@@ -153,7 +158,7 @@ def _choice() -> str | None:
     if not history and isinstance(threading.current_thread(), threading._DummyThread):
         history = _latest  # autograd's own threads, for devices, work for that which made the graph
     for first_node, chosen in reversed(history):
-        if node._sequence_nr() >= first_node:
+        if node_number(node) >= first_node:
             return chosen
     if len(history) in (0, _REMEMBERED):
         raise RuntimeError(

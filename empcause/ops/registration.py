@@ -1,4 +1,4 @@
-"""What torch needs to know of a backend's raw operators: schemas, shapes (fake kernels), gradients and `torch.vmap`.
+"""Tells torch the schemas, shapes (fake kernels), gradients and `torch.vmap` of the raw operators of backends.
 
 Each backend with kernels has the same two operators, `attention` and `attention_backward`, under a namespace of its own:
 `torch.ops.empcause_cpu`, `empcause_triton` and `empcause_cuda`. Those of the C++ backends are defined where they are compiled
@@ -7,20 +7,25 @@ Each backend with kernels has the same two operators, `attention` and `attention
 Kernels give first derivatives in reverse mode. Forward mode and second derivatives are refused by name.
 """
 
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from empcause.ops.torch_internals import (
+    HAS_FORMULAS,
+    at_one_level,
+    below_autograd,
+    forward_mode_active,
+    forward_mode_enabled,
+)
 
 
 def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`[B, H, N, D]` laid out as `[B, N, H, D]`, as the kernels allocate; packed tensors are contiguous."""
+    """Returns a tensor of this shape as the kernels allocate it: `[B, H, N, D]` lies as `[B, N, H, D]`, packed is contiguous."""
     if like.dim() == 3:
         return like.new_empty(like.shape, dtype=dtype)
     batch, heads, rows, dim = like.shape
@@ -30,12 +35,12 @@ def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _make_forward_shapes(namespace: str) -> Callable:
     def forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         *batch, heads, rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-        # Of rows in 16 bits only the CPU's kernels leave all digits: two parts of LSE, and, if the last argument says that a
-        # backward pass follows, what rounding took from the output.
-        full, on_cpu = query.dtype == torch.float32, namespace == "empcause_cpu"
-        rounds = on_cpu and not full and others[-1]
+        # For fp16 and bf16 only the CPU's kernels return all digits: the log-sum-exp in two parts and, if the last argument says
+        # that a backward pass follows, what rounding took from the output.
+        is_fp32, on_cpu = query.dtype == torch.float32, namespace == "empcause_cpu"
+        rounds = on_cpu and not is_fp32 and others[-1]
         rounding = _by_rows(query, torch.int16) if rounds else query.new_empty(0, dtype=torch.int16)
-        parts = 2 if full or on_cpu else 1
+        parts = 2 if is_fp32 or on_cpu else 1
         return _by_rows(query), rounding, query.new_empty((*batch, heads, parts, rows), dtype=torch.float32)
 
     return forward_shapes
@@ -69,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _make_backward(operator: OpOverload) -> Callable:
+def _make_backward(operator: Callable) -> Callable:
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple:
         query, key, value, output, rounding, statistics, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
         nothing = [None] * (4 + len(ctx.rest))
@@ -86,53 +91,98 @@ def _make_backward(operator: OpOverload) -> Callable:
     return backward
 
 
-def _refuse(what: str, operator: OpOverload) -> Callable:
-    """A formula that raises: this derivative is not there."""
+def _refuse(what: str, name: str) -> Callable:
+    """Returns a formula that raises: the operator of this name does not have this derivative."""
 
-    def formula(ctx: Any, *_: Any) -> NoReturn:
+    def formula(*_: Any) -> NoReturn:
         raise RuntimeError(
-            f"{operator.name()} has first derivatives in reverse mode alone, not {what}; "
+            f"{name} has first derivatives in reverse mode alone, not {what}; "
             'biased_attention(..., backend="reference") has all, with memory quadratic in the length.'
         )
 
     return formula
 
 
-def _differentiable(operator: OpOverload, setup_context: Callable, backward: Callable) -> Callable:
-    """What stands before a raw operator where derivatives are recorded.
+def _refuse_forward_mode(name: str) -> Callable:
+    return _refuse("forward mode (jvp, jacfwd)", name)
 
-    `torch.library.register_autograd` would do, but it drops tangents without a word and cannot be used within `torch.func`.
-    """
+
+def _differentiable(name: str, operator: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """Returns a kernel that stands before a raw operator where derivatives are recorded."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         # Here both modes are off; but below may be another transformation of torch.func, with derivatives of its own.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), forward_mode_enabled(), below_autograd():
             output = operator(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
-    formulas = {"forward": forward, "backward": backward, "jvp": _refuse("forward mode (jvp, jacfwd)", operator)}
-    function: Any = type(operator.name(), (torch.autograd.Function,), {k: staticmethod(f) for k, f in formulas.items()})
-    # Not Function.apply: within torch.func it would ask anew which transformation comes first, which the dispatcher has done.
-    apply = super(torch.autograd.Function, function).apply
+    formulas = {"forward": forward, "backward": backward, "jvp": _refuse_forward_mode(name)}
+    function: Any = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in formulas.items()})
+    apply = at_one_level(function)
 
     def kernel(*inputs: Any) -> Any:
-        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        if recorded or forward_ad._current_level >= 0:  # tensors may carry tangents
-            with enable_single_level_autograd_function():
-                return apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if recorded or forward_mode_active():
+            return apply(*inputs)
+        with below_autograd():
             return operator(*inputs)
 
     return kernel
 
 
-def _vmap(operator: OpOverload) -> Callable:
-    """`torch.vmap` of a raw operator: sample by sample, so that everything may differ, dropout's seed and packing too."""
+def _refuse_in_forward_mode(library: torch.library.Library, name: str) -> None:
+    """Let the kernels of an operator refuse to run in forward mode, where they would drop tangents without a word."""
+    refuse = _refuse_forward_mode(name)
+    for key in ("CPU", "CUDA"):
+        kernel = find_kernel(name, key)
+        if kernel is None:
+            continue
+
+        def checked(dispatch_keys: Any, *inputs: Any, kernel: Any = kernel) -> Any:
+            if forward_mode_active():
+                refuse()
+            return kernel.call_boxed(dispatch_keys, *inputs)
+
+        with warnings.catch_warnings(action="ignore"):  # torch warns of every kernel that is replaced
+            library.impl(name, checked, key, with_keyset=True, allow_override=True)
+
+
+def _register_derivatives(
+    library: torch.library.Library, name: str, operator: Callable, setup_context: Callable | None, backward: Callable
+) -> None:
+    """Register the first derivatives of a raw operator in reverse mode, and refuse the others.
+
+    Where torch has not what a formula of our own needs, its documented registration takes its place. That one cannot be used
+    within `torch.func`, which torch refuses.
+    """
+    if HAS_FORMULAS:
+        formula = _differentiable(name, operator, setup_context or (lambda *_: None), backward)
+        library.impl(name, formula, "Autograd")
+    else:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        _refuse_in_forward_mode(library, name)
+
+
+def find_kernel(name: str, dispatch_key: str) -> Any:
+    """Returns the kernel that a raw operator has for a kind of device, None if it has none.
+
+    Args:
+        name: with its namespace, as in "empcause_cpu::attention".
+        dispatch_key: "CPU" or "CUDA".
+    """
+    try:
+        return torch.library.get_kernel(name, dispatch_key)
+    except RuntimeError:
+        return None
+
+
+def _vmap(name: str, operator: Callable) -> Callable:
+    """Returns the rule for `torch.vmap`: sample by sample, so that everything may differ, dropout's seed and packing too."""
 
     def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         if info.batch_size == 0:
-            raise RuntimeError(f"{operator.name()} takes no torch.vmap over 0 samples.")
+            raise RuntimeError(f"{name} takes no torch.vmap over 0 samples.")
         samples = [
             operator(*(x if dim is None else x.select(dim, index) for x, dim in zip(inputs, in_dims, strict=True)))
             for index in range(info.batch_size)
@@ -143,12 +193,18 @@ def _vmap(operator: OpOverload) -> Callable:
 
 
 OPERATORS = ("attention", "attention_backward")
-registered: set[str] = set()  # namespaces that `define` or `register` has seen
-_libraries: list[torch.library.Library] = []  # a definition lasts as long as its library
+registered: set[str] = set()  # namespaces that were given to `define` or `register`
+_libraries: list[torch.library.Library] = []  # what is defined in a library lasts as long as the library
 
 
 def define(namespace: str, module: ModuleType, dispatch_keys: list[str]) -> None:
-    """Make the functions of a module, named like the raw operators and with type hints, operators of torch."""
+    """Make functions the raw operators of a backend that is written in Python.
+
+    Args:
+        namespace: of the operators, "empcause_" and the backend's name.
+        module: has a function for each of `OPERATORS`, of the same name and with type hints.
+        dispatch_keys: for the kinds of device whose tensors the functions take, "CPU" or "CUDA".
+    """
     registered.add(namespace)
     library = torch.library.Library(namespace, "DEF")
     for name in OPERATORS:
@@ -160,15 +216,16 @@ def define(namespace: str, module: ModuleType, dispatch_keys: list[str]) -> None
 
 
 def register(namespace: str) -> None:
-    """Tell torch the shapes and derivatives of a namespace's raw operators; once, after they were defined."""
+    """Tell torch the shapes and derivatives of the raw operators of a namespace; to be called once, after they were defined."""
     registered.add(namespace)
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
     forward, backward = (getattr(getattr(torch.ops, namespace), name).default for name in OPERATORS)
-    torch.library.register_fake(f"{namespace}::attention", _make_forward_shapes(namespace))
-    torch.library.register_fake(f"{namespace}::attention_backward", _backward_shapes)
-    library.impl("attention", _differentiable(forward, _setup_context, _make_backward(backward)), "Autograd")
-    once = _refuse("second derivatives", forward)
-    library.impl("attention_backward", _differentiable(backward, lambda *_: None, once), "Autograd")
-    for operator in (forward, backward):
-        torch.library.register_vmap(operator, _vmap(operator), lib=library)
+    attention, attention_backward = (f"{namespace}::{name}" for name in OPERATORS)
+    torch.library.register_fake(attention, _make_forward_shapes(namespace))
+    torch.library.register_fake(attention_backward, _backward_shapes)
+    _register_derivatives(library, attention, forward, _setup_context, _make_backward(backward))
+    once = _refuse("second derivatives", attention)
+    _register_derivatives(library, attention_backward, backward, None, once)
+    for name, operator in ((attention, forward), (attention_backward, backward)):
+        torch.library.register_vmap(name, _vmap(name, operator), lib=library)

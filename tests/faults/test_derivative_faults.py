@@ -11,7 +11,7 @@ from empcause.ops import biased_attention, biased_attention_varlen
 from faults.kinds import Guard, fault
 
 OPERATOR, REFERENCE = "empcause/ops/attention.py", "empcause/ops/reference.py"
-FORMULAS = "empcause/ops/registration.py"
+FORMULAS, INTERNALS = "empcause/ops/registration.py", "empcause/ops/torch_internals.py"
 PHILOX, BACKENDS = "empcause/ops/philox.py", ("cpu", "reference")
 
 
@@ -68,8 +68,8 @@ def central_difference(function, inputs, tangents, step=1e-5):
 
 
 @fault(
-    Guard(FORMULAS, "            with enable_single_level_autograd_function():\n", "            if True:\n"),
-    Guard(OPERATOR, "torch._C._are_functorch_transforms_active() or ", ""),
+    Guard(INTERNALS, "        with _single_level():\n", "        if True:\n"),
+    Guard(OPERATOR, "transforms_active() or ", ""),
     cause="torch.func asks for gradients: grad, vjp, jacrev, also within torch.compile",
     place="biased_attention and biased_attention_varlen with kernels",
     promise="the gradients that backward() gives",
@@ -94,7 +94,7 @@ def test_gradients_within_torch_func():
 
 
 @fault(
-    Guard(OPERATOR, "torch._C._are_functorch_transforms_active() or ", ""),
+    Guard(OPERATOR, "transforms_active() or ", ""),
     cause="torch.vmap runs over samples, then gradients are asked for, of each sample or of their sum",
     place="biased_attention and biased_attention_varlen with kernels",
     promise="the gradients of a loop over the samples, dropout of each included",
@@ -126,8 +126,8 @@ def test_gradients_of_samples_with_vmap():
         "(seed & _MASK, (seed >> 32) & _MASK)",
         "(int(seed) & _MASK, int(seed) >> 32 & _MASK)",
     ),
-    Guard(OPERATOR, "    while torch._C._functorch.is_functorch_wrapped_tensor(plain):\n", "    while False:\n"),
-    Guard(FORMULAS, "torch.library.register_vmap(operator, _vmap(operator), lib=library)", "pass"),
+    Guard(INTERNALS, "        while _is_wrapped(tensor):\n", "        while False:\n"),
+    Guard(FORMULAS, "torch.library.register_vmap(name, _vmap(name, operator), lib=library)", "pass"),
     cause="samples of torch.vmap differ in what is no input of a gradient: seed, mask, offset, strength",
     place="biased_attention on every backend",
     promise="what a loop over the samples gives, without a warning of torch; a forbidden cause in one sample is refused",
@@ -161,8 +161,8 @@ def test_options_of_samples_with_vmap(capfd):
 
 
 @fault(
-    Guard(FORMULAS, " or forward_ad._current_level >= 0:  # tensors may carry tangents", ":"),
-    Guard(OPERATOR, " or forward_ad._current_level >= 0:", ":"),
+    Guard(FORMULAS, "recorded or forward_mode_active():", "recorded:"),
+    Guard(OPERATOR, " or forward_mode_active():\n        operator", ":\n        operator"),
     cause="derivatives are asked for in forward mode: jvp, jacfwd, hessian, linearize, dual tensors",
     place="biased_attention and biased_attention_varlen on every backend",
     promise="kernels refuse and name the reference, which has them right; no tangent is lost",
@@ -201,10 +201,10 @@ def test_forward_mode():
     Guard(OPERATOR, "nullcontext() if torch.is_grad_enabled() else below_autograd()", "below_autograd()"),
     Guard(
         FORMULAS,
-        'library.impl("attention_backward", _differentiable(backward, lambda *_: None, once), "Autograd")',
+        "_register_derivatives(library, attention_backward, backward, None, once)",
         "pass",
     ),
-    Guard(FORMULAS, "torch.enable_grad(), _set_fwd_grad_enabled(True), ", ""),
+    Guard(FORMULAS, "torch.enable_grad(), forward_mode_enabled(), ", ""),
     cause="second derivatives are asked for of a loss that is linear in the output: hvp, a gradient penalty, grad of grad",
     place="biased_attention and biased_attention_varlen on every backend",
     promise="kernels refuse and name the reference, which has them right; create_graph alone does no harm",

@@ -144,3 +144,13 @@ def test_names_that_are_no_causal_models_write_nothing():
     with pytest.raises(SystemExit, match="no causal language model named BertModel, NoSuchClass; nothing was written"):
         main(["GPT2LMHeadModel", "NoSuchClass", "BertModel"])
     assert classes.TABLE.read_bytes() == before
+
+
+def test_a_part_of_the_table_is_not_checked_with_another_version(monkeypatch):
+    before = classes.TABLE.read_bytes()
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    with pytest.raises(
+        SystemExit, match=r"made with transformers 5\.[\d.]+, and 5\.99\.0 is installed: .*nothing was written"
+    ):
+        main(["GPT2LMHeadModel"])
+    assert classes.TABLE.read_bytes() == before
