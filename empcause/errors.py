@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class Missing(UserError):
+    """Data that are needed are not there."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a request to end; the message says what was saved and how to go on.
 

@@ -18,6 +18,8 @@ from empcause.files import sync, write_text
 
 RECORD = "empcause.json"
 LOCK = ".empcause.lock"
+# Who makes a checkpoint, as its record says.
+CHECKPOINT = "checkpoint"
 
 # What torch.save says when a file cannot be written.
 TORCH_SAVE_FAILED = re.compile("PytorchStreamWriter failed|unexpected pos .* vs|iostream error")

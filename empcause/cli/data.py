@@ -6,7 +6,7 @@ import sys
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `empcause`."""
-    parser = subparsers.add_parser("data", help="check or download EmpatheticDialogues and EmoCause")
+    parser = subparsers.add_parser("data", help="check or download the data sets")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
         "check",
@@ -21,9 +21,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     check.set_defaults(run=run_check)
     fetch = actions.add_parser(
         "download",
-        help="fetch both datasets from their official addresses",
-        description="Fetches both official archives and verifies them; an interrupted download is continued. "
-        "EmpatheticDialogues is under CC BY-NC 4.0.",
+        help="fetch the data sets from their official addresses",
+        description="Fetches the official archive of every data set and verifies it; an interrupted download is continued. "
+        "EmpatheticDialogues and EmoCause, the paper's data, are under CC BY-NC 4.0: non-commercial use only.",
     )
     fetch.set_defaults(run=run_download)
 

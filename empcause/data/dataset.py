@@ -36,6 +36,7 @@ class Dataset(Files, Generic[Item]):
         title: its name in sentences.
         emotions: names of its emotions; an emotion's id is its place here.
         licence: what may be done with it.
+        language: of its texts, as an ISO 639 code ("en"); empty where it is not known.
         parse: makes the items of a split from a file's text and its name for messages; a malformed row or record goes to the
             report and is left out.
         count: numbers of a split by what they count, for `empcause data check`.
@@ -45,24 +46,27 @@ class Dataset(Files, Generic[Item]):
     title: str
     emotions: tuple[str, ...]
     licence: Licence
+    language: str = ""
     parse: Callable[[str, str, Report], list[Item]] = field(repr=False)
     count: Callable[[Sequence[Item]], dict[str, int]] = field(repr=False)
     published: frozenset[str] = field(default=frozenset(), repr=False)
 
-    def load(self, split: str, place: Path) -> list[Item]:
+    def load(self, split: str, place: Path, other: Files | None = None) -> list[Item]:
         """The items of a split.
 
         Args:
             split: one of `splits`.
             place: folder or archive of the files.
+            other: the other data set of the same corpus, whose files are not taken for this one's.
 
         Raises:
-            UserError: no such split, no such file, or a malformed row (named by file and line).
+            Missing: there is no such file.
+            UserError: no such split, or a malformed row (named by file and line).
             OSError: the file cannot be read.
         """
         if split not in self.splits:
             raise UserError(f"Unknown split {split!r} of {self.title}; expected one of {', '.join(self.splits)}.")
-        return self.parse(*read_split(self, split, place), refuse)
+        return self.parse(*read_split(self, split, place, other), refuse)
 
 
 @dataclass(frozen=True)

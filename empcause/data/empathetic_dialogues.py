@@ -173,6 +173,7 @@ EMPATHETIC_DIALOGUES = Dataset(
     title="EmpatheticDialogues",
     emotions=EMOTIONS,
     licence=Licence("cc-by-nc-4.0", "CC BY-NC 4.0: non-commercial use only, which a model trained on it inherits"),
+    language="en",
     splits=("train", "valid", "test"),
     extension="csv",
     archive="empatheticdialogues.tar.gz",

@@ -1,6 +1,7 @@
 """Which data `--data` means, what is in them, and whether they are whole."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +13,7 @@ from empcause.data.dialogue import Dialogue
 from empcause.data.emocause import EMOCAUSE
 from empcause.data.empathetic_dialogues import EMPATHETIC_DIALOGUES
 from empcause.data.source import SAMPLE, read_split, resolve_data
-from empcause.errors import UserError
+from empcause.errors import Missing, UserError
 
 # The paper's data, which are meant by any folder that has no other corpus' name.
 PAPERS = Corpus("empatheticdialogues", EMPATHETIC_DIALOGUES, EMOCAUSE)
@@ -48,7 +49,7 @@ def find_corpus(data: str | os.PathLike[str] | None = None) -> tuple[Corpus, Pat
     """
     if data == EMBEDDED.name:
         return EMBEDDED, SAMPLE
-    corpus = next((each for each in CORPORA if data and each.name == Path(data).name), PAPERS)
+    corpus = next((each for each in CORPORA if data and each.name == os.path.basename(os.path.abspath(data))), PAPERS)
     somewhere = data is None or (str(data) == corpus.name and not Path(data).exists())
     place = resolve_data(None if somewhere else data)
     return (EMBEDDED if place == SAMPLE else corpus), place
@@ -65,7 +66,7 @@ def load_dialogues(split: str, data: str | os.PathLike[str] | None = None) -> li
         UserError: the data is missing, or a row is malformed (named by file and line).
     """
     corpus, place = find_corpus(data)
-    return corpus.dialogues.load(split, place)
+    return corpus.dialogues.load(split, place, corpus.annotations)
 
 
 def load_annotations(split: str, data: str | os.PathLike[str] | None = None) -> list[CauseAnnotation]:
@@ -76,15 +77,29 @@ def load_annotations(split: str, data: str | os.PathLike[str] | None = None) -> 
         data: see `find_corpus`.
 
     Raises:
-        UserError: the data is missing or has no annotations, or a record is malformed (named by file and number).
+        Missing: there are no annotations, or no word is marked in them.
+        UserError: a record is malformed (named by file and number), or its emotion is none of the dialogues'.
     """
     corpus, place = find_corpus(data)
     if corpus.annotations is None:
-        raise UserError(f"{corpus.dialogues.title} has no annotated causes; give other --data.")
-    annotations = corpus.annotations.load(split, place)
+        raise Missing(f"{corpus.dialogues.title} has no annotated causes; give other --data.")
+    annotations = corpus.annotations.load(split, place, corpus.dialogues)
     if not annotations:
-        raise UserError(f"No word is marked as a cause in {place} (split {split}); give other --data.")
+        raise Missing(f"No word is marked as a cause in {place} (split {split}); give other --data.")
+    if problem := _emotions_problem(annotations, corpus):
+        raise UserError(f"{corpus.annotations.title} in {place} (split {split}): {problem}")
     return annotations
+
+
+def _emotions_problem(annotations: Sequence[CauseAnnotation], corpus: Corpus) -> str | None:
+    """What is wrong with the emotions of annotations, which an extractor learns together with those of the dialogues."""
+    unknown = dict.fromkeys(each.emotion for each in annotations if each.emotion not in corpus.emotions)
+    if not unknown:
+        return None
+    return (
+        f"{', '.join(unknown)} are no emotions of {corpus.dialogues.title}, whose names annotations have to use: "
+        f"{', '.join(corpus.emotions)}."
+    )
 
 
 @dataclass
@@ -112,7 +127,7 @@ def check_data(data: str | os.PathLike[str] | None = None) -> DataCheck:
     corpus, place = find_corpus(data)
     told: dict[str, set[tuple[str, tuple[str, ...]]]] = {}
     for split in corpus.dialogues.splits:
-        text, name = read_split(corpus.dialogues, split, place)
+        text, name = read_split(corpus.dialogues, split, place, corpus.annotations)
         dialogues = corpus.dialogues.parse(text, name, collect)
         told[name] = {(dialogue.situation, dialogue.turns) for dialogue in dialogues}
         result.counts[f"{corpus.dialogues.title} {split}"] = corpus.dialogues.count(dialogues)
@@ -121,6 +136,9 @@ def check_data(data: str | os.PathLike[str] | None = None) -> DataCheck:
             collect(other, f"{common} of its {len(told[other])} conversations are in {one} too.")
     if (annotated := corpus.annotations) is not None:
         for split in annotated.splits:
-            annotations = annotated.parse(*read_split(annotated, split, place), collect)
+            text, name = read_split(annotated, split, place, corpus.dialogues)
+            annotations = annotated.parse(text, name, collect)
+            if problem := _emotions_problem(annotations, corpus):
+                collect(name, problem)
             result.counts[f"{annotated.title} {split}"] = annotated.count(annotations)
     return result

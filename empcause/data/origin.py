@@ -21,11 +21,13 @@ class Origin(NamedTuple):
             it as they were published, so that published figures may stand beside figures on them.
         terms: what their licence means for a model trained on them.
         licence: its identifier in a model card's front matter.
+        languages: ISO 639 codes of their languages; empty where these are not known.
     """
 
     name: str
     terms: str
     licence: str
+    languages: tuple[str, ...] = ()
 
 
 def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Sequence[CauseAnnotation]) -> Origin:
@@ -40,7 +42,7 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
     """
     corpus, place = find_corpus(data)
     if corpus.licence is not None:
-        return Origin(corpus.title, corpus.licence.terms, corpus.licence.identifier)
+        return Origin(corpus.title, corpus.licence.terms, corpus.licence.identifier, (corpus.dialogues.language,))
     prints = [fingerprint(split) for split in splits]
     datasets = [each for each in (corpus.dialogues, corpus.annotations) if each]
     if all(any(one in each.published for each in datasets) for one in prints):
@@ -48,7 +50,8 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
         licences = list(dict.fromkeys(each.licence for each in found))
         identifier = licences[0].identifier if len(licences) == 1 else "other"
         terms = "; ".join(licence.terms for licence in licences)
-        return Origin(" and ".join(each.title for each in found), terms, identifier)
+        languages = tuple(dict.fromkeys(each.language for each in found if each.language))
+        return Origin(" and ".join(each.title for each in found), terms, identifier, languages)
     terms = "its licence is that of its owner, and a model trained on it inherits its terms"
     name = code(Path(os.path.abspath(place)).name)
     return Origin(f"the user's own data {name}", terms, "unknown")

@@ -71,7 +71,7 @@ def extract(
         model: the extractor.
         tokenizer: its tokenizer.
         texts: raw texts; a text without words has no causes.
-        words: their words if they are split already (EmoCause); default `split_words`.
+        words: their words where they are split already, as in annotations; default `split_words`.
         batch_size: texts per batch; batches hold texts of similar length.
         max_length: longest text in tokens; the rest has probability 0, and a warning says for how many texts. Default is
             what the encoder can read.

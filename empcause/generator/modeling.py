@@ -84,14 +84,17 @@ class EmpatheticMixin:
             is not None, in order.
 
         Raises:
-            ValueError: `cause_probs` for a model with another attention implementation.
+            ValueError: labels or roles have another shape than the tokens, or are out of range; or `cause_probs` are given to a
+                model with another attention implementation.
         """
+        self._check_inputs(input_ids if inputs_embeds is None else inputs_embeds, token_type_ids, labels)
+        if cause_probs is not None:
+            self._check_attention()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         if token_type_ids is not None:
             inputs_embeds = inputs_embeds + self.role_embedding(token_type_ids)
         if cause_probs is not None:
-            self._check_attention()
             kwargs = {"cause_gamma": self.config.gamma} | kwargs | {"cause_probs": cause_probs}  # type: ignore[attr-defined]
         kwargs |= {
             "attention_mask": attention_mask,
@@ -114,6 +117,25 @@ class EmpatheticMixin:
             token_losses = losses.new_zeros(labels.shape).masked_scatter(counted, losses)
         others = {name: value for name, value in base.items() if name != "last_hidden_state"}
         return GeneratorOutput(loss=total / number, token_losses=token_losses, **others)
+
+    def _check_inputs(self, tokens: Tensor | None, roles: Tensor | None, labels: Tensor | None) -> None:
+        """Refuse roles and labels that an embedding or a loss would refuse without their name, on a GPU without any sentence."""
+        vocabulary = self.config.vocab_size  # type: ignore[attr-defined]
+        for name, values, number in (("token_type_ids", roles, NUM_ROLES), ("labels", labels, vocabulary)):
+            if values is None or tokens is None:
+                continue
+            if values.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"{name} has shape {list(values.shape)}; expected {list(tokens.shape[:2])}, one per token."
+                )
+            if torch.compiler.is_compiling() or values.is_meta:
+                continue  # values are not known
+            known = (values >= 0) & (values < number)
+            if name == "labels":
+                known |= values == IGNORED
+            if not known.all():
+                also = f", or {IGNORED} where none counts" if name == "labels" else ""
+                raise ValueError(f"{name} has {int(values[~known][0])}; expected 0 to {number - 1}{also}.")
 
     def _check_attention(self) -> None:
         implementation = self.config._attn_implementation  # type: ignore[attr-defined]

@@ -48,9 +48,10 @@ def model_card(
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
     settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in _NOT_SETTINGS}
     settings["processes"] = args.world_size
-    front = yaml.safe_dump(
-        {"license": origin.licence, "library_name": "empcause", "language": "en"}, sort_keys=False, allow_unicode=True
-    )
+    about: dict[str, object] = {"license": origin.licence, "library_name": "empcause"}
+    if origin.languages:
+        about["language"] = list(origin.languages)
+    front = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---",
         f"# {title}",

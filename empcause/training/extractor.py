@@ -16,7 +16,7 @@ from empcause.data import CauseAnnotation, emotion_id, find_corpus, load_annotat
 from empcause.data.collation import pad_batch
 from empcause.data.origin import origin
 from empcause.data.sequences import IGNORED, MIN_LENGTH
-from empcause.errors import UserError
+from empcause.errors import Missing, UserError
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input
 from empcause.extractor.encoding import is_cut
 from empcause.metrics import emotion_correct, score_causes
@@ -67,7 +67,7 @@ class ExtractorTrainingArguments(StageTrainingArguments):
     supervision: str = field(
         default="semi-supervised",
         metadata={
-            "help": "semi-supervised (Algorithm 1), supervised (EmoCause alone), unsupervised (automatic labels alone), "
+            "help": "semi-supervised (Algorithm 1), supervised (annotations alone), unsupervised (automatic labels alone), "
             "emotion (emotion labels alone)",
             "choices": list(SUPERVISIONS),
         },
@@ -80,7 +80,7 @@ class ExtractorTrainingArguments(StageTrainingArguments):
     )
     automatic_top_k: int = field(default=3, metadata={"help": "words per text that automatic labels mark"})
     stratified_split: bool = field(
-        default=False, metadata={"help": "halve EmoCause's validation split emotion by emotion"}
+        default=False, metadata={"help": "halve the annotations' validation split emotion by emotion"}
     )
     cause_from: str = field(
         default="head", metadata={"help": "where causes are read from", "choices": ["head", "attention"]}
@@ -127,9 +127,19 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
     set_environment()
     checkpoint = find_checkpoint(args)
     corpus, _ = find_corpus(args.data)
-    labelled, validation = split_annotations(args)
+    try:
+        labelled, validation = split_annotations(args)
+    except Missing as error:
+        raise UserError(
+            f"{str(error).removesuffix('.')} (an extractor is validated on annotated causes, whatever its supervision)."
+        ) from error
     dialogues = [] if args.supervision == "supervised" else load_dialogues("train", args.data)
     data = origin(args.data, [*labelled, *validation], *([dialogues] if dialogues else []))
+    if without := sum(not dialogue.situation.strip() for dialogue in dialogues):
+        raise UserError(
+            f"{without} of {len(dialogues)} dialogues of {data.name} (split train) have no situation, which is the text that an "
+            "extractor learns from; add the situations, or learn from the annotations alone with --supervision supervised."
+        )
     tokenizer = load_tokenizer(args)
     set_seed(args.seed)
     model = CauseExtractor(*build_encoder(args, tokenizer, corpus.emotions))
@@ -197,9 +207,14 @@ def _abilities(args: ExtractorTrainingArguments, annotations: str) -> str:
 
 
 def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnotation], list[CauseAnnotation]]:
-    """EmoCause-1 and EmoCause-2, the halves of EmoCause's validation split: labelled training data, and validation.
+    """Annotated situations to learn from, and others for the validation.
 
-    Annotations with a training split of their own (the embedded sample) are not halved.
+    These are two random halves of the annotations' validation split (EmoCause-1 and EmoCause-2 in the paper), or the splits
+    train and valid where the annotations have a training split of their own, as the embedded sample has.
+
+    Raises:
+        Missing: there are no annotations.
+        UserError: a record is malformed.
     """
     corpus, _ = find_corpus(args.data)
     if corpus.annotations and "train" in corpus.annotations.splits:

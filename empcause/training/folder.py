@@ -24,6 +24,7 @@ from empcause.checkpoints import weight_files
 from empcause.errors import Interrupted, UserError
 from empcause.files import sync
 from empcause.outputs import (
+    CHECKPOINT,
     RECORD,
     Record,
     check_ours,
@@ -45,7 +46,6 @@ logger = logging.get_logger(__name__)
 Training = TypeVar("Training", bound=Callable[..., Any])
 
 STATE = "trainer_state.json"
-CHECKPOINT = "checkpoint"
 STAGING = ".saving"
 RESUME = "`empcause train` with --resume_from_checkpoint true"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -16,13 +16,20 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from empcause.checkpoints import load_whole
 from empcause.data import EMPATHETIC_DIALOGUES, Dialogue, split_words
+from empcause.data.loading import EMBEDDED, PAPERS
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import extract, load_extractor
 from empcause.generator import GENERATORS, CauseCache, add_separator, load_generator, response_nll
 from empcause.training import settings
 from empcause.training.common import StageTrainer
-from empcause.training.extractor import ExtractorTrainer, ExtractorTrainingArguments, build_encoder, check_tokenizer
+from empcause.training.extractor import (
+    ExtractorTrainer,
+    ExtractorTrainingArguments,
+    build_encoder,
+    check_tokenizer,
+    train_extractor,
+)
 from empcause.training.generator import GeneratorTrainer, GeneratorTrainingArguments
 
 COMMON = "empcause/training/common.py"
@@ -324,6 +331,72 @@ def test_warm_up_of_automatic_labels(tmp_path, small_extractor):
         trainer.state.epoch = epoch
         _, output = trainer.compute_loss(model, dict(batch), return_outputs=True)
         assert (output.cause_loss is not None) == made, epoch
+
+
+@fault(
+    Guard("empcause/training/extractor.py", "    if without := ", "    if False and "),
+    Guard(
+        "empcause/training/extractor.py", "    except Missing as error:\n", "    except ZeroDivisionError as error:\n"
+    ),
+    cause="dialogues without a situation, or no annotated causes",
+    place="training the extractor",
+    promise="refused before the first step: what is missing, what it is needed for, and what would work without it",
+)
+def test_data_an_extractor_cannot_learn_from(tmp_path, tiny_encoder_dir, monkeypatch):
+    own = PAPERS.dialogues
+    bare = dataclasses.replace(
+        own, parse=lambda *given: [dataclasses.replace(each, situation=" ") for each in own.parse(*given)]
+    )
+    sample = dataclasses.replace(EMBEDDED, dialogues=bare)
+    monkeypatch.setattr("empcause.data.loading.EMBEDDED", sample)
+    for supervision in ("semi-supervised", "unsupervised", "emotion"):
+        with pytest.raises(
+            UserError, match=r"\d+ of \d+ dialogues of .* \(split train\) have no situation, which is the text"
+        ):
+            train_extractor(extractor_options(tiny_encoder_dir, tmp_path, supervision=supervision))
+    only_annotated = extractor_options(tiny_encoder_dir, tmp_path / "annotated", supervision="supervised", max_steps=1)
+    assert train_extractor(only_annotated)["accuracy"] >= 0
+    needed = r"\(an extractor is validated on annotated causes, whatever its supervision\)\.$"
+    monkeypatch.setattr("empcause.data.loading.EMBEDDED", dataclasses.replace(sample, annotations=None))
+    with pytest.raises(UserError, match=rf"EmpatheticDialogues has no annotated causes.* {needed}"):
+        train_extractor(extractor_options(tiny_encoder_dir, tmp_path, supervision="unsupervised"))
+    (tmp_path / "train.csv").touch()
+    emotion_alone = extractor_options(tiny_encoder_dir, tmp_path, supervision="emotion")
+    emotion_alone.data = str(tmp_path)
+    with pytest.raises(UserError, match=rf"has no emocause/valid\.json .* {needed}"):
+        train_extractor(emotion_alone)
+
+
+@fault(
+    Guard(
+        "empcause/generator/modeling.py",
+        "            if values.shape != tokens.shape[:2]:\n",
+        "            if False:\n",
+    ),
+    Guard("empcause/generator/modeling.py", "            if not known.all():\n", "            if False:\n"),
+    cause="labels or roles of another shape than the tokens, a role that is none, a label beyond the vocabulary",
+    place="a generator's forward",
+    promise="refused by name with what is expected, before anything is computed",
+)
+def test_labels_and_roles_that_do_not_fit(generator_dir, monkeypatch):
+    model, _ = load_generator(generator_dir)
+    ids = torch.tensor([[5, 6, 7], [7, 6, 5]])
+    rows = model.config.vocab_size
+    computed = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: computed.append(1))
+    for wrong, message in [
+        ({"labels": ids[:, :2]}, r"labels has shape \[2, 2\]; expected \[2, 3\], one per token"),
+        ({"labels": ids[0]}, r"labels has shape \[3\]; expected \[2, 3\]"),
+        ({"labels": ids + rows}, rf"labels has {rows + 5}; expected 0 to {rows - 1}, or -100"),
+        ({"labels": ids - 8}, "labels has -3; expected 0 to"),
+        ({"token_type_ids": ids[:, :2]}, r"token_type_ids has shape \[2, 2\]; expected \[2, 3\]"),
+        ({"token_type_ids": ids}, "token_type_ids has 5; expected 0 to 1"),
+        ({"token_type_ids": -(ids > 5).long()}, "token_type_ids has -1; expected 0 to 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(ids, **wrong)
+    assert not computed
+    assert model(ids, token_type_ids=(ids > 5).long(), labels=ids.masked_fill(ids == 6, -100)).loss > 0
 
 
 # Weights
