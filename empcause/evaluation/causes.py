@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from empcause.data import CauseAnnotation, emotion_id, load_annotations
 from empcause.data.origin import Origin, origin
 from empcause.errors import UserError
-from empcause.evaluation.items import digest, evaluating_in, model_digest, readings
+from empcause.evaluation.items import digest, evaluating_in, model_digests, readings, unknown_emotions
 from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
 from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, difference_interval, mean_interval
 from empcause.evaluation.tables import (
     CAUSE_COLUMNS,
+    NOT_PUBLISHED,
     PUBLISHED_CAUSES,
     comparison_table,
     format_figure,
@@ -41,7 +42,9 @@ class EvaluateCausesOptions:
     data: str | None = field(
         default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
     )
-    split: str = field(default="test", metadata={"help": "split of EmoCause", "choices": ["valid", "test"]})
+    split: str = field(
+        default="test", metadata={"help": "split of the annotated situations", "choices": ["valid", "test"]}
+    )
     output_dir: str = field(default="runs/evaluation/extractor", metadata={"help": "where report and figures go"})
     batch_size: int = field(default=64, metadata={"help": "texts per batch"})
     overwrite_output_dir: bool = field(
@@ -53,7 +56,7 @@ class EvaluateCausesOptions:
 
 
 def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
-    """Measure what a system finds in EmoCause, and write `metrics.json`, `items.json`, `report.md` and figures.
+    """Measure what a system finds in annotated situations, and write `metrics.json`, `items.json`, `report.md` and figures.
 
     What is found in a text is saved as it comes; an evaluation that was cut short goes on from there when it is repeated.
 
@@ -72,13 +75,14 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
     system = load_system(options.model)
     if not isinstance(system, Reads):
         raise UserError(f"{options.model} holds a system that finds neither emotions nor causes in texts.")
-    emotions = system.emotions
+    data, emotions = origin(options.data, annotations), system.emotions
+    if emotions and (problem := unknown_emotions(system, [each.emotion for each in annotations], data.name)):
+        raise UserError(f"{problem}; evaluate it on data with its emotions, or train an extractor on these data.")
     emotion_ids = [emotion_id(each.emotion, emotions) for each in annotations] if emotions else []
     texts = [annotation.situation for annotation in annotations]
     words = [annotation.words for annotation in annotations]
-    subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}
-    subject |= {"data": scored, "batch_size": options.batch_size}
     folder = Path(options.output_dir)
+    subject = model_digests(system, folder) | {"data": scored, "batch_size": options.batch_size}
     with evaluating_in(folder, "empcause evaluate extractor", subject, options.overwrite_output_dir) as saved:
         found = readings(saved, system, texts, words, options.batch_size)
         items = _score(annotations, emotion_ids, found)
@@ -98,7 +102,6 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
             ),
             "Training curves": plot_training(system.folders["model"], "top5_recall", folder / "training.png"),
         }
-        data = origin(options.data, annotations)
         report = _report(options, system, data, len(annotations), intervals, differences, pictures)
         write_text(folder / "report.md", report)
         return metrics
@@ -143,7 +146,7 @@ def _report(
         f"{measured} on {situations:,} situations of {data.name} (split {options.split}); 95% bootstrap intervals "
         "over situations.",
         comparison_table("this model", intervals, published, CAUSE_COLUMNS),
-        "" if published else "The paper's figures are not shown beside these: they are of EmoCause's test split.",
+        "" if published else NOT_PUBLISHED,
     ]
     if "top1_recall" in intervals:
         kinds = {"lenient (the benchmark's)": "", "strict": "strict_", "without stop-word filter": "unfiltered_"}

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,6 +19,8 @@ from empcause.data import Causes, Word
 from empcause.data.batching import length_batches
 from empcause.errors import Interrupted, UserError
 from empcause.outputs import (
+    CHECKPOINT,
+    RECORD,
     Record,
     check_ours,
     checksum,
@@ -28,7 +30,7 @@ from empcause.outputs import (
     working_in,
     write_record,
 )
-from empcause.systems import Reading, Reads
+from empcause.systems import Reading, Reads, System
 
 SAVED = "saved-items.jsonl"
 # What an evaluation writes into its folder.
@@ -148,12 +150,72 @@ def digest(*parts: Any) -> str:
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def model_digest(folder: str | os.PathLike[str]) -> str:
-    """Digest of a model's folder: of the checksums recorded with it, which loading verifies; without a record, of its files."""
-    record = read_record(folder)
-    names = record.files if record else sorted(os.listdir(folder))
-    read = [name for name in names if name.endswith((".safetensors", ".json", ".txt"))]
-    return digest([(name, record.files[name] if record else checksum(Path(folder) / name)) for name in read])
+def model_digests(system: System, output_dir: Path) -> dict[str, str]:
+    """Digests of the folders that a system was loaded from, by their names in `system.folders`.
+
+    A digest is over names and contents of all files of which the system's loader may have read any (see `_model_files`).
+
+    Args:
+        system: what is evaluated.
+        output_dir: where the evaluation writes.
+
+    Raises:
+        UserError: `output_dir` is one of these folders, where a report would be taken for a part of the model.
+        OSError: a file cannot be read.
+    """
+    for name, folder in system.folders.items():
+        if folder.resolve() == output_dir.resolve():
+            raise UserError(
+                f"output_dir {output_dir} is the folder of the {name} that is evaluated; choose another folder."
+            )
+    return {
+        name: digest([(file, checksum(folder / file)) for file in _model_files(folder)])
+        for name, folder in system.folders.items()
+    }
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Paths of a model's files from its folder on, sorted, those of subfolders included.
+
+    Left out is what decides no result: hidden files, Python's caches, this package's records, the README.md, which people edit,
+    and folders in which a training keeps a checkpoint or an evaluation its results.
+    """
+    names: list[str] = []
+    visited: set[Path] = set()  # a link may lead back to a folder above it
+    for place, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders.sort()
+        here = Path(place)
+        made_by = getattr(read_record(here), "made_by", "") if here != folder else ""
+        hidden = here != folder and here.name.startswith((".", "__pycache__"))
+        if hidden or made_by == CHECKPOINT or made_by.startswith("empcause evaluate ") or here.resolve() in visited:
+            subfolders.clear()
+            continue
+        visited.add(here.resolve())
+        names += [
+            (here / name).relative_to(folder).as_posix()
+            for name in files
+            if name not in (RECORD, "README.md") and not name.startswith(".") and (here / name).is_file()
+        ]
+    return sorted(names)
+
+
+def unknown_emotions(system: Reads, annotated: Iterable[str], data: str) -> str | None:
+    """Why no emotion accuracy can be measured, as the beginning of a sentence; None where the system knows all emotions.
+
+    Args:
+        system: it knows emotions.
+        annotated: emotions of the items that are evaluated.
+        data: what these are called.
+    """
+    names = dict.fromkeys(annotated)
+    unknown = [name for name in names if name not in system.emotions]
+    if not unknown:
+        return None
+    folder = system.folders.get("extractor", system.folders["model"])
+    return (
+        f"{folder} knows other emotions ({', '.join(system.emotions)}) than {data}, where {len(unknown)} of {len(names)} are "
+        f"unknown to it ({', '.join(unknown)})"
+    )
 
 
 def readings(

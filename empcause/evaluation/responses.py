@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from empcause.data import Dialogue, emotion_id, load_dialogues, response_pairs, split_words
 from empcause.data.origin import Origin, origin
 from empcause.errors import UserError
-from empcause.evaluation.items import SavedItems, digest, evaluating_in, model_digest, readings
+from empcause.evaluation.items import SavedItems, digest, evaluating_in, model_digests, readings, unknown_emotions
 from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
 from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, mean_interval, perplexity_difference, perplexity_interval
 from empcause.evaluation.tables import (
+    NOT_PUBLISHED,
     PUBLISHED_RESPONSES,
     RESPONSE_COLUMNS,
     comparison_table,
@@ -36,6 +38,8 @@ from empcause.ranges import COUNT, SEED, check_values
 from empcause.systems import Answers, Encoded, Reading, Reads, Scores, System, load_system
 from empcause.text import code, markdown
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class EvaluateResponsesOptions:
@@ -49,7 +53,7 @@ class EvaluateResponsesOptions:
     data: str | None = field(
         default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
     )
-    split: str = field(default="test", metadata={"help": "split of EmpatheticDialogues", "choices": ["valid", "test"]})
+    split: str = field(default="test", metadata={"help": "split of the dialogues", "choices": ["valid", "test"]})
     output_dir: str = field(default="runs/evaluation/generator", metadata={"help": "where report and figures go"})
     max_samples: int | None = field(
         default=None, metadata={"help": "score this many responses, drawn by the seed; default: all"}
@@ -106,8 +110,15 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
         raise UserError(f"{options.model} holds a system that neither scores nor answers dialogues.")
     if isinstance(system, Answers):
         system.check_room(options.max_new_tokens)
-    emotions = system.emotions if isinstance(system, Reads) else ()
-    emotion_ids = [emotion_id(pair.emotion, emotions) for pair in pairs] if emotions else []
+    emotion_ids: list[int] = []
+    no_accuracy = None
+    if isinstance(system, Reads) and system.emotions:
+        no_accuracy = unknown_emotions(system, [pair.emotion for pair in pairs], data.name)
+        if no_accuracy is None:
+            emotion_ids = [emotion_id(pair.emotion, system.emotions) for pair in pairs]
+        else:
+            no_accuracy += "; the emotion accuracy needs an extractor that was trained on these data."
+            logger.warning(no_accuracy)
     identities = [_identity(pair) for pair in pairs]
     if options.compare and not isinstance(system, Scores):
         raise UserError(f"{options.model} scores no responses, and scores are what --compare compares.")
@@ -116,17 +127,16 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     scored = digest(identities, system.targets(pairs) if isinstance(system, Scores) else [])
     earlier = read_items(options.compare, scored, ["nll"])
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
-    subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}
-    subject |= {
+    folder = Path(options.output_dir)
+    subject = model_digests(system, folder) | {
         "data": digest(identities),
         "batch_size": options.batch_size,
         "max_generated": number,
         "max_new_tokens": options.max_new_tokens,
     }
-    folder = Path(options.output_dir)
     with evaluating_in(folder, "empcause evaluate generator", subject, options.overwrite_output_dir) as saved:
         predictions = _predict(system, pairs, number, options, bertscore, saved)
-        results = _Results(data, len(everything), scored, system, predictions, emotion_ids, bertscore)
+        results = _Results(data, len(everything), scored, system, predictions, emotion_ids, no_accuracy, bertscore)
         return _judge(options, results, earlier)
 
 
@@ -225,7 +235,8 @@ class _Results:
     scored: str
     system: System
     predictions: _Predictions
-    emotion_ids: Sequence[int]
+    emotion_ids: Sequence[int]  # empty where no emotion accuracy is measured
+    no_accuracy: str | None  # the sentence that says why
     bertscore: BertScore | None
 
 
@@ -278,7 +289,8 @@ def _score(predictions: _Predictions, emotion_ids: Sequence[int]) -> tuple[dict[
             "nll_per_word": None if in_part else nll_per_word(nll, references),
             "bits_per_byte": None if in_part else bits_per_byte(nll, references),
         }
-    if emotion_probs := [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]:
+    emotion_probs = [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]
+    if emotion_probs and emotion_ids:
         correct = emotion_correct(emotion_probs, emotion_ids)
         intervals["emotion_accuracy"] = mean_interval(correct)
         metrics["emotion_accuracy"] = float(correct.mean())
@@ -322,13 +334,13 @@ def _report(
         f"{len(responses):,} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
         "different tokenizers do not compare; bits per byte do.",
         comparison_table("this model", figures, published, RESPONSE_COLUMNS),
-        ""
-        if published
-        else "The paper's figures are not shown beside these: they are of EmpatheticDialogues' whole test split.",
+        "" if published else NOT_PUBLISHED,
         markdown_table(
             ["figure", "value"], [[name.replace("_", " "), format_figure(figures.get(name))] for name in others]
         ),
     ]
+    if results.no_accuracy:
+        parts.append(markdown(results.no_accuracy))
     if shortened:
         parts.append(f"Of {shortened:,} contexts the oldest turns did not fit into the model.")
     if cut:

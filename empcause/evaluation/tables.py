@@ -29,6 +29,10 @@ PUBLISHED_RESPONSES = {"EmpatheticDialogues": _EMPATHETIC_DIALOGUES}
 RESPONSE_COLUMNS = ("perplexity", "distinct_1", "distinct_2", "bertscore_p", "bertscore_r", "bertscore_f")
 
 
+# What a report says in place of published figures.
+NOT_PUBLISHED = "No published figures stand beside these: none are known that were measured on the same texts."
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are figures."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
