@@ -1,4 +1,4 @@
-"""The exceptions whose message is a sentence for the user."""
+"""Exceptions whose message is a sentence for the user."""
 
 from signal import SIGINT
 
@@ -15,10 +15,10 @@ class Missing(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a request to end; the message says what was saved and how to go on.
+    """Ctrl-C, or a request to end; the message says what was saved and how to continue.
 
     Attributes:
-        signal: its number, `SIGINT` or `SIGTERM`.
+        signal: number of the signal, `SIGINT` or `SIGTERM`.
     """
 
     def __init__(self, message: str = "interrupted.", signal: int = SIGINT) -> None:

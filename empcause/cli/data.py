@@ -1,4 +1,4 @@
-"""`empcause data check|download`."""
+"""`empcause data check` and `empcause data download`."""
 
 import argparse
 import sys
@@ -10,13 +10,14 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
         "check",
-        help="count everything and name malformed rows",
+        help="count what is there and name malformed rows",
         description="Reads every file, prints the counts, and names malformed rows by file and line.",
     )
     check.add_argument(
         "--data",
         metavar="FOLDER",
-        help="a copy of the data, or `sample`; default: EMPCAUSE_DATA_DIR, otherwise what was downloaded",
+        help="folder or archive of the data, a corpus' name, or `sample`; default: $EMPCAUSE_DATA_DIR, otherwise what was "
+        "downloaded",
     )
     check.set_defaults(run=run_check)
     fetch = actions.add_parser(
@@ -29,7 +30,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run_check(namespace: argparse.Namespace) -> int:
-    """Print counts and problems; 1 if there are problems."""
+    """Print counts and problems; the exit code is 1 if there are problems."""
     from rich.table import Table
 
     from empcause.cli.terminal import console

@@ -1,4 +1,4 @@
-"""Which data `--data` means, what is in them, and whether they are whole."""
+"""Which data `--data` names, loading them, and checking that they are complete."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from empcause.data.empathetic_dialogues import EMPATHETIC_DIALOGUES
 from empcause.data.source import SAMPLE, read_split, resolve_data
 from empcause.errors import Missing, UserError
 
-# The paper's data, which are meant by any folder that has no other corpus' name.
+# The paper's data. A folder that has the name of no other corpus is read as these.
 PAPERS = Corpus("empatheticdialogues", EMPATHETIC_DIALOGUES, EMOCAUSE)
 # All corpora that are known by name.
 CORPORA = (PAPERS,)
@@ -23,7 +23,7 @@ CORPORA = (PAPERS,)
 DATASETS: tuple[Dataset[Any], ...] = tuple(
     each for corpus in CORPORA for each in (corpus.dialogues, corpus.annotations) if each is not None
 )
-# Small data of the same form, which have a licence of their own. All their situations are annotated.
+# Small data of the same format inside of this package, with a licence of their own. All their situations are annotated.
 EMBEDDED = Corpus(
     "sample",
     EMPATHETIC_DIALOGUES,
@@ -34,12 +34,15 @@ EMBEDDED = Corpus(
 
 
 def find_corpus(data: str | os.PathLike[str] | None = None) -> tuple[Corpus, Path]:
-    """What `--data` means.
+    """Find the corpus that `--data` names, and where its files are.
 
     Args:
-        data: "sample" (embedded), or the folder or archive of a copy of the data: a folder with the name of a corpus is one of
-            that, any other holds the paper's. None is the folder `$EMPCAUSE_DATA_DIR`, otherwise what `empcause data download`
-            fetched; so is the name of a corpus where there is no such folder.
+        data: one of:
+            - "sample": the data embedded in this package;
+            - a folder or an archive: a copy of the corpus whose name it has, otherwise of the paper's data;
+            - the name of a corpus, where there is no folder of that name: its files in `$EMPCAUSE_DATA_DIR`, or, if that is not
+              set, in the folder of `empcause data download`;
+            - None: the paper's data, in the same places.
 
     Returns:
         The corpus, and the folder or archive with its files.
@@ -63,7 +66,8 @@ def load_dialogues(split: str, data: str | os.PathLike[str] | None = None) -> li
         data: see `find_corpus`.
 
     Raises:
-        UserError: the data is missing, or a row is malformed (named by file and line).
+        Missing: there is no file of this split.
+        UserError: there is no such folder, or a row is malformed (named by file and line).
     """
     corpus, place = find_corpus(data)
     return corpus.dialogues.load(split, place, corpus.annotations)
@@ -111,13 +115,14 @@ class DataCheck:
 
 
 def check_data(data: str | os.PathLike[str] | None = None) -> DataCheck:
-    """Read everything, counting instead of stopping at the first malformed row.
+    """Read every split, count its items, and collect all problems instead of stopping at the first one.
 
     Args:
         data: see `find_corpus`.
 
     Raises:
-        UserError: a split is missing altogether.
+        Missing: there is no file of a split.
+        UserError: there is no such folder.
     """
     result = DataCheck()
 

@@ -1,4 +1,4 @@
-"""Where the data lies: the embedded sample, the user's copy in any usual packing, or a verified download."""
+"""Files of data sets: the embedded sample, the user's copy in any usual packing, or a verified download."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ _TIMEOUT = 30
 # How a single file may be packed.
 _SUFFIXES = ("", ".gz", ".xz")
 
-# What the readers of packed files raise where such a file is not whole (an encrypted one in a .zip: RuntimeError).
+# What the readers of packed files raise if a file is not whole; zipfile raises RuntimeError for an encrypted one.
 _DAMAGED = (
     EOFError,
     lzma.LZMAError,
@@ -45,10 +45,10 @@ class Files:
     """The files of a data set, one per split.
 
     Attributes:
-        name: of their folder.
-        splits: their names without the extension.
-        extension: their form.
-        archive, url, sha256: the official archive's name, its address and its checksum.
+        name: name of the folder that they are in.
+        splits: names of the files without the extension.
+        extension: extension of the files, without the dot.
+        archive, url, sha256: name, address and checksum of the official archive.
     """
 
     name: str
@@ -71,7 +71,7 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
         data: a path, or None: `$EMPCAUSE_DATA_DIR`, otherwise what `empcause data download` fetched.
 
     Raises:
-        UserError: nothing is there; the message says how to get it.
+        UserError: there is no such path; the message says how to get the data.
     """
     if data == "":
         raise UserError("--data is empty; give a folder, or leave the option out.")
@@ -202,20 +202,21 @@ def _read(path: Path, member: str, owner: Files | None) -> tuple[bytes, str]:
 
 
 def download(dataset: Files, folder: Path | None = None) -> Path:
-    """Fetch a dataset's official archive, going on where an interrupted download stopped.
+    """Download a data set's official archive, continuing where an interrupted download stopped.
 
-    What arrives is kept in a file beside it, ARCHIVE.part, until it is complete and verified. Of several processes that
-    download at once, one does and the others wait for it.
+    What arrives is kept in the file ARCHIVE.part beside it until it is complete and verified. If several processes download
+    the same archive at once, one does the work and the others wait for it.
 
     Args:
         dataset: the data set's files.
-        folder: where it goes; default is the cache that `resolve_data(None)` looks into.
+        folder: where the archive goes; default is the cache that `resolve_data(None)` looks into.
 
     Returns:
         The archive's path; it appears under this name only complete and verified.
 
     Raises:
-        UserError: no connection, another answer than the archive, or a wrong checksum; what had arrived before is kept.
+        UserError: there is no connection, the answer is not the archive, or its checksum is wrong; what had arrived before is
+            kept.
         OSError: the folder or the file cannot be written.
     """
     folder = folder or cache_dir() / "data"
@@ -238,7 +239,7 @@ def download(dataset: Files, folder: Path | None = None) -> Path:
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Let one process at a time work on a file; the others wait, and say so."""
+    """Let one process at a time work on a file; the others say that they wait."""
     lock = FileLock(f"{target}.lock")
     try:
         lock.acquire(blocking=False)
@@ -252,9 +253,9 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _fetch(dataset: Files, partial: Path) -> None:
-    """Bring `partial` to its end and verify it; what it had before outlives a wrong answer."""
+    """Complete `partial` and verify it; a wrong answer does not destroy what had arrived before."""
     start = partial.stat().st_size if partial.exists() else 0
-    # Without `identity` a server may pack what it sends once more, and ranges would count packed bytes.
+    # Without `identity` a server may compress its answer, and ranges would count compressed bytes.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(dataset.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         complete = start and response.status_code == requests.codes.requested_range_not_satisfiable
@@ -275,7 +276,7 @@ def _fetch(dataset: Files, partial: Path) -> None:
 
 
 def _receive(response: requests.Response, partial: Path, start: int) -> None:
-    """Write an answer behind the `start` bytes that the file has; a server may send these again, but no others."""
+    """Write an answer behind the `start` bytes that the file has already; if the server sends these again, they must be equal."""
     response.raise_for_status()
     kind = response.headers.get("Content-Type", "")
     if "html" in kind:

@@ -1,4 +1,4 @@
-"""`empcause evaluate extractor`: what a system finds in annotated situations, Tables 5 and 6."""
+"""`empcause evaluate extractor`: what a system finds in annotated situations (Tables 5 and 6 of the paper)."""
 
 import json
 from collections.abc import Sequence
@@ -35,17 +35,20 @@ from empcause.text import code
 class EvaluateCausesOptions:
     """Options of `empcause evaluate extractor`."""
 
-    model: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    model: str = field(default="runs/extractor", metadata={"help": "folder of the system that is evaluated"})
     compare: str | None = field(
         default=None, metadata={"help": "folder of an earlier evaluation; differences get paired intervals"}
     )
     data: str | None = field(
-        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+        default=None,
+        metadata={"help": "folder or archive of the data, a corpus' name, or `sample`; default $EMPCAUSE_DATA_DIR"},
     )
     split: str = field(
         default="test", metadata={"help": "split of the annotated situations", "choices": ["valid", "test"]}
     )
-    output_dir: str = field(default="runs/evaluation/extractor", metadata={"help": "where report and figures go"})
+    output_dir: str = field(
+        default="runs/evaluation/extractor", metadata={"help": "folder for the report and the figures"}
+    )
     batch_size: int = field(default=64, metadata={"help": "texts per batch"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what another evaluation left in output_dir"}
@@ -58,13 +61,17 @@ class EvaluateCausesOptions:
 def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
     """Measure what a system finds in annotated situations, and write `metrics.json`, `items.json`, `report.md` and figures.
 
-    What is found in a text is saved as it comes; an evaluation that was cut short goes on from there when it is repeated.
+    What is found in a text is saved at once, so that an evaluation that was cut short continues from there when it is repeated.
+
+    Args:
+        options: the options.
 
     Returns:
-        Every figure by name, and `intervals`: name to (low, high).
+        Every figure by name (accuracy and recalls in [0, 1]), and `intervals`: (low, high) by name.
 
     Raises:
-        UserError: missing data or model, a model that reads no texts, or `output_dir` holds another evaluation.
+        UserError: data or model are missing, the model reads no texts or knows other emotions than the data, or `output_dir`
+            is the model's folder or holds another evaluation.
         Interrupted: Ctrl-C or SIGTERM.
     """
     load_pyplot()
@@ -110,7 +117,7 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
 def _score(
     annotations: Sequence[CauseAnnotation], emotion_ids: Sequence[int], found: Sequence[Reading]
 ) -> dict[str, NDArray[np.float64]]:
-    """Figures per situation of what the system finds, by name."""
+    """Score what the system finds: `[n]` figures by name, one per situation."""
     items: dict[str, NDArray[np.float64]] = {}
     if emotion_probs := [each.emotion_probs for each in found if each.emotion_probs is not None]:
         items["accuracy"] = emotion_correct(emotion_probs, emotion_ids)
@@ -120,7 +127,7 @@ def _score(
 
 
 def _plot_example(system: Reads, annotation: CauseAnnotation, found: Reading, path: Path) -> Path | None:
-    """Draw a situation with the causes that were found in it; None for a system that finds none."""
+    """Draw a situation with the causes that were found in it; None for a system that finds no causes."""
     if found.word_probs is None:
         return None
     title = f"annotated: {annotation.emotion}"
