@@ -167,7 +167,7 @@ def _read_recipe(path: Path) -> tuple[list[tuple[yaml.Node, yaml.Node]], Callabl
         with path.open("rb") as file:
             content = file.read(_LONGEST_RECIPE + 1)
         if len(content) > _LONGEST_RECIPE:
-            raise UserError(f"The recipe {path} has more than {_LONGEST_RECIPE:,} bytes; it is something else.")
+            raise UserError(f"The recipe {path} has more than {_LONGEST_RECIPE:,} bytes, so that it is no recipe.")
         loader = yaml.SafeLoader(content.decode("utf-8-sig"))
         root = loader.get_single_node()
     except OSError as error:

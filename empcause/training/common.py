@@ -109,11 +109,13 @@ class StageTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.model_name_or_path and self.config_overrides:
-            raise ValueError("config_overrides shapes a model made from nothing; leave model_name_or_path empty.")
+            raise ValueError(
+                "config_overrides sets the sizes of a new model; leave model_name_or_path empty to make one."
+            )
         if not self.model_name_or_path and not self.model_type:
-            raise ValueError("give model_name_or_path (a pretrained model) or model_type (one made from nothing).")
+            raise ValueError("give model_name_or_path (a pretrained model) or model_type (a new model).")
         if not self.model_name_or_path and not self.tokenizer_name:
-            raise ValueError("a model made from nothing needs tokenizer_name.")
+            raise ValueError("a new model needs tokenizer_name, the name or folder of a tokenizer.")
         for name in ("model_name_or_path", "tokenizer_name"):
             _check_local(name, getattr(self, name))
         self._check_settings()

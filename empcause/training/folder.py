@@ -346,7 +346,7 @@ class CheckpointedTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if name not in tied]
         if names := missing + load_result.unexpected_keys:
             raise UserError(
-                f"The checkpoint is of another model: {names[0]} is {'missing' if missing else 'too much'}."
+                f"The checkpoint is of another model: {names[0]} is {'missing' if missing else 'not a weight of this one'}."
             )
 
     def _load_best_model(self) -> None:

@@ -146,9 +146,9 @@ def test_quotes_that_may_be_either(tmp_path):
 @fault(
     Guard(DIALOGUE_FILES, "itemgetter(*map(header.index, NEEDED))", "itemgetter(0, 1, 2, 3, 5)"),
     Guard(DIALOGUE_FILES, "if header.count(column) != 1", "if column not in header"),
-    cause="columns stand in another order, are missing, or are there twice",
+    cause="columns are in another order, missing or duplicated",
     place="reading EmpatheticDialogues",
-    promise="columns go by the header's names, unknown ones are passed over; what is missing or double is named",
+    promise="columns are found by their names, unknown ones are ignored; missing and duplicated ones are named",
 )
 def test_columns_go_by_name(tmp_path):
     order = [5, 3, 0, 2, 1]
@@ -167,9 +167,9 @@ def test_columns_go_by_name(tmp_path):
 @pytest.mark.parametrize("place", ["utterance", "prompt", "number", "end"])
 @fault(
     Guard(DIALOGUE_FILES, 'if "|" not in candidates and not (', "if False and not ("),
-    cause="a comma too many in a text of an original file",
+    cause="a stray comma in a text of an original file",
     place="reading EmpatheticDialogues, whose rows may have a ninth field",
-    promise="the line is named; rows with candidates are read as ever",
+    promise="the line is named; rows with candidates are read as before",
 )
 def test_stray_comma(tmp_path, place):
     stray = {
@@ -191,7 +191,7 @@ def test_stray_comma(tmp_path, place):
     Guard(DIALOGUE_FILES, "None if conv_id in broken else _order_problem", "_order_problem"),
     cause="a turn of a dialogue is missing, repeated or out of order",
     place="reading EmpatheticDialogues",
-    promise="no dialogue with a hole: the line is named, and `empcause data check` lists them all, each once",
+    promise="no dialogue with a gap is read: the line is named, and `empcause data check` lists every such line once",
 )
 def test_turns_are_complete(tmp_path):
     table = rows()
@@ -405,7 +405,7 @@ def test_files_of_the_other_data_set(tmp_path, lines, monkeypatch):
     ),
     cause="annotations have emotions of another set than the dialogues",
     place="empcause data check, train extractor, evaluate extractor",
-    promise="the emotions that the dialogues have not are named, with those that they have",
+    promise="the emotions that are not those of the dialogues are named, with those that are",
 )
 def test_emotions_of_another_set(tmp_path, lines, monkeypatch, capsys):
     told, marked = lines
@@ -468,7 +468,7 @@ def packed(files, form="tar.gz"):
     Guard(SOURCE, "while archive.fileobj is not None and archive.fileobj.read(1 << 20):", "while False:"),
     cause="an archive is cut short, or a byte of it is flipped",
     place="reading data from an archive",
-    promise="one sentence; no text with a flipped byte is used, wherever in the archive it is",
+    promise="one sentence; no text is used, wherever in the archive the flipped byte is",
 )
 def test_damaged_archive(tmp_path):
     # Stored without compression, a flipped byte breaks nothing but the checksum at the end.
@@ -549,7 +549,7 @@ def test_data_that_are_not_there(tmp_path, monkeypatch):
     ),
     cause="the data may not be read",
     place="every command that reads data",
-    promise="one sentence with the file's name; no other copy is read in its stead",
+    promise="one sentence with the file's name; no other copy is read in its place",
 )
 def test_unreadable_data(capsys):
     with tempfile.TemporaryDirectory() as name:
@@ -675,7 +675,7 @@ def test_wrong_answer(tmp_path, begun, answer, said):
     Guard(SOURCE, "file.seek(place)", "file.seek(start)"),
     cause="the connection breaks off, or nothing more comes",
     place="empcause data download",
-    promise="what arrived is kept and gone on from, whether the server can send the rest alone or only everything anew",
+    promise="what arrived is kept and continued, whether the server can send the rest alone or only the whole archive",
 )
 def test_broken_connection(tmp_path, monkeypatch, ranges):
     monkeypatch.setattr(data_source, "_TIMEOUT", 0.5)
@@ -784,7 +784,7 @@ def test_interrupted_download(tmp_path, monkeypatch, capsys):
     Guard(SOURCE, 'folder / f"{dataset.archive}.part"', "folder / dataset.archive"),
     cause="the disk is full, or the folder may not be written",
     place="empcause data download",
-    promise="one sentence; nothing stands under the archive's name, and with room again the download goes on",
+    promise="one sentence; there is no file of the archive's name, and once there is room the download continues",
 )
 def test_no_room_for_a_download(monkeypatch, capsys):
     with tempfile.TemporaryDirectory() as name, Server(send_rest) as (_, dataset):

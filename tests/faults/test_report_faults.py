@@ -47,7 +47,7 @@ def card(args, *, steps=10, planned=10, data=SAMPLE, abilities="It answers."):
     Guard("empcause/training/card.py", "(*_SETTINGS, *own)", "_SETTINGS"),
     cause="a model made from nothing, or trained in part",
     place="the model card",
-    promise="says so: the architecture and its size, the steps done of those planned, every setting; no path of the machine",
+    promise="it says so: architecture and size, how many of the planned steps were done, every setting; no path of the machine",
 )
 def test_card_says_what_the_run_was(tmp_path):
     options = {
@@ -262,9 +262,9 @@ def test_emotions_of_other_data(small_extractor, small_generator, tmp_path, capl
     ),
     Guard("empcause/metrics/emotions.py", "        if not np.isfinite(probs).all():\n", "        if False:\n"),
     Guard("empcause/metrics/emotions.py", "if len(emotion_probs) != len(emotion_ids):", "if False:"),
-    cause="one item, no words, figures that are no numbers, lists that do not fit",
+    cause="a single item, no words, figures that are not numbers, lists of different lengths",
     place="metrics and intervals",
-    promise="a figure that does not exist is a dash, one item has no interval and says so; all else is refused",
+    promise="an undefined figure is a dash, that of a single item has no interval and says so; everything else is refused",
 )
 def test_figures_that_do_not_exist():
     alone = perplexity_interval([2.0], [4])

@@ -417,7 +417,7 @@ def damaged(folder, into, change):
     Guard(CHECKPOINTS, 'for key in found["unexpected_keys"]', "for key in ()"),
     cause="weights are missing, of another shape, or more than the model has",
     place="loading an extractor, a generator, or the model that a training starts from",
-    promise="refused by name of a weight; nothing answers or trains with random numbers",
+    promise="refused with the name of a weight; nothing answers or trains with random numbers",
 )
 def test_weights_of_another_model(tmp_path, generator_dir, small_extractor, tiny_encoder_dir):
     head, layer = "cause_head.weight", "transformer.h.1.mlp.c_fc.weight"
@@ -553,7 +553,7 @@ def test_tokenizer_of_another_model(tokenizer, small_extractor):
     Guard("empcause/data/sequences.py", "cut_turn = True", "pass"),
     cause="a text, a turn or a response is longer than the model reads",
     place="finding causes, encoding dialogues",
-    promise="it is cut and that is said; words beyond have probability 0",
+    promise="it is cut, which is said; words beyond have probability 0",
 )
 def test_texts_that_are_too_long(tokenizer, small_extractor, caplog, monkeypatch):
     said = []
@@ -590,7 +590,7 @@ def same(found, expected):
 @fault(
     Guard(CAUSES, "digest.update(self.tokenizer.backend_tokenizer.to_str().encode())", "pass"),
     Guard(CAUSES, "digest.update(str(longest_input(self.model, self.tokenizer)).encode())", "pass"),
-    cause="the extractor's tokenizer is another than when causes were kept",
+    cause="the extractor's tokenizer has changed since causes were kept",
     place="the cache of causes",
     promise="its causes are found anew",
 )
@@ -631,7 +631,7 @@ def test_kept_causes_that_are_damaged(tmp_path, small_extractor, causes):
     Guard(CAUSES, "except OSError as error:", "except ZeroDivisionError as error:"),
     cause="the cache folder cannot be written, or the disk is full",
     place="the cache of causes",
-    promise="the work goes on without it, with a word and the right values",
+    promise="the work goes on without it and says so; the values are right",
 )
 def test_kept_causes_that_cannot_be_written(tmp_path, small_extractor, causes, monkeypatch):
     (tmp_path / "file").write_text("in the way")
