@@ -39,7 +39,8 @@ def find_corpus(data: str | os.PathLike[str] | None = None) -> tuple[Corpus, Pat
     Args:
         data: one of:
             - "sample": the data embedded in this package;
-            - a folder or an archive: a copy of the corpus whose name it has, otherwise of the paper's data;
+            - a folder or an archive: a copy of the corpus of that name or with a data set of that name, otherwise of the paper's
+              data;
             - the name of a corpus, where there is no folder of that name: its files in `$EMPCAUSE_DATA_DIR`, or, if that is not
               set, in the folder of `empcause data download`;
             - None: the paper's data, in the same places.
@@ -52,10 +53,17 @@ def find_corpus(data: str | os.PathLike[str] | None = None) -> tuple[Corpus, Pat
     """
     if data == EMBEDDED.name:
         return EMBEDDED, SAMPLE
-    corpus = next((each for each in CORPORA if data and each.name == os.path.basename(os.path.abspath(data))), PAPERS)
+    name = os.path.basename(os.path.abspath(data or ""))
+    called = [each for each in CORPORA if each.name == name] or [each for each in CORPORA if name in _file_names(each)]
+    corpus = called[0] if data and called else PAPERS
     somewhere = data is None or (str(data) == corpus.name and not Path(data).exists())
     place = resolve_data(None if somewhere else data)
     return (EMBEDDED if place == SAMPLE else corpus), place
+
+
+def _file_names(corpus: Corpus) -> set[str]:
+    """Names of the folders and archives of a corpus' data sets."""
+    return {name for each in (corpus.dialogues, corpus.annotations) if each for name in (each.name, each.archive)}
 
 
 def load_dialogues(split: str, data: str | os.PathLike[str] | None = None) -> list[Dialogue]:

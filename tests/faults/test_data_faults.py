@@ -349,6 +349,7 @@ def lines(monkeypatch):
     Guard(SOURCE, "    if not ambiguous or _name(root) == dataset.name:\n", "    if True:\n"),
     Guard(SOURCE, "    if other is not None and _name(root) == other.name != dataset.name:\n", "    if False:\n"),
     Guard(SOURCE, "dataset if ambiguous else None", "None"),
+    Guard(LOADING, " or [each for each in CORPORA if name in _file_names(each)]", ""),
     Guard(SOURCE, "if other is not None and ambiguous and _name(root) != other.name:", "if False:"),
     cause="files of dialogues and of annotations have the same names, and --data names one of their folders or archives",
     place="every command that reads data",
@@ -360,7 +361,7 @@ def test_files_of_the_other_data_set(tmp_path, lines, monkeypatch):
         for split in ("train", "valid", "test"):
             (tmp_path / name / f"{split}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
-    for place in (tmp_path / "letters", "letters", "../" + tmp_path.name + "/letters/"):
+    for place in (tmp_path / "letters", "letters", "../" + tmp_path.name + "/letters/", "notes"):
         assert load_dialogues("train", place)[0].turns == ("It rains.", "Oh.")
         assert load_annotations("valid", place)[0].situation == "It rained."
         assert not check_data(place).problems[3:], "no more than that the splits share dialogues"
@@ -386,6 +387,10 @@ def test_files_of_the_other_data_set(tmp_path, lines, monkeypatch):
         ("both.zip", texts, []),
     ):
         (tmp_path / archive).write_bytes(packed(files, "zip"))
+        if archive == "notes.zip":
+            assert load_annotations("valid", tmp_path / archive)[0].situation == "It rains.|Oh.", (
+                "it is known by its name"
+            )
         for dataset, other in (lines, lines[::-1]):
             if dataset in reads:
                 assert len(dataset.load("valid", tmp_path / archive, other)) == 1
