@@ -1,4 +1,4 @@
-"""Loading pretrained folders with one clear sentence for whatever is wrong with them."""
+"""Loading models from folders; whatever is wrong with a folder is said in one sentence."""
 
 import json
 import os
@@ -21,12 +21,12 @@ _FORMER_BUFFERS = ("position_ids", "attn.bias", "masked_bias", "inv_freq")
 
 
 def read_config(path: str | os.PathLike[str], what: str, how: str) -> dict[str, Any]:
-    """The `config.json` of a model's folder.
+    """Read the `config.json` of a model's folder.
 
     Args:
         path: the folder.
-        what: the kind of model, for the message ("extractor").
-        how: the command that makes one, for the message.
+        what: the kind of model that is expected, for the message ("extractor").
+        how: the command that makes such a model, for the message.
 
     Raises:
         UserError: no folder, or no readable `config.json` in it.
@@ -49,14 +49,14 @@ def _read_object(file: Path) -> dict[str, Any]:
     return values
 
 
-def check_weights(path: str | os.PathLike[str]) -> None:
-    """Check that the weights of a folder are there and whole: in safetensors files alone, as others may run code.
+def check_model_weights(path: str | os.PathLike[str]) -> None:
+    """Check that a folder has all weights of its model. Only safetensors files count, as reading others may run code.
 
-    Where the folder has a record of its files (`empcause.outputs`), they must be as they were saved, except the README.md,
-    which people edit. Without one, opening the files of weights verifies at least that they are complete.
+    If the folder has a record of its files (`empcause.outputs`), they must be as they were saved, except the README.md, which
+    people edit. Without a record, opening the weight files verifies that they are complete.
 
     Raises:
-        UserError: there are none, or a file is missing, cut short or changed.
+        UserError: there are no weights, or a file is missing, cut short or changed.
     """
     folder = Path(path)
     try:
@@ -74,10 +74,10 @@ def check_weights(path: str | os.PathLike[str]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The file of weights, or those that an index lists.
+    """The weight files of a folder: the single file, or those that an index lists.
 
     Raises:
-        UserError: there are none, or the index is damaged.
+        UserError: there is neither, or the index is damaged.
     """
     if (folder / SAFE_WEIGHTS_NAME).exists():
         return [folder / SAFE_WEIGHTS_NAME]
@@ -94,7 +94,14 @@ def weight_files(folder: Path) -> list[Path]:
 def load_pretrained(
     model_class: type[Model], path: str | os.PathLike[str], what: str, how: str, model_type: str
 ) -> Model:
-    """A finished model from its folder, after checks.
+    """Load a finished model from its folder.
+
+    Args:
+        model_class: the model's class.
+        path: the folder.
+        what: the kind of model that is expected, for the message ("extractor").
+        how: the command that makes such a model, for the message.
+        model_type: the type that the folder's configuration must name.
 
     Raises:
         UserError: the folder is missing, holds another kind of model, or is damaged (see `load_whole`).
@@ -102,21 +109,21 @@ def load_pretrained(
     found = read_config(path, what, how).get("model_type")
     if found != model_type:
         raise UserError(f"{path} holds a model of type {found!r}, not an {what} (type {model_type!r}).")
-    check_weights(path)
+    check_model_weights(path)
     if (generation := Path(path) / "generation_config.json").exists():
         _read_object(generation)  # transformers passes over a damaged one
     return load_whole(model_class, path)
 
 
 def load_own_tokenizer(model: PreTrainedModel, path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with a finished model.
+    """Load the tokenizer that was saved with a finished model.
 
     Args:
         model: the model.
         path: its folder.
 
     Raises:
-        UserError: there is none, it is damaged, or it belongs to another model.
+        UserError: there is no tokenizer, it is damaged, or it belongs to another model.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -136,22 +143,22 @@ def load_own_tokenizer(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
 def load_whole(
     model_class: type[Model], path: str | os.PathLike[str], new: tuple[str, ...] | None = None, **options: Any
 ) -> Model:
-    """`model_class.from_pretrained(path)` whose every weight stands in the file, fits and is finite.
+    """Load a model with `model_class.from_pretrained(path)`, and check that every weight was in the file, fits and is finite.
 
-    transformers leaves weights that are missing or do not fit at random values and goes on.
+    transformers itself leaves weights that are missing or do not fit at random values and goes on.
 
     Args:
         model_class: the model's class, or an `AutoModel`.
         path: a folder, or a name on the model hub.
-        new: for a pretrained base model: names of the modules that it lacks and that start anew. Heads of it that the model
-            has no use for are passed over.
-        **options: of `from_pretrained`.
+        new: names of the model's modules that a pretrained base model lacks and that are initialised here; heads that only the
+            base model has are ignored then. None: the file must have the weights of the whole model and no others.
+        **options: options of `from_pretrained`.
 
     Raises:
         UserError: there is no such model, its configuration is damaged, or its weights are not those of the model.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # all that transformers would warn of is judged here
+    logging.set_verbosity_error()  # what transformers would warn of is judged below
     try:
         model, found = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options

@@ -1,4 +1,4 @@
-"""The exceptions whose message is a sentence for the user."""
+"""Exceptions whose message is a sentence for the user."""
 
 from signal import SIGINT
 
@@ -10,11 +10,15 @@ class UserError(ValueError):
     """
 
 
+class Missing(UserError):
+    """Data that are needed are not there."""
+
+
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a request to end; the message says what was saved and how to go on.
+    """Ctrl-C, or a request to end; the message says what was saved and how to continue.
 
     Attributes:
-        signal: its number, `SIGINT` or `SIGTERM`.
+        signal: number of the signal, `SIGINT` or `SIGTERM`.
     """
 
     def __init__(self, message: str = "interrupted.", signal: int = SIGINT) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and that outlast a loss of power once they are written."""
+"""Writing files whole or not at all, so that they survive a loss of power once they are written."""
 
 import os
 import uuid
@@ -10,17 +10,17 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file anew: the old content stands under its name until the new one is whole and on the disk.
+    """Replace a file: its old content stays under its name until the new content is complete and on the disk.
 
     Args:
-        path: the file; its folder exists. A link of this name is replaced, not followed.
+        path: the file, in a folder that exists. A link of this name is replaced, not followed.
 
     Yields:
         A binary file beside it, opened for writing (`.name` is its path). It takes the place of `path` when the block
         ends, and is removed when the block raises.
 
     Raises:
-        OSError: it cannot be written; what was under `path` is unchanged.
+        OSError: the new file cannot be written; what was under `path` is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -37,7 +37,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file in UTF-8, replacing what was there (see `replacing`)."""
+    """Write a text file in UTF-8, replacing what was there (see `replacing`).
+
+    Raises:
+        OSError: it cannot be written; what was there is unchanged.
+    """
     with replacing(path) as file:
         file.write(text.encode())
 
@@ -46,7 +50,7 @@ def sync(path: str | os.PathLike[str]) -> None:
     """Wait until a file's content, or the names in a folder, are on the disk.
 
     Raises:
-        OSError: they did not get there.
+        OSError: they could not be brought to the disk.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Models by name: from the Hugging Face Hub while it answers, else from its cache, without waiting for it again and again."""
+"""Loading models by name: from the Hugging Face Hub if it answers, otherwise from its cache, waiting for it only once."""
 
 import os
 from pathlib import Path
@@ -10,16 +10,16 @@ from huggingface_hub import constants
 from empcause.errors import UserError
 from empcause.text import one_line
 
-# Seconds that the hub may take to answer; asked for a file, the library would wait six times ten and try twice.
+# Seconds that the hub may take to answer. The library itself would wait up to a minute for each file, and try twice.
 PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)
 _OFFLINE_BY_CHOICE = constants.HF_HUB_OFFLINE
 
 
 def reach_hub(name: str) -> None:
-    """Before a model is loaded by name: if the hub does not answer, this process works offline, from the cache.
+    """Ask the hub for an answer before a model is loaded by name; if none comes, this process works offline, from the cache.
 
     Args:
-        name: of the model, or its folder, which needs no network.
+        name: name of the model, or its folder, which needs no network.
     """
     if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
@@ -32,19 +32,19 @@ def reach_hub(name: str) -> None:
             return
         answered.append(True)
 
-    asking = Thread(target=ask, daemon=True)  # the system's search for an address knows no timeout
+    asking = Thread(target=ask, daemon=True)  # name resolution by the system has no timeout of its own
     asking.start()
     asking.join(PATIENCE)
     constants.HF_HUB_OFFLINE = not answered
 
 
 def not_found(what: str, name: str, error: Exception) -> UserError:
-    """The sentence for a model, tokenizer or encoder that could not be loaded by name or from a folder.
+    """The error to raise for a model, tokenizer or encoder that could not be loaded by name or from a folder.
 
     Args:
-        what: its kind.
-        name: as the user gave it.
-        error: what transformers said.
+        what: the kind ("tokenizer").
+        name: the name or folder that the user gave.
+        error: what the library raised.
     """
     if Path(name).exists() or not constants.HF_HUB_OFFLINE:
         return UserError(f"There is no {what} {name!r}: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""Output folders: what empcause wrote there, whether it still is as it was written, and who works there."""
+"""Output folders: which files empcause wrote there, whether these are unchanged, and which process works there."""
 
 import errno
 import hashlib
@@ -18,11 +18,13 @@ from empcause.files import sync, write_text
 
 RECORD = "empcause.json"
 LOCK = ".empcause.lock"
+# What the record of a training's checkpoint names as its maker.
+CHECKPOINT = "checkpoint"
 
-# What torch.save says when a file cannot be written.
+# Messages of torch.save when a file cannot be written.
 TORCH_SAVE_FAILED = re.compile("PytorchStreamWriter failed|unexpected pos .* vs|iostream error")
 
-# What a checkpoint consists of; known by these names where its saving was cut short, so that no record lists its files.
+# Names of the files of a checkpoint, for one whose saving was cut short, so that no record lists its files.
 _CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|json|pt|pth|bin|jinja|model|distcp|metadata|tmp)|merges\.txt|vocab\.txt"
 )
@@ -30,13 +32,13 @@ _CHECKPOINT_FILES = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """What a folder's `empcause.json` says: who wrote there, and what.
+    """The content of a folder's `empcause.json`: which command writes there, and which files.
 
     Attributes:
         made_by: the command that writes there.
-        files: names from the folder on. A file that was saved whole has its SHA-256; None stands for a folder, or for a
-            file that is not verified.
-        about: what else was to be remembered.
+        files: SHA-256 by path relative to the folder, for files that were saved whole; None for folders and for files that are
+            not verified.
+        about: what else the command remembers there.
     """
 
     made_by: str
@@ -45,10 +47,10 @@ class Record:
 
 
 def read_record(folder: str | os.PathLike[str]) -> Record | None:
-    """The record of a folder; None where it has none.
+    """Read the record of a folder; None if it has none.
 
     Raises:
-        UserError: there is one, and it is damaged or cannot be read.
+        UserError: the record is damaged or cannot be read.
     """
     path = Path(folder) / RECORD
     try:
@@ -66,7 +68,11 @@ def read_record(folder: str | os.PathLike[str]) -> Record | None:
 
 
 def write_record(folder: str | os.PathLike[str], record: Record) -> None:
-    """Write a folder's record, whole or not at all."""
+    """Write a folder's record, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     write_text(Path(folder) / RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
@@ -76,16 +82,16 @@ def check_ours(
     """Check that a command overwrites nothing but what it wrote itself.
 
     Args:
-        folder: where it writes.
+        folder: the folder in which the command writes.
         made_by: the command.
-        written: names that it writes there.
-        brought: names that count as its own.
+        written: pattern of the names that it writes there.
+        brought: names that the user brought there, and that count as the command's own.
 
     Returns:
-        The folder's record, with what was brought; a new one where there is none.
+        The folder's record, to which the brought names are added; a new record if there is none.
 
     Raises:
-        UserError: the folder holds what another command made, or one of these names is somebody else's, or a link.
+        UserError: the folder holds what another command made, or a file of such a name is not the command's own, or a link.
     """
     record = read_record(folder) or Record(made_by)
     if record.made_by != made_by:
@@ -100,7 +106,11 @@ def check_ours(
 def claim(folder: str | os.PathLike[str], *names: str) -> None:
     """Record names before anything is written under them, so that they are known as ours however the process ends.
 
-    Names of what is gone are forgotten.
+    Names of files that no longer exist are removed from the record.
+
+    Args:
+        folder: the folder.
+        *names: paths relative to it.
     """
     record = read_record(folder) or Record("empcause")
     files = {name: digest for name, digest in record.files.items() if os.path.lexists(Path(folder) / name)}
@@ -134,14 +144,14 @@ def verify(folder: str | os.PathLike[str], unless: Collection[str] = ()) -> Reco
     """Compare files with the checksums that were recorded when they were saved.
 
     Args:
-        folder: where they are.
-        unless: names that may have changed.
+        folder: the folder with the files and their record.
+        unless: names of files that may have changed.
 
     Returns:
-        The record; None where the folder has none, and nothing is known.
+        The record; None if the folder has none, so that nothing was compared.
 
     Raises:
-        UserError: a file is missing, unreadable or another one.
+        UserError: a file is missing, cannot be read, or has changed.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -160,9 +170,9 @@ def verify(folder: str | os.PathLike[str], unless: Collection[str] = ()) -> Reco
 
 
 def remove_made(folder: str | os.PathLike[str]) -> None:
-    """Remove what the folder's record lists, and the record; no link is followed, and everything else stays.
+    """Remove the files that the folder's record lists, and the record. No link is followed, and everything else stays.
 
-    Where there is no readable record, the folder is taken for a checkpoint whose saving was cut short.
+    A folder without a readable record is treated as a checkpoint whose saving was cut short.
     """
     folder = Path(folder)
     try:
@@ -195,7 +205,7 @@ def _remove(folder: Path, name: str) -> None:
 
 @contextmanager
 def working_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a folder if need be, and keep all other processes from working in it until the block or the process ends.
+    """Make a folder if necessary, and keep all other processes from working in it until the block or the process ends.
 
     Raises:
         UserError: another process works there, or the folder cannot be made or written.
@@ -226,9 +236,9 @@ def working_in(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def why_not_written(error: BaseException) -> str | None:
-    """The system's reason for which a file could not be written, where an error says that; otherwise None.
+    """The system's reason why a file could not be written, if an error says so; otherwise None.
 
-    Libraries that write weights wrap the system's error in their own, so its text counts too. torch.save loses even that.
+    Libraries that write weights wrap the system's error in their own, so its text is searched too; torch.save loses even that.
     """
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if getattr(error, "errno", None) == code or os.strerror(code) in str(error):

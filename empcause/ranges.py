@@ -1,4 +1,4 @@
-"""Which values the fields of options and configurations may have, and one check of them."""
+"""Allowed values of the fields of options and configurations, and the function that checks them."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ class Range:
     """Finite numbers from `low` to `high`, both included.
 
     Attributes:
-        low, high: the ends.
-        without_low, without_high: leave that end itself out.
+        low, high: the ends of the range.
+        without_low, without_high: whether that end itself is excluded.
     """
 
     low: float = -math.inf
@@ -45,12 +45,12 @@ SEED = Range(0, 2**32 - 1)
 def check_values(options: Any, ranges: Mapping[str, Range]) -> None:
     """Check the fields of a dataclass: numbers against their range, strings against their choices.
 
-    A field annotated with `int` takes whole numbers alone, and None passes where the annotation allows it. Choices are those
-    of `metadata["choices"]` or of a `Literal` annotation.
+    A field annotated with `int` takes whole numbers only; None is accepted if the annotation allows it. The choices are those of
+    a `Literal` annotation or of `metadata["choices"]`.
 
     Args:
-        options: the dataclass's instance.
-        ranges: range by name of the field.
+        options: an instance of the dataclass.
+        ranges: the range of each numeric field, by its name.
 
     Raises:
         UserError: a value lies outside, or is none of the choices.
@@ -58,7 +58,7 @@ def check_values(options: Any, ranges: Mapping[str, Range]) -> None:
     for field in fields(options):
         value = getattr(options, field.name)
         allowed = get_args(field.type) or (field.type,)
-        # HfArgumentParser takes None out of the types of fields.
+        # HfArgumentParser removes None from the types of fields, so a default of None shows that it is allowed.
         if value is None and (NoneType in allowed or field.default is None):
             continue
         if field.name in ranges:

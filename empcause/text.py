@@ -2,8 +2,8 @@
 
 import regex
 
-# Controls (of terminals, and of the direction of writing), invisible characters, separators of lines, lone surrogates. The joiner
-# within an emoji is seen: without it one picture becomes several.
+# Characters that control a terminal or the direction of writing, invisible ones, line separators, lone surrogates. The joiner
+# within an emoji stays: without it one picture would become several.
 _HIDDEN = regex.compile(
     r"(?<=[\p{Extended_Pictographic}\p{Emoji_Modifier}\uFE0F])\u200D(?=\p{Extended_Pictographic})(*SKIP)(*FAIL)"
     r"|[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]"
@@ -21,18 +21,18 @@ def visible(text: str) -> str:
 
 
 def one_line(error: BaseException | str, longest: int = 300) -> str:
-    """What a library says, usually in several lines, as one; cut where it is longer than a sentence."""
+    """The message of an error, often several lines, in one line of at most `longest` characters (and "..." if it was cut)."""
     text = " ".join(str(error).split())
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def markdown(text: str) -> str:
-    """The visible text for Markdown, also in a table's cell: nothing in it is a link, an image, HTML, code or a formula."""
+    """The visible text, escaped for Markdown and its tables: nothing in it acts as a link, an image, HTML, code or a formula."""
     return _MARKDOWN.sub(r"\\\g<0>", visible(text)).strip()
 
 
 def code(text: str) -> str:
-    """The visible text as code in Markdown, outside of tables: names of files and of models."""
+    """The visible text as inline code in Markdown, outside of tables; for names of files and models."""
     text = visible(text)
     ticks = "`" * (1 + max(map(len, regex.findall("`+", text)), default=0))
     space = " " if "`" in text else ""

@@ -20,7 +20,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Read messages until the end of the input; the dialogue so far is the context of each answer."""
+    """Read messages until the end of the input, and answer each in the context of the dialogue so far.
+
+    Raises:
+        UserError: the standard input is closed, or a model or an option cannot be used.
+    """
     from empcause.cli.terminal import console, print_reply
 
     if sys.stdin is None:

@@ -1,4 +1,4 @@
-"""`empcause data check|download`."""
+"""`empcause data check` and `empcause data download`."""
 
 import argparse
 import sys
@@ -6,30 +6,31 @@ import sys
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser of `empcause`."""
-    parser = subparsers.add_parser("data", help="check or download EmpatheticDialogues and EmoCause")
+    parser = subparsers.add_parser("data", help="check or download the data sets")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
         "check",
-        help="count everything and name malformed rows",
+        help="count what is there and name malformed rows",
         description="Reads every file, prints the counts, and names malformed rows by file and line.",
     )
     check.add_argument(
         "--data",
         metavar="FOLDER",
-        help="a copy of the data, or `sample`; default: EMPCAUSE_DATA_DIR, otherwise what was downloaded",
+        help="folder or archive of the data, a corpus' name, or `sample`; default: $EMPCAUSE_DATA_DIR, otherwise what was "
+        "downloaded",
     )
     check.set_defaults(run=run_check)
     fetch = actions.add_parser(
         "download",
-        help="fetch both datasets from their official addresses",
-        description="Fetches both official archives and verifies them; an interrupted download is continued. "
-        "EmpatheticDialogues is under CC BY-NC 4.0.",
+        help="fetch the data sets from their official addresses",
+        description="Fetches the official archive of every data set and verifies it; an interrupted download is continued. "
+        "EmpatheticDialogues and EmoCause, the paper's data, are under CC BY-NC 4.0: non-commercial use only.",
     )
     fetch.set_defaults(run=run_download)
 
 
 def run_check(namespace: argparse.Namespace) -> int:
-    """Print counts and problems; 1 if there are problems."""
+    """Print counts and problems; the exit code is 1 if there are problems."""
     from rich.table import Table
 
     from empcause.cli.terminal import console

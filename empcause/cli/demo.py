@@ -24,7 +24,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "both, answers three dialogues and writes a report. The models are tiny: this shows that everything works "
         "and promises no quality.",
     )
-    parser.add_argument("--output_dir", default="runs/demo", help="where everything goes (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", default="runs/demo", help="folder for models, evaluations and the report (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""What a user reads instead of a traceback, where the cause is the machine, a file or the network and not a mistake of ours."""
+"""Sentences in place of tracebacks, for errors whose cause is the machine, a file or the network and not a mistake of ours."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from empcause.text import one_line
 
 _DISK_FULL = "the disk is full; what was saved before is kept. Make room, then run the same command again."
 _RIGHTS = "choose a place that you may read and write, or change its rights."
-# By error number: what would work.
+# What would work, by error number.
 _ADVICE = {
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
@@ -22,7 +22,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name.",
     errno.EMFILE: "raise the limit of open files (ulimit -n).",
 }
-# By command: what needs less memory.
+# What lowers the need for memory, by command.
 _SMALLER = {
     "train": "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), --per_device_eval_batch_size or "
     "--max_length",
@@ -34,14 +34,14 @@ _SMALLER = {
 
 
 def sentence(error: BaseException, command: str) -> str | None:
-    """The one sentence for what went wrong.
+    """Say in one sentence what went wrong.
 
     Args:
         error: what a command raised.
-        command: its name; decides what advice fits.
+        command: the command's name, on which the advice depends.
 
     Returns:
-        None where this is a mistake of ours, whose traceback is needed.
+        The sentence; None for a mistake of ours, whose traceback is needed.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -64,7 +64,7 @@ def sentence(error: BaseException, command: str) -> str | None:
 
 
 def _number(error: BaseException, text: str) -> int | None:
-    """The system's error number; libraries that read and write weights have it in their own exceptions' text alone."""
+    """The system's error number; exceptions of libraries that read and write weights have it only in their text."""
     if isinstance(error, OSError):
         return error.errno
     if found := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers

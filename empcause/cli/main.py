@@ -16,7 +16,7 @@ from empcause.cli.stages import STAGES
 from empcause.errors import Interrupted, UserError
 from empcause.text import visible
 
-# Each module has `register(subparsers)`, which adds its parser with `run`, a function of the parsed arguments.
+# Modules of this package. Each has `register(subparsers)`, which adds a parser whose default `run` takes the parsed arguments.
 COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo", "bench")
 
 _TRAININGS = "\n".join(
@@ -35,13 +35,13 @@ A first run, from nothing:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose mistakes become a `UserError`; options are written out."""
+    """Parser that raises a `UserError` for wrong arguments, and takes no abbreviated options."""
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs, allow_abbrev=False)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where help is."""
+        """Raise a `UserError` that says what is wrong and which command shows the help."""
         raise UserError(f"{message}; see {self.prog} --help.")
 
 
@@ -86,18 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """A request to end is answered as Ctrl-C is, with a sentence on what was saved."""
+    """Handle SIGTERM like Ctrl-C: the command ends with a sentence on what was saved."""
     raise Interrupted(signal=number)
 
 
 class _Visible(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """The message in one line, whatever texts are in it."""
+        """Format a message in one line, in which control characters are shown."""
         return f"empcause: {visible(record.getMessage())}"
 
 
 def _prepare_streams() -> None:
-    """Nothing that is printed or typed can fail for its encoding; a closed stream's number goes to no other file."""
+    """Let no input or output fail because of its encoding, and no file get the number of a closed standard stream."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -111,10 +111,10 @@ def _prepare_streams() -> None:
 
 
 def _refuse_repetition(arguments: Sequence[str]) -> None:
-    """Refuse an option that is given twice: of two values one would be dropped without a word.
+    """Refuse an option that is given twice, because one of its values would be dropped silently.
 
     Raises:
-        UserError: one is.
+        UserError: an option is given twice.
     """
     words = arguments[: arguments.index("--")] if "--" in arguments else arguments
     seen = set()
@@ -127,7 +127,11 @@ def _refuse_repetition(arguments: Sequence[str]) -> None:
 
 
 def _check_instruction_set() -> None:
-    """Refuse a wrong EMPCAUSE_CPU_ISA before any work; `empcause info` shows it beside what else there is."""
+    """Refuse a wrong EMPCAUSE_CPU_ISA before any work; only `empcause info` runs and shows it.
+
+    Raises:
+        UserError: it names an instruction set that this processor does not have.
+    """
     if not os.environ.get("EMPCAUSE_CPU_ISA"):
         return
     from empcause.ops import info
@@ -138,7 +142,7 @@ def _check_instruction_set() -> None:
 
 
 def _give_up_output() -> None:
-    """Nobody reads the output any more, so that the interpreter has nothing to complain about when it closes it."""
+    """Discard the remaining output, which nobody reads, so that the interpreter does not complain when it closes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,22 +1,22 @@
-"""Memory of a process that works on the CPU."""
+"""Settings of the C library's memory allocator for work on the CPU."""
 
 import ctypes
 import os
 import sys
 
-# Of glibc's mallopt(3).
+# Parameters of glibc's mallopt(3), and the environment variables by which a user sets them.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what tensors free for those that come next.
+    """Make the process keep freed memory for the next tensors.
 
-    By default glibc gives large blocks back to the system at once, and the system hands out new ones page by page, with a fault
-    for each: a step of training takes and frees hundreds of MiB. This changes the whole process, so it is for commands.
+    A step of training takes and frees hundreds of MiB. By default glibc returns large blocks to the system at once, and new ones
+    cost a page fault per page. This changes the whole process, so only commands do it.
 
     Returns:
-        False, and nothing is changed, where the C library is another one, or the user chose by one of glibc's variables.
+        Whether it was changed: not with another C library, and not if the user has set one of glibc's variables.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _VARIABLES):
         return False

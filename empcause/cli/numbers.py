@@ -7,7 +7,7 @@ from empcause.ranges import Range
 
 
 def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], int | float]:
-    """An argparse type: numbers within a range."""
+    """Make an argparse type that accepts the numbers of a range."""
 
     def read(word: str) -> int | float:
         value = kind(word)
@@ -15,5 +15,5 @@ def number(kind: type[int] | type[float], allowed: Range) -> Callable[[str], int
             raise ArgumentTypeError(f"{word} is not {'a whole number' if kind is int else 'a number'} {allowed}")
         return value
 
-    read.__name__ = kind.__name__  # argparse names it where a word is no number at all
+    read.__name__ = kind.__name__  # argparse shows this name if a word is no number at all
     return read

@@ -1,4 +1,4 @@
-"""Options of a command: one dataclass, filled from a YAML recipe and overridden on the command line."""
+"""Options of a command: one dataclass, filled from a YAML recipe and from the command line, which overrides it."""
 
 import dataclasses
 import difflib
@@ -26,12 +26,12 @@ COMMON_TRAINING_ARGUMENTS = frozenset(
 )
 
 
-# A recipe of this package has some hundred bytes.
+# Greatest size of a recipe in bytes. Those of this package have a few hundred.
 _LONGEST_RECIPE = 2**20
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """One spelling of each option (`--learning_rate`; `--learning-rate` is understood too) and its kind of value."""
+    """Shows one spelling of each option (`--learning_rate`, though `--learning-rate` works too) and its kind of value."""
 
     def _format_action_invocation(self, action: Action) -> str:
         name = action.option_strings[0]
@@ -44,7 +44,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 
 class OptionParser(HfArgumentParser):
-    """Command-line parser of one options dataclass whose mistakes become a `UserError`."""
+    """Command-line parser of one dataclass of options, which raises a `UserError` for wrong arguments."""
 
     def __init__(self, options_type: type, prog: str, description: str, show_all: bool = False) -> None:
         super().__init__(
@@ -66,7 +66,7 @@ class OptionParser(HfArgumentParser):
                 action.help = SUPPRESS  # --no_x, the complement of --x
 
     def _split_help(self, show_all: bool) -> None:
-        """Show the stage's own options first, then the common ones of the Trainer."""
+        """Show the stage's own options first, then the Trainer's common ones; hide the Trainer's others unless `show_all`."""
         inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
         trainer = self.add_argument_group("training (transformers' TrainingArguments)")
         for action in self._actions:
@@ -85,9 +85,9 @@ class OptionParser(HfArgumentParser):
 
 
 def parse_options(options_type: type[Options], arguments: Sequence[str], *, prog: str, description: str) -> Options:
-    """Fill `options_type` from `arguments` (`--config recipe.yaml --key value ...`).
+    """Make an `options_type` of `arguments` (`--config recipe.yaml --key value ...`).
 
-    Later values win: defaults of the dataclass, then the recipe, then the command line.
+    The recipe overrides the dataclass' defaults, and the command line overrides the recipe.
 
     Args:
         options_type: a dataclass whose fields carry `metadata={"help": ...}`.
@@ -131,9 +131,9 @@ def _config_path(arguments: Sequence[str]) -> str | None:
 
 
 def _recipe_arguments(path: Path, parser: OptionParser, optional: Collection[str]) -> list[str]:
-    """The recipe's keys and values as command-line words, so that both are parsed by the same rules.
+    """Turn the recipe's keys and values into command-line words, so that both are parsed by the same rules.
 
-    A value is what is written: `no` is the word, not False. An empty one (null) becomes the default if it can be None.
+    A value counts as it is written: `no` is the word, not False. An empty value (null) is None, for options that may be None.
     """
     nodes, construct = _read_recipe(path)
     known = parser.option_names()
@@ -162,12 +162,12 @@ def _recipe_arguments(path: Path, parser: OptionParser, optional: Collection[str
 
 
 def _read_recipe(path: Path) -> tuple[list[tuple[yaml.Node, yaml.Node]], Callable[..., Any]]:
-    """The recipe's keys and values as they are written, and what makes Python objects of them."""
+    """Read a recipe: nodes of its keys and values as they are written, and the function that makes Python objects of them."""
     try:
         with path.open("rb") as file:
             content = file.read(_LONGEST_RECIPE + 1)
         if len(content) > _LONGEST_RECIPE:
-            raise UserError(f"The recipe {path} has more than {_LONGEST_RECIPE:,} bytes; it is something else.")
+            raise UserError(f"The recipe {path} has more than {_LONGEST_RECIPE:,} bytes, so that it is no recipe.")
         loader = yaml.SafeLoader(content.decode("utf-8-sig"))
         root = loader.get_single_node()
     except OSError as error:

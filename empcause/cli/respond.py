@@ -15,7 +15,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command to the parser of `empcause`."""
     parser = subparsers.add_parser(
         "respond",
-        help="answer one message, naming the emotion and its causes",
+        help="answer one message, and show the emotion and its causes",
         description="Prints the emotion with its probability, the cause words, and the response.",
     )
     parser.add_argument(
@@ -26,25 +26,32 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options shared by `respond` and `chat`: the two models and how to decode."""
+    """Add the options that `respond` and `chat` share: the two models, and how to decode."""
     parser.add_argument("--extractor", default="runs/extractor", help="folder of the extractor (default: %(default)s)")
     parser.add_argument("--generator", default="runs/generator", help="folder of the generator (default: %(default)s)")
     parser.add_argument(
-        "--max_new_tokens", type=number(int, COUNT), default=40, help="longest response (default: %(default)s)"
+        "--max_new_tokens",
+        type=number(int, COUNT),
+        default=40,
+        help="longest response in tokens (default: %(default)s)",
     )
-    parser.add_argument("--do_sample", action="store_true", help="nucleus sampling instead of greedy decoding")
+    parser.add_argument("--do_sample", action="store_true", help="sample from the nucleus instead of decoding greedily")
     parser.add_argument(
-        "--top_p", type=number(float, Range(0, 1, without_low=True)), help="nucleus size when sampling (default: 0.9)"
+        "--top_p",
+        type=number(float, Range(0, 1, without_low=True)),
+        help="with --do_sample: probability of the nucleus (default: 0.9)",
     )
-    parser.add_argument("--temperature", type=number(float, POSITIVE), help="when sampling (default: 0.7)")
+    parser.add_argument(
+        "--temperature", type=number(float, POSITIVE), help="with --do_sample: temperature (default: 0.7)"
+    )
     parser.add_argument("--seed", type=number(int, SEED), default=0, help="seed of the sampling (default: %(default)s)")
 
 
 def load_responder(namespace: argparse.Namespace) -> "Responder":
-    """Both models, loaded; the random generator seeded.
+    """Load both models, and seed the random generators.
 
     Raises:
-        UserError: a folder that does not exist or does not hold such a model.
+        UserError: a folder does not exist or does not hold such a model.
     """
     from transformers import set_seed
 
@@ -58,10 +65,10 @@ def load_responder(namespace: argparse.Namespace) -> "Responder":
 
 
 def generation_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `generate`.
+    """Make the keyword arguments for `generate`.
 
     Raises:
-        UserError: an option of sampling without sampling.
+        UserError: an option of sampling is given without --do_sample.
     """
     options: dict[str, Any] = {"max_new_tokens": namespace.max_new_tokens}
     sampling = {"top_p": namespace.top_p, "temperature": namespace.temperature}

@@ -1,4 +1,4 @@
-"""What is trained and evaluated: one table behind `empcause train` and `empcause evaluate`."""
+"""The stages that are trained and evaluated: one table behind `empcause train` and `empcause evaluate`."""
 
 import argparse
 import importlib
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """Training or evaluation of a stage; its module is imported when it is asked for, which takes seconds.
+    """Training or evaluation of a stage. Its module is imported only when the task is run, because that takes seconds.
 
     Attributes:
-        module: where it is.
-        options: name of the dataclass of its options there; one of them is `output_dir`.
-        function: name of the function there that takes the options, does the work and returns figures by name.
-        description: for its help.
-        result: what is in `output_dir` then.
+        module: name of the module.
+        options: name of the dataclass of options in the module; it has a field `output_dir`.
+        function: name of the function in the module that takes the options, does the work and returns figures by name.
+        description: what `--help` says about it.
+        result: what `output_dir` holds afterwards.
     """
 
     module: str
@@ -29,10 +29,10 @@ class Stage:
     """A model that is trained and evaluated.
 
     Attributes:
-        title: which one it is, in a sentence on what commands do.
-        purpose: what it is good for.
-        recipe: file of the paper's settings. Its variants have names that begin like it.
-        train, evaluate: the two tasks, by the name of their command.
+        title: what the model is called in help texts.
+        purpose: what the model is for.
+        recipe: the recipe with the paper's settings; the names of its variants begin like its own.
+        train, evaluate: the two tasks; each field has the name of its command.
     """
 
     title: str
@@ -58,7 +58,7 @@ STAGES = {
             module="empcause.evaluation.causes",
             options="EvaluateCausesOptions",
             function="evaluate_causes",
-            description="Emotion accuracy and cause recall on EmoCause (Tables 5 and 6).",
+            description="Emotion accuracy and cause recall on annotated situations (Tables 5 and 6 of the paper).",
             result="report",
         ),
     ),
@@ -77,7 +77,7 @@ STAGES = {
             module="empcause.evaluation.responses",
             options="EvaluateResponsesOptions",
             function="evaluate_responses",
-            description="Perplexity, Distinct, BERTScore and emotion accuracy on EmpatheticDialogues (Table 7).",
+            description="Perplexity, Distinct, BERTScore and emotion accuracy on dialogues (Table 7 of the paper).",
             result="report",
         ),
     ),
@@ -91,13 +91,13 @@ def add_parser(
     description: str,
     arguments_help: str,
 ) -> None:
-    """Add a command to the parser of `empcause`: one that does its task for the stage that is named.
+    """Add a command to the parser of `empcause`, which runs its task for a stage.
 
     Args:
-        subparsers: of `empcause`.
-        command: its name, that of a field of `Stage`.
-        help, description: for the help of `empcause`, and its own.
-        arguments_help: for its help, what may follow the stage.
+        subparsers: the subparsers of `empcause`.
+        command: name of the command, which is the name of a field of `Stage`.
+        help, description: what the help of `empcause` and that of the command say about it.
+        arguments_help: what the command's help says about the arguments behind the stage.
     """
     parser = subparsers.add_parser(command, help=help, description=description)
     parser.add_argument("stage", choices=list(STAGES), help=f"what to {command}")
@@ -106,7 +106,7 @@ def add_parser(
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Do the task and print its figures, and where the result is."""
+    """Run the task, then print its figures and where the result is."""
     import torch
 
     from empcause.cli.memory import keep_freed_memory

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Nobody reads on, which is for the command to know (rich ends the process)."""
+        """Tell the command that nobody reads its output any more; rich itself would end the process."""
         raise BrokenPipeError
 
 
 console = _Console()
 
-# A word is highlighted from this probability on, strongly from the second.
+# A word with at least the first cause probability is highlighted, with at least the second one strongly.
 CAUSE_THRESHOLDS = (0.25, 0.5)
 
 
 def hide_file_progress() -> None:
-    """Show the progress of work alone, not transformers' bars for reading and writing weight files."""
+    """Hide transformers' progress bars for reading and writing weight files; those of our own work remain."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""EmpatheticDialogues, EmoCause and the embedded sample; alignment between tokenizers."""
+"""Data sets (EmpatheticDialogues, EmoCause, the embedded sample), dialogues and their words, alignment between tokenizers."""
 
 from empcause.data.alignment import align_max
 from empcause.data.annotation import CauseAnnotation

@@ -11,9 +11,9 @@ class CauseAnnotation:
 
     Attributes:
         conv_id: the dialogue that the situation belongs to.
-        emotion: as the data set names it.
+        emotion: its name in the data set.
         situation: the raw text.
-        words: its words with their character spans, as the data set splits it.
+        words: the words of the situation with their character spans, as the data set splits it.
         gold: indices into `words` of the words that caused the emotion, in the order of the annotation.
     """
 

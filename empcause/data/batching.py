@@ -10,23 +10,28 @@ _WINDOW = 20
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of items in batches of similar length, the shortest first; equal lengths stay in their order."""
+    """Put the indices of items into batches of similar length, the shortest first; items of equal length keep their order.
+
+    Args:
+        lengths: `[n]` number of tokens (or characters) per item.
+        batch_size: items per batch; the last batch may have fewer.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class LengthBatchSampler(Sampler[list[int]]):
-    """Yields lists of indices of similar length; little padding, an order that is random yet repeatable.
+    """Yields batches of indices of items of similar length, which need little padding, in a random but repeatable order.
 
     Args:
-        lengths: number of tokens per item.
+        lengths: `[n]` number of tokens per item.
         batch_size: items per batch (the last of a phase may have fewer).
-        seed: with the epoch, decides the order.
+        seed: the order depends on it and on the epoch.
         phases: index sets trained one after another within each epoch; default is one phase with everything.
-        drop_last: leave out batches with fewer items; then processes get equal numbers of batches, too.
+        drop_last: leave out batches with fewer than `batch_size` items.
     """
 
-    # accelerate shards batches of varying size over processes where this is None.
+    # None tells accelerate that batches vary in size when it distributes them over processes.
     batch_size = None
 
     def __init__(
@@ -45,7 +50,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch."""
+        """Choose the epoch, on which the order of the batches depends."""
         self.epoch = epoch
 
     def __len__(self) -> int:

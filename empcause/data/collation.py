@@ -10,7 +10,7 @@ from torch import Tensor
 
 from empcause.data.sequences import IGNORED
 
-# What stands behind the end of a shorter item, and the type of its elements; input_ids have the tokenizer's padding.
+# Padding value and dtype of the entries with one value per token; input_ids are padded with the tokenizer's padding token.
 _FILLS: dict[str, tuple[float, Any]] = {
     "token_type_ids": (0, np.int64),
     "labels": (IGNORED, np.int64),
@@ -19,22 +19,22 @@ _FILLS: dict[str, tuple[float, Any]] = {
     "word_ids": (-1, np.int64),
     "cause_labels": (IGNORED, np.int64),
 }
-# One value per item.
+# Entries with one value per item.
 _STACKED = ("emotion_labels", "automatic")
 
 
 def pad_batch(items: Sequence[Mapping[str, Any]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
-    """Pad to the longest.
+    """Make a batch of items, padded to the longest of them.
 
     Args:
-        items: each with `input_ids` `[S]`, and what else the model's `forward` takes, by its names there: `[S]` or one value.
-            Where some items have an entry of tokens, the others get what counts for nothing: no label, no cause. Entries that
-            no model takes are left out.
-        pad_token_id: fills `input_ids`.
+        items: mappings with `input_ids` `[S]` and further arguments of the model's `forward`: `[S]` arrays or single values.
+            If only some items have an entry with one value per token, the others get its padding value, which means no label
+            and no cause. Entries that no model takes are left out.
+        pad_token_id: padding value of `input_ids`.
         side: "right" for training and scoring, "left" for generation.
 
     Returns:
-        `[B, S]` and `[B]` tensors of the same names, and `attention_mask`.
+        Tensors `[B, S]` (int64, `cause_probs` float32) and `[B]` of the same names, and `attention_mask` `[B, S]` int64.
     """
     longest = max(len(item["input_ids"]) for item in items)
     batch: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What a data set is: all that differs from one to another, so that the rest of the package need not know which it has."""
+"""Data sets as objects: they hold everything that differs between data sets, so that the rest of the package works with any."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from empcause.errors import UserError
 
 Item = TypeVar("Item", Dialogue, CauseAnnotation)
 
-# Receives the place ("file:line") and what is wrong there.
+# A function that receives the place of a problem ("file:line") and what is wrong there.
 Report = Callable[[str, str], None]
 
 
@@ -20,8 +20,8 @@ class Licence(NamedTuple):
     """A licence of data.
 
     Attributes:
-        identifier: in a model card's front matter.
-        terms: what it means for a model that is trained on the data, within a sentence.
+        identifier: its name in the front matter of a model card, such as `cc-by-4.0`.
+        terms: what it means for a model that is trained on the data, as a part of a sentence.
     """
 
     identifier: str
@@ -34,35 +34,39 @@ class Dataset(Files, Generic[Item]):
 
     Attributes:
         title: its name in sentences.
-        emotions: names of its emotions; an emotion's id is its place here.
+        emotions: names of its emotions; an emotion's id is its index here.
         licence: what may be done with it.
-        parse: makes the items of a split from a file's text and its name for messages; a malformed row or record goes to the
-            report and is left out.
-        count: numbers of a split by what they count, for `empcause data check`.
+        language: the language of its texts as an ISO 639 code ("en"); empty where it is not known.
+        parse: turns the text of a split's file into items. It also gets the file's name, for messages, and a function to which
+            it reports each malformed row or record, which it leaves out.
+        count: gives the numbers of a split that `empcause data check` shows, by name.
         published: `empcause.data.origin.fingerprint` of every split as it was published.
     """
 
     title: str
     emotions: tuple[str, ...]
     licence: Licence
+    language: str = ""
     parse: Callable[[str, str, Report], list[Item]] = field(repr=False)
     count: Callable[[Sequence[Item]], dict[str, int]] = field(repr=False)
     published: frozenset[str] = field(default=frozenset(), repr=False)
 
-    def load(self, split: str, place: Path) -> list[Item]:
+    def load(self, split: str, place: Path, other: Files | None = None) -> list[Item]:
         """The items of a split.
 
         Args:
             split: one of `splits`.
             place: folder or archive of the files.
+            other: the other data set of the same corpus, whose files are not taken for this one's.
 
         Raises:
-            UserError: no such split, no such file, or a malformed row (named by file and line).
+            Missing: there is no such file.
+            UserError: no such split, or a malformed row (named by file and line).
             OSError: the file cannot be read.
         """
         if split not in self.splits:
             raise UserError(f"Unknown split {split!r} of {self.title}; expected one of {', '.join(self.splits)}.")
-        return self.parse(*read_split(self, split, place), refuse)
+        return self.parse(*read_split(self, split, place, other), refuse)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Corpus:
         name: what `--data` calls it.
         dialogues: the dialogues.
         annotations: situations with annotated causes, where there are any.
-        title, licence: of a corpus inside of this package, which is known by its place and not by what is in it.
+        title, licence: given for data inside of this package alone, which are recognised by their place, not by their content.
     """
 
     name: str
@@ -89,7 +93,7 @@ class Corpus:
 
 
 def emotion_id(name: str, emotions: Sequence[str]) -> int:
-    """An emotion's place among others.
+    """The id of an emotion: its index among the names of all emotions.
 
     Raises:
         UserError: it is none of them.
@@ -109,7 +113,7 @@ def refuse(place: str, problem: str) -> NoReturn:
 
 
 def is_text(value: str) -> bool:
-    """False where there is a NUL, or half of a surrogate pair, as which a byte that is not UTF-8 is decoded too."""
+    """Whether a string is text: it has no NUL and no half of a surrogate pair, which a byte that is not UTF-8 is decoded to."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""A dialogue with all that is known of it: who said what, how it was answered, which of its words caused the emotion."""
+"""A dialogue and what is known about it: who said what, how it was answered, which of its words caused the emotion."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,16 +26,16 @@ class Causes(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns in order, and what is known of them. What comes to be known later makes a new one by `dataclasses.replace`.
+    """Turns in order, and what is known about them; `dataclasses.replace` adds what becomes known later.
 
-    What is not known is empty, and `causes` are None.
+    What is not known is empty; unknown `causes` are None.
 
     Attributes:
         turns: what was said, oldest first.
         roles: `SPEAKER` or `LISTENER` per turn.
         response: the listener's answer to the turns, where one is to be learned or scored.
         conv_id: the data set's identifier.
-        emotion: the speaker's, as the data set names it.
+        emotion: the speaker's emotion, by its name in the data set.
         situation: what happened, in the speaker's words.
         causes: probabilities of the words of `text`, once an extractor has read it.
     """
@@ -64,13 +64,13 @@ class Dialogue:
 
 
 def live_dialogue(turns: Sequence[str]) -> Dialogue:
-    """What speaker and listener said in turn until now; the last turn is the speaker's."""
+    """Make a dialogue of turns in which speaker and listener alternate; the last turn is the speaker's."""
     roles = tuple(SPEAKER if (len(turns) - index) % 2 else LISTENER for index in range(len(turns)))
     return Dialogue(tuple(turns), roles)
 
 
 def response_pairs(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
-    """Every listener's turn that answers something, as the `response` of the turns before it."""
+    """Make a dialogue of every listener's turn that answers something: that is its `response`, those before are its turns."""
     return [
         replace(dialogue, turns=dialogue.turns[:turn], roles=dialogue.roles[:turn], response=response)
         for dialogue in dialogues

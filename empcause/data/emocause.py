@@ -77,6 +77,7 @@ EMOCAUSE = Dataset(
     title="EmoCause",
     emotions=EMOTIONS,
     licence=EMPATHETIC_DIALOGUES.licence,
+    language=EMPATHETIC_DIALOGUES.language,
     splits=("valid", "test"),
     extension="json",
     archive="emocause.zip",

@@ -19,14 +19,14 @@ EMOTIONS = tuple(
 COLUMNS = ("conv_id", "utterance_idx", "context", "prompt", "speaker_idx", "utterance", "selfeval", "tags")
 NEEDED = ("conv_id", "utterance_idx", "context", "prompt", "utterance")
 
-# A whole field in quotes as writers of ordinary csv make it: what is a quote of the text is doubled.
+# A whole field in quotes, as writers of ordinary csv make it; a quote inside the text is doubled.
 _QUOTED_FIELD = re.compile(r'"(?<![^,\r\n]")([^"]*+(?:""[^"]*+)*+)"(?![^,\r\n])')
 _RATINGS = re.compile(r"(?:[\d|_]*[|_][\d|_]*)?")
 
 
 def _parse(text: str, name: str, report: Report) -> list[Dialogue]:
     if "\n" not in text:
-        text = text.replace("\r", "\n")  # lines of an old Macintosh
+        text = text.replace("\r", "\n")  # line ends of old Macintosh systems
     rows = _csv_rows(text, name, report) if _is_csv(text, name) else _original_rows(text)
     _, header = next(rows, (1, []))
     if missing := [column for column in NEEDED if header.count(column) != 1]:
@@ -83,7 +83,7 @@ def _is_csv(text: str, name: str) -> bool:
         return True
     enclosed = list(_QUOTED_FIELD.finditer(text))
     letters = text.count('"') - sum(match[0].count('"') for match in enclosed)
-    # One over several lines may as well begin and end with two unrelated quotes.
+    # Two unrelated quotes on different lines look like one field over several lines, so such fields decide nothing.
     lines = [match[1] for match in enclosed if "\n" not in match[1]]
     ordinary = sum("," in line or '""' in line for line in lines)
     undecided = ordinary or len(lines) < len(enclosed) or len(enclosed) >= text.rstrip().count("\n")
@@ -125,7 +125,7 @@ def _fields_problem(fields: list[str], header: list[str]) -> str | None:
             f"{len(fields)} fields; expected {len(header)}{also}: a text with a comma is in quotes, or the comma is "
             "written _comma_ in a file without such quotes."
         )
-    # A comma too many in a text moves what follows by one field.
+    # A stray comma in a text moves all fields behind it by one.
     _, _, _, _, speaker, _, ratings, tags, candidates = fields
     if "|" not in candidates and not (speaker.isdecimal() and _RATINGS.fullmatch(ratings) and "|" not in tags):
         return "there is a comma too many, which cuts a text short; a comma inside a text is written _comma_."
@@ -173,6 +173,7 @@ EMPATHETIC_DIALOGUES = Dataset(
     title="EmpatheticDialogues",
     emotions=EMOTIONS,
     licence=Licence("cc-by-nc-4.0", "CC BY-NC 4.0: non-commercial use only, which a model trained on it inherits"),
+    language="en",
     splits=("train", "valid", "test"),
     extension="csv",
     archive="empatheticdialogues.tar.gz",

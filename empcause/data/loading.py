@@ -1,6 +1,7 @@
-"""Which data `--data` means, what is in them, and whether they are whole."""
+"""Which data `--data` names, loading them, and checking that they are complete."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -12,9 +13,9 @@ from empcause.data.dialogue import Dialogue
 from empcause.data.emocause import EMOCAUSE
 from empcause.data.empathetic_dialogues import EMPATHETIC_DIALOGUES
 from empcause.data.source import SAMPLE, read_split, resolve_data
-from empcause.errors import UserError
+from empcause.errors import Missing, UserError
 
-# The paper's data, which are meant by any folder that has no other corpus' name.
+# The paper's data. A folder that has the name of no other corpus is read as these.
 PAPERS = Corpus("empatheticdialogues", EMPATHETIC_DIALOGUES, EMOCAUSE)
 # All corpora that are known by name.
 CORPORA = (PAPERS,)
@@ -22,7 +23,7 @@ CORPORA = (PAPERS,)
 DATASETS: tuple[Dataset[Any], ...] = tuple(
     each for corpus in CORPORA for each in (corpus.dialogues, corpus.annotations) if each is not None
 )
-# Small data of the same form, which have a licence of their own. All their situations are annotated.
+# Small data of the same format inside of this package, with a licence of their own. All their situations are annotated.
 EMBEDDED = Corpus(
     "sample",
     EMPATHETIC_DIALOGUES,
@@ -33,12 +34,16 @@ EMBEDDED = Corpus(
 
 
 def find_corpus(data: str | os.PathLike[str] | None = None) -> tuple[Corpus, Path]:
-    """What `--data` means.
+    """Find the corpus that `--data` names, and where its files are.
 
     Args:
-        data: "sample" (embedded), or the folder or archive of a copy of the data: a folder with the name of a corpus is one of
-            that, any other holds the paper's. None is the folder `$EMPCAUSE_DATA_DIR`, otherwise what `empcause data download`
-            fetched; so is the name of a corpus where there is no such folder.
+        data: one of:
+            - "sample": the data embedded in this package;
+            - a folder or an archive: a copy of the corpus of that name or with a data set of that name, otherwise of the paper's
+              data;
+            - the name of a corpus, where there is no folder of that name: its files in `$EMPCAUSE_DATA_DIR`, or, if that is not
+              set, in the folder of `empcause data download`;
+            - None: the paper's data, in the same places.
 
     Returns:
         The corpus, and the folder or archive with its files.
@@ -48,10 +53,17 @@ def find_corpus(data: str | os.PathLike[str] | None = None) -> tuple[Corpus, Pat
     """
     if data == EMBEDDED.name:
         return EMBEDDED, SAMPLE
-    corpus = next((each for each in CORPORA if data and each.name == Path(data).name), PAPERS)
+    name = os.path.basename(os.path.abspath(data or ""))
+    called = [each for each in CORPORA if each.name == name] or [each for each in CORPORA if name in _file_names(each)]
+    corpus = called[0] if data and called else PAPERS
     somewhere = data is None or (str(data) == corpus.name and not Path(data).exists())
     place = resolve_data(None if somewhere else data)
     return (EMBEDDED if place == SAMPLE else corpus), place
+
+
+def _file_names(corpus: Corpus) -> set[str]:
+    """Names of the folders and archives of a corpus' data sets."""
+    return {name for each in (corpus.dialogues, corpus.annotations) if each for name in (each.name, each.archive)}
 
 
 def load_dialogues(split: str, data: str | os.PathLike[str] | None = None) -> list[Dialogue]:
@@ -62,10 +74,11 @@ def load_dialogues(split: str, data: str | os.PathLike[str] | None = None) -> li
         data: see `find_corpus`.
 
     Raises:
-        UserError: the data is missing, or a row is malformed (named by file and line).
+        Missing: there is no file of this split.
+        UserError: there is no such folder, or a row is malformed (named by file and line).
     """
     corpus, place = find_corpus(data)
-    return corpus.dialogues.load(split, place)
+    return corpus.dialogues.load(split, place, corpus.annotations)
 
 
 def load_annotations(split: str, data: str | os.PathLike[str] | None = None) -> list[CauseAnnotation]:
@@ -76,15 +89,29 @@ def load_annotations(split: str, data: str | os.PathLike[str] | None = None) -> 
         data: see `find_corpus`.
 
     Raises:
-        UserError: the data is missing or has no annotations, or a record is malformed (named by file and number).
+        Missing: there are no annotations, or no word is marked in them.
+        UserError: a record is malformed (named by file and number), or its emotion is none of the dialogues'.
     """
     corpus, place = find_corpus(data)
     if corpus.annotations is None:
-        raise UserError(f"{corpus.dialogues.title} has no annotated causes; give other --data.")
-    annotations = corpus.annotations.load(split, place)
+        raise Missing(f"{corpus.dialogues.title} has no annotated causes; give other --data.")
+    annotations = corpus.annotations.load(split, place, corpus.dialogues)
     if not annotations:
-        raise UserError(f"No word is marked as a cause in {place} (split {split}); give other --data.")
+        raise Missing(f"No word is marked as a cause in {place} (split {split}); give other --data.")
+    if problem := _emotions_problem(annotations, corpus):
+        raise UserError(f"{corpus.annotations.title} in {place} (split {split}): {problem}")
     return annotations
+
+
+def _emotions_problem(annotations: Sequence[CauseAnnotation], corpus: Corpus) -> str | None:
+    """What is wrong with the emotions of annotations, which an extractor learns together with those of the dialogues."""
+    unknown = dict.fromkeys(each.emotion for each in annotations if each.emotion not in corpus.emotions)
+    if not unknown:
+        return None
+    return (
+        f"{', '.join(unknown)} are no emotions of {corpus.dialogues.title}, whose names annotations have to use: "
+        f"{', '.join(corpus.emotions)}."
+    )
 
 
 @dataclass
@@ -96,13 +123,14 @@ class DataCheck:
 
 
 def check_data(data: str | os.PathLike[str] | None = None) -> DataCheck:
-    """Read everything, counting instead of stopping at the first malformed row.
+    """Read every split, count its items, and collect all problems instead of stopping at the first one.
 
     Args:
         data: see `find_corpus`.
 
     Raises:
-        UserError: a split is missing altogether.
+        Missing: there is no file of a split.
+        UserError: there is no such folder.
     """
     result = DataCheck()
 
@@ -112,7 +140,7 @@ def check_data(data: str | os.PathLike[str] | None = None) -> DataCheck:
     corpus, place = find_corpus(data)
     told: dict[str, set[tuple[str, tuple[str, ...]]]] = {}
     for split in corpus.dialogues.splits:
-        text, name = read_split(corpus.dialogues, split, place)
+        text, name = read_split(corpus.dialogues, split, place, corpus.annotations)
         dialogues = corpus.dialogues.parse(text, name, collect)
         told[name] = {(dialogue.situation, dialogue.turns) for dialogue in dialogues}
         result.counts[f"{corpus.dialogues.title} {split}"] = corpus.dialogues.count(dialogues)
@@ -121,6 +149,9 @@ def check_data(data: str | os.PathLike[str] | None = None) -> DataCheck:
             collect(other, f"{common} of its {len(told[other])} conversations are in {one} too.")
     if (annotated := corpus.annotations) is not None:
         for split in annotated.splits:
-            annotations = annotated.parse(*read_split(annotated, split, place), collect)
+            text, name = read_split(annotated, split, place, corpus.dialogues)
+            annotations = annotated.parse(text, name, collect)
+            if problem := _emotions_problem(annotations, corpus):
+                collect(name, problem)
             result.counts[f"{annotated.title} {split}"] = annotated.count(annotations)
     return result

@@ -1,4 +1,4 @@
-"""Which data a model or a figure comes from: a published data set, the embedded sample, or somebody's own."""
+"""Which data a model or a figure comes from: a published data set, the embedded sample, or the user's own data."""
 
 import hashlib
 import json
@@ -14,22 +14,24 @@ from empcause.text import code
 
 
 class Origin(NamedTuple):
-    """Data in words of a report.
+    """How reports and model cards describe data.
 
     Attributes:
-        name: what they are, in Markdown, within a sentence. It is the title of a data set only where they are whole splits of
-            it as they were published, so that published figures may stand beside figures on them.
+        name: what the data are called, in Markdown, as a part of a sentence. It is the title of a data set only if they are whole
+            splits of it as they were published, so that published figures may stand beside figures measured on them.
         terms: what their licence means for a model trained on them.
-        licence: its identifier in a model card's front matter.
+        licence: the licence's identifier in the front matter of a model card.
+        languages: ISO 639 codes of their languages; empty where these are not known.
     """
 
     name: str
     terms: str
     licence: str
+    languages: tuple[str, ...] = ()
 
 
 def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Sequence[CauseAnnotation]) -> Origin:
-    """What loaded splits are. Published data are known by what is in them, not by the name of their folder.
+    """Tell which data loaded splits are. Published data are recognised by their content, not by the name of their folder.
 
     Args:
         data: where they were loaded from, as `load_dialogues` takes it.
@@ -40,7 +42,7 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
     """
     corpus, place = find_corpus(data)
     if corpus.licence is not None:
-        return Origin(corpus.title, corpus.licence.terms, corpus.licence.identifier)
+        return Origin(corpus.title, corpus.licence.terms, corpus.licence.identifier, (corpus.dialogues.language,))
     prints = [fingerprint(split) for split in splits]
     datasets = [each for each in (corpus.dialogues, corpus.annotations) if each]
     if all(any(one in each.published for each in datasets) for one in prints):
@@ -48,14 +50,16 @@ def origin(data: str | os.PathLike[str] | None, *splits: Sequence[Dialogue] | Se
         licences = list(dict.fromkeys(each.licence for each in found))
         identifier = licences[0].identifier if len(licences) == 1 else "other"
         terms = "; ".join(licence.terms for licence in licences)
-        return Origin(" and ".join(each.title for each in found), terms, identifier)
+        languages = tuple(dict.fromkeys(each.language for each in found if each.language))
+        return Origin(" and ".join(each.title for each in found), terms, identifier, languages)
     terms = "its licence is that of its owner, and a model trained on it inherits its terms"
     name = code(Path(os.path.abspath(place)).name)
     return Origin(f"the user's own data {name}", terms, "unknown")
 
 
 def fingerprint(split: Sequence[Dialogue] | Sequence[CauseAnnotation]) -> str:
-    """SHA-256 of who says what and, if annotated, what caused it; not of white space and punctuation, in which copies differ."""
+    """SHA-256 of a split's items: identifiers, emotions, texts, annotated words; without white space and punctuation, in which
+    copies of the same data differ."""
     digest = hashlib.sha256()
     items: list[Dialogue | CauseAnnotation] = sorted(split, key=_conv_id)
     for each in items:

@@ -14,10 +14,10 @@ from empcause.errors import UserError
 # The label of a token that no loss counts.
 IGNORED = -100
 
-# One token each of context and response, and what ends them.
+# Tokens of the shortest sequence: one of the context, a separator, one of the response, and the end token.
 MIN_LENGTH = 4
 
-# A text is text: "[SEP]" or "</s>" in a turn is spelled out and is not the token of this name.
+# Options of the tokenizer. "[SEP]" or "</s>" in a turn is ordinary text, not the special token of this name.
 _PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 CauseScope = Literal["context", "speaker", "last"]
@@ -55,13 +55,17 @@ class EncodedDialogue:
 
     @property
     def item(self) -> dict[str, NDArray]:
-        """What the generator's `forward` takes of it, by its names there."""
+        """The arguments of the generator's `forward` that the dialogue has, by name."""
         names = ("input_ids", "token_type_ids", "labels", "cause_probs")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, max_length: int) -> tuple[list[int], bool]:
-    """Token ids of a response with the end token, at most half of `max_length`, and whether it lost its end."""
+    """Tokenize a response.
+
+    Returns:
+        Its token ids with the end token, at most half of `max_length` (but at least two), and whether its end was cut off.
+    """
     ids = tokenizer(response, **_PLAIN)["input_ids"]
     answer = [*ids[: max(1, max_length // 2 - 1)], tokenizer.eos_token_id]
     return answer, len(ids) >= len(answer)
@@ -80,10 +84,10 @@ def encode_dialogue(
     Args:
         tokenizer: has a separator token and an end token.
         dialogue: the dialogue; it needs a turn.
-        max_length: in tokens; the oldest turns are dropped until it fits, and if one turn alone is too long, its
-            beginning is; a response that is too long by itself loses its end.
+        max_length: greatest number of tokens. The oldest turns are dropped until the dialogue fits. If the last turn alone is too
+            long, its beginning is cut off; if the response is longer than half of this, its end is.
         cause_scope: which turns may hold causes: the whole "context", the "speaker"'s turns, or the speaker's "last" turn.
-        cause_threshold: None uses the probabilities; a number turns them into 0 and 1 there.
+        cause_threshold: probabilities of at least this value become 1, all others 0; None leaves them as they are.
 
     Raises:
         UserError: the dialogue is empty, or `max_length` too short for one token of it and one of the response.

@@ -1,4 +1,4 @@
-"""Where the data lies: the embedded sample, the user's copy in any usual packing, or a verified download."""
+"""Files of data sets: the embedded sample, the user's copy in any usual packing, or a verified download."""
 
 import gzip
 import hashlib
@@ -17,7 +17,7 @@ import requests
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from empcause.errors import UserError
+from empcause.errors import Missing, UserError
 from empcause.files import sync
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -25,7 +25,10 @@ SAMPLE = Path(__file__).parent / "sample"
 # Seconds without an answer, or without a byte of it, after which a download is given up.
 _TIMEOUT = 30
 
-# What the readers of packed files raise where such a file is not whole (an encrypted one in a .zip: RuntimeError).
+# How a single file may be packed.
+_SUFFIXES = ("", ".gz", ".xz")
+
+# What the readers of packed files raise if a file is not whole; zipfile raises RuntimeError for an encrypted one.
 _DAMAGED = (
     EOFError,
     lzma.LZMAError,
@@ -42,10 +45,10 @@ class Files:
     """The files of a data set, one per split.
 
     Attributes:
-        name: of their folder.
-        splits: their names without the extension.
-        extension: their form.
-        archive, url, sha256: the official archive's name, its address and its checksum.
+        name: name of the folder that they are in.
+        splits: names of the files without the extension.
+        extension: extension of the files, without the dot.
+        archive, url, sha256: name, address and checksum of the official archive.
     """
 
     name: str
@@ -68,7 +71,7 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
         data: a path, or None: `$EMPCAUSE_DATA_DIR`, otherwise what `empcause data download` fetched.
 
     Raises:
-        UserError: nothing is there; the message says how to get it.
+        UserError: there is no such path; the message says how to get the data.
     """
     if data == "":
         raise UserError("--data is empty; give a folder, or leave the option out.")
@@ -88,33 +91,39 @@ def resolve_data(data: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def read_split(dataset: Files, split: str, root: Path) -> tuple[str, str]:
-    """One split's file, whatever it is packed in.
+def read_split(dataset: Files, split: str, root: Path, other: Files | None = None) -> tuple[str, str]:
+    """Read one split's file, whatever it is packed in.
 
-    Looks for `NAME/SPLIT.EXT`, then `SPLIT.EXT`, each plain, `.gz` or `.xz`, then for the official archive.
+    Looks for `NAME/SPLIT.EXT` and `SPLIT.EXT` in the folder, each plain, `.gz` or `.xz`, then for the official archive. If the
+    folder has the name of the other data set, `NAME` is looked for beside it as well. If the other data set has files of the
+    same name, `SPLIT.EXT` is this data set's only in a folder called `NAME`.
 
     Args:
         dataset: the data set's files.
         split: one of its splits.
         root: folder or archive, as `resolve_data` finds it.
+        other: the other data set of the same corpus.
 
     Returns:
         The text without a byte order mark, and the file's name for messages. Bytes that are not UTF-8 stand in the text as
         lone surrogates, so that whoever reads it can name their line.
 
     Raises:
-        UserError: no such file, or a packed one that is damaged or cut short.
+        Missing: there is no such file.
+        UserError: the file may belong to either data set, or it is packed and damaged or cut short.
         OSError: it cannot be read.
     """
     member = f"{split}.{dataset.extension}"
     if root.is_file() and not _is_archive(root):
+        files = ", ".join(f"{each}.{dataset.extension}" for each in dataset.splits)
         raise UserError(
-            f"{root} is one file, but there are three splits: give the folder of train.csv, valid.csv and test.csv "
-            "(plain, .gz or .xz; EmoCause's valid.json and test.json beside them) or an official archive."
+            f"{root} is one file, but {dataset.name} has {len(dataset.splits)} splits: give the folder of {files} (plain, .gz or "
+            ".xz), or an official archive."
         )
-    for candidate in [root] if root.is_file() else _candidates(root, dataset, member):
+    ambiguous = other is not None and other.extension == dataset.extension and split in other.splits
+    for candidate in [root] if root.is_file() else _candidates(root, dataset, member, other, ambiguous):
         try:
-            content, name = _read(candidate, member)
+            content, name = _read(candidate, member, dataset if ambiguous else None)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             if candidate.is_symlink():
                 raise UserError(f"{candidate} is a link to {os.readlink(candidate)}, which is no file.") from error
@@ -122,62 +131,92 @@ def read_split(dataset: Files, split: str, root: Path) -> tuple[str, str]:
             raise UserError(f"{candidate} is damaged, cut short or encrypted: {error}; fetch it again.") from error
         else:
             return content.decode("utf-8-sig", "surrogateescape"), name
-    raise UserError(
+    if other is not None and ambiguous and _name(root) != other.name:
+        for suffix in _SUFFIXES:
+            if (file := root / f"{member}{suffix}").exists():
+                raise UserError(
+                    f"{file} may be a file of {dataset.name} or of {other.name}; put it into a folder "
+                    f"{dataset.name} or {other.name}."
+                )
+    raise Missing(
         f"{root} has no {dataset.name}/{member} (plain, .gz or .xz) and no {dataset.archive}; "
         "see `empcause data download`."
     )
 
 
-def _candidates(root: Path, dataset: Files, member: str) -> list[Path]:
-    plain = [folder / f"{member}{suffix}" for folder in (root / dataset.name, root) for suffix in ("", ".gz", ".xz")]
-    return [*plain, root / dataset.archive, root / dataset.name / dataset.archive]
+def _candidates(root: Path, dataset: Files, member: str, other: Files | None, ambiguous: bool) -> list[Path]:
+    """Where a split's file may be, the likeliest place first (see `read_split`)."""
+    folders = [root / dataset.name]
+    if not ambiguous or _name(root) == dataset.name:
+        folders.append(root)
+    if other is not None and _name(root) == other.name != dataset.name:
+        folders.append(Path(os.path.abspath(root)).parent / dataset.name)
+    plain = [folder / f"{member}{suffix}" for folder in folders for suffix in _SUFFIXES]
+    return [*plain, *(folder / dataset.archive for folder in dict.fromkeys((root, *folders)))]
+
+
+def _name(folder: Path) -> str:
+    """The folder's own name, also where the path to it is `.`."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def _is_archive(path: Path) -> bool:
     return path.name.endswith((".tar.gz", ".tgz", ".tar", ".zip"))
 
 
-def _read(path: Path, member: str) -> tuple[bytes, str]:
-    """A file's content, unpacked, and its name; of an archive, the file in it that is called `member`."""
+def _read(path: Path, member: str, owner: Files | None) -> tuple[bytes, str]:
+    """Unpack a file, or the one file of an archive that is called `member`; gives its content and its name for messages.
+
+    With an `owner`, only its own archive is known to hold its files alone; in another one, they lie in a folder of its name.
+    """
     if not _is_archive(path):
         openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
         with openers.get(path.suffix, open)(path, "rb") as file:
             return file.read(), str(path)
+    inside = owner.name if owner is not None and path.name != owner.archive else None
+
+    def is_wanted(name: str) -> bool:
+        place = PurePosixPath(name)
+        return place.name == member and (inside is None or inside in place.parts[:-1])
+
     found: dict[str, bytes] = {}
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as packed:
             for name in packed.namelist():
-                if PurePosixPath(name).name == member:
+                if is_wanted(name):
                     found[name] = packed.read(name)
     else:
         with tarfile.open(path) as archive:
             for info in archive:
-                if PurePosixPath(info.name).name == member and (content := archive.extractfile(info)) is not None:
+                if is_wanted(info.name) and (content := archive.extractfile(info)) is not None:
                     found[info.name] = content.read()
             # The checksum of what was unpacked stands at the file's end.
             while archive.fileobj is not None and archive.fileobj.read(1 << 20):
                 pass
     if len(found) != 1:
-        raise UserError(f"{path} must hold one {member}; it holds {len(found)}: {', '.join(found) or 'none'}.")
+        wanted = f"{inside}/{member}" if inside else member
+        problem = f"{path} must hold one {wanted}; it holds {len(found)}: {', '.join(found) or 'none'}."
+        raise UserError(problem) if found else Missing(problem)
     [(name, data)] = found.items()
     return data, f"{path}:{name}"
 
 
 def download(dataset: Files, folder: Path | None = None) -> Path:
-    """Fetch a dataset's official archive, going on where an interrupted download stopped.
+    """Download a data set's official archive, continuing where an interrupted download stopped.
 
-    What arrives is kept in a file beside it, ARCHIVE.part, until it is complete and verified. Of several processes that
-    download at once, one does and the others wait for it.
+    What arrives is kept in the file ARCHIVE.part beside it until it is complete and verified. If several processes download
+    the same archive at once, one does the work and the others wait for it.
 
     Args:
         dataset: the data set's files.
-        folder: where it goes; default is the cache that `resolve_data(None)` looks into.
+        folder: where the archive goes; default is the cache that `resolve_data(None)` looks into.
 
     Returns:
         The archive's path; it appears under this name only complete and verified.
 
     Raises:
-        UserError: no connection, another answer than the archive, or a wrong checksum; what had arrived before is kept.
+        UserError: there is no connection, the answer is not the archive, or its checksum is wrong; what had arrived before is
+            kept.
         OSError: the folder or the file cannot be written.
     """
     folder = folder or cache_dir() / "data"
@@ -200,7 +239,7 @@ def download(dataset: Files, folder: Path | None = None) -> Path:
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Let one process at a time work on a file; the others wait, and say so."""
+    """Let one process at a time work on a file; the others say that they wait."""
     lock = FileLock(f"{target}.lock")
     try:
         lock.acquire(blocking=False)
@@ -214,9 +253,9 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _fetch(dataset: Files, partial: Path) -> None:
-    """Bring `partial` to its end and verify it; what it had before outlives a wrong answer."""
+    """Complete `partial` and verify it; a wrong answer does not destroy what had arrived before."""
     start = partial.stat().st_size if partial.exists() else 0
-    # Without `identity` a server may pack what it sends once more, and ranges would count packed bytes.
+    # Without `identity` a server may compress its answer, and ranges would count compressed bytes.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(dataset.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         complete = start and response.status_code == requests.codes.requested_range_not_satisfiable
@@ -237,7 +276,7 @@ def _fetch(dataset: Files, partial: Path) -> None:
 
 
 def _receive(response: requests.Response, partial: Path, start: int) -> None:
-    """Write an answer behind the `start` bytes that the file has; a server may send these again, but no others."""
+    """Write an answer behind the `start` bytes that the file has already; if the server sends these again, they must be equal."""
     response.raise_for_status()
     kind = response.headers.get("Content-Type", "")
     if "html" in kind:

@@ -1,4 +1,4 @@
-"""A small tokenizer trained on given texts, for models that start from nothing."""
+"""A small tokenizer trained on given texts, for models that are trained from scratch."""
 
 import os
 from collections.abc import Iterable
@@ -25,10 +25,11 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer and save it with `save_pretrained`.
 
     Args:
-        texts: what it learns from.
+        texts: the texts that it learns from.
         vocab_size: size of its vocabulary, special tokens and 256 bytes included.
-        output_dir: folder it is saved in.
-        kind: "encoder" writes `<s> text </s>` around every text as RoBERTa does, "decoder" nothing as GPT-2.
+        output_dir: the folder in which it is saved.
+        kind: an "encoder" tokenizer makes `<s> text </s>` of every text as RoBERTa's does, a "decoder" tokenizer adds nothing as
+            GPT-2's does.
 
     Raises:
         ValueError: `vocab_size` is too small for the bytes and the special tokens.

@@ -1,4 +1,4 @@
-"""Words of a raw text: where they stand, and which of them can be causes."""
+"""The words of a raw text: their character spans, and which of them can be causes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Word(NamedTuple):
     end: int
 
 
-# Letters with their combining marks, digits, and what stands unseen within a word: soft hyphen, (non-)joiners. A
+# Letters with their combining marks, digits, and invisible characters within a word: soft hyphen, (non-)joiners. A
 # contraction's ending is a word of its own ("do|n't", "I|'m"), as in EmoCause; anything else (punctuation, emoji) is one
 # word per user-perceived character.
 _LETTERS = r"[\p{L}\p{M}\p{N}_\u00ad\u200c\u200d\u2060]"
@@ -46,13 +46,13 @@ STOP_WORDS = frozenset(
 
 
 def split_words(text: str) -> list[Word]:
-    """Split raw text into words and punctuation marks, apart from each other.
+    """Split raw text into words and punctuation marks.
 
     Args:
         text: any text; emoji, repeated spaces, contractions and non-Latin letters included.
 
     Returns:
-        The words in order; `text[word.start:word.end] == word.text`, whitespace belongs to none.
+        The words in order, with `text[word.start:word.end] == word.text`; white space belongs to no word.
     """
     return [Word(match.group(), match.start(), match.end()) for match in _WORD.finditer(text)]
 
@@ -64,14 +64,14 @@ def is_content_word(word: str) -> bool:
 
 
 def locate_words(text: str, tokens: Sequence[str]) -> list[Word]:
-    """Find the places of an existing split (EmoCause's `tokenized_situation`) by walking through the raw text.
+    """Find the character spans of words that a data set has split already, by searching the raw text from left to right.
 
     Args:
         text: the raw text.
-        tokens: its words in order; a blank one (some are) gets an empty span at its place.
+        tokens: its words in order. A blank one, of which EmoCause has some, gets an empty span at its place.
 
     Raises:
-        UserError: a token does not occur after the ones before it.
+        UserError: a word does not occur behind the one before it.
     """
     words, place = [], 0
     for token in tokens:

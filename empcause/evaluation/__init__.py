@@ -1,4 +1,4 @@
-"""Metrics, significance, tables, plots and reports."""
+"""Evaluating systems: their figures, confidence intervals, tables, plots and reports."""
 
 from empcause.evaluation.report import write_report
 

@@ -1,4 +1,4 @@
-"""`empcause evaluate extractor`: what a system finds in annotated situations, Tables 5 and 6."""
+"""`empcause evaluate extractor`: what a system finds in annotated situations (Tables 5 and 6 of the paper)."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from empcause.data import CauseAnnotation, emotion_id, load_annotations
 from empcause.data.origin import Origin, origin
 from empcause.errors import UserError
-from empcause.evaluation.items import digest, evaluating_in, model_digest, readings
+from empcause.evaluation.items import digest, evaluating_in, model_digests, readings, unknown_emotions
 from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
 from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, difference_interval, mean_interval
 from empcause.evaluation.tables import (
     CAUSE_COLUMNS,
+    NOT_PUBLISHED,
     PUBLISHED_CAUSES,
     comparison_table,
     format_figure,
@@ -34,15 +35,20 @@ from empcause.text import code
 class EvaluateCausesOptions:
     """Options of `empcause evaluate extractor`."""
 
-    model: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    model: str = field(default="runs/extractor", metadata={"help": "folder of the system that is evaluated"})
     compare: str | None = field(
         default=None, metadata={"help": "folder of an earlier evaluation; differences get paired intervals"}
     )
     data: str | None = field(
-        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+        default=None,
+        metadata={"help": "folder or archive of the data, a corpus' name, or `sample`; default $EMPCAUSE_DATA_DIR"},
     )
-    split: str = field(default="test", metadata={"help": "split of EmoCause", "choices": ["valid", "test"]})
-    output_dir: str = field(default="runs/evaluation/extractor", metadata={"help": "where report and figures go"})
+    split: str = field(
+        default="test", metadata={"help": "split of the annotated situations", "choices": ["valid", "test"]}
+    )
+    output_dir: str = field(
+        default="runs/evaluation/extractor", metadata={"help": "folder for the report and the figures"}
+    )
     batch_size: int = field(default=64, metadata={"help": "texts per batch"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what another evaluation left in output_dir"}
@@ -53,15 +59,19 @@ class EvaluateCausesOptions:
 
 
 def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
-    """Measure what a system finds in EmoCause, and write `metrics.json`, `items.json`, `report.md` and figures.
+    """Measure what a system finds in annotated situations, and write `metrics.json`, `items.json`, `report.md` and figures.
 
-    What is found in a text is saved as it comes; an evaluation that was cut short goes on from there when it is repeated.
+    What is found in a text is saved at once, so that an evaluation that was cut short continues from there when it is repeated.
+
+    Args:
+        options: the options.
 
     Returns:
-        Every figure by name, and `intervals`: name to (low, high).
+        Every figure by name (accuracy and recalls in [0, 1]), and `intervals`: (low, high) by name.
 
     Raises:
-        UserError: missing data or model, a model that reads no texts, or `output_dir` holds another evaluation.
+        UserError: data or model are missing, the model reads no texts or knows other emotions than the data, or `output_dir`
+            is the model's folder or holds another evaluation.
         Interrupted: Ctrl-C or SIGTERM.
     """
     load_pyplot()
@@ -72,13 +82,14 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
     system = load_system(options.model)
     if not isinstance(system, Reads):
         raise UserError(f"{options.model} holds a system that finds neither emotions nor causes in texts.")
-    emotions = system.emotions
+    data, emotions = origin(options.data, annotations), system.emotions
+    if emotions and (problem := unknown_emotions(system, [each.emotion for each in annotations], data.name)):
+        raise UserError(f"{problem}; evaluate it on data with its emotions, or train an extractor on these data.")
     emotion_ids = [emotion_id(each.emotion, emotions) for each in annotations] if emotions else []
     texts = [annotation.situation for annotation in annotations]
     words = [annotation.words for annotation in annotations]
-    subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}
-    subject |= {"data": scored, "batch_size": options.batch_size}
     folder = Path(options.output_dir)
+    subject = model_digests(system, folder) | {"data": scored, "batch_size": options.batch_size}
     with evaluating_in(folder, "empcause evaluate extractor", subject, options.overwrite_output_dir) as saved:
         found = readings(saved, system, texts, words, options.batch_size)
         items = _score(annotations, emotion_ids, found)
@@ -98,7 +109,6 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
             ),
             "Training curves": plot_training(system.folders["model"], "top5_recall", folder / "training.png"),
         }
-        data = origin(options.data, annotations)
         report = _report(options, system, data, len(annotations), intervals, differences, pictures)
         write_text(folder / "report.md", report)
         return metrics
@@ -107,7 +117,7 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
 def _score(
     annotations: Sequence[CauseAnnotation], emotion_ids: Sequence[int], found: Sequence[Reading]
 ) -> dict[str, NDArray[np.float64]]:
-    """Figures per situation of what the system finds, by name."""
+    """Score what the system finds: `[n]` figures by name, one per situation."""
     items: dict[str, NDArray[np.float64]] = {}
     if emotion_probs := [each.emotion_probs for each in found if each.emotion_probs is not None]:
         items["accuracy"] = emotion_correct(emotion_probs, emotion_ids)
@@ -117,7 +127,7 @@ def _score(
 
 
 def _plot_example(system: Reads, annotation: CauseAnnotation, found: Reading, path: Path) -> Path | None:
-    """Draw a situation with the causes that were found in it; None for a system that finds none."""
+    """Draw a situation with the causes that were found in it; None for a system that finds no causes."""
     if found.word_probs is None:
         return None
     title = f"annotated: {annotation.emotion}"
@@ -143,7 +153,7 @@ def _report(
         f"{measured} on {situations:,} situations of {data.name} (split {options.split}); 95% bootstrap intervals "
         "over situations.",
         comparison_table("this model", intervals, published, CAUSE_COLUMNS),
-        "" if published else "The paper's figures are not shown beside these: they are of EmoCause's test split.",
+        "" if published else NOT_PUBLISHED,
     ]
     if "top1_recall" in intervals:
         kinds = {"lenient (the benchmark's)": "", "strict": "strict_", "without stop-word filter": "unfiltered_"}

@@ -1,11 +1,11 @@
-"""Results per test item, saved as they come: an evaluation that was cut short goes on from them."""
+"""Results per test item, saved at once, so that an evaluation that was cut short continues from them."""
 
 import json
 import os
 import re
 import signal
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,6 +19,8 @@ from empcause.data import Causes, Word
 from empcause.data.batching import length_batches
 from empcause.errors import Interrupted, UserError
 from empcause.outputs import (
+    CHECKPOINT,
+    RECORD,
     Record,
     check_ours,
     checksum,
@@ -28,7 +30,7 @@ from empcause.outputs import (
     working_in,
     write_record,
 )
-from empcause.systems import Reading, Reads
+from empcause.systems import Reading, Reads, System
 
 SAVED = "saved-items.jsonl"
 # What an evaluation writes into its folder.
@@ -39,10 +41,10 @@ _WRITTEN = re.compile("|".join(map(re.escape, _FILES)))
 class SavedItems:
     """Results by part of the evaluation and index of the item, in a file to which every batch is added.
 
-    A line is the checksum and the JSON of a batch; from the first line on that is cut or damaged, all is computed again.
+    A line is the checksum and the JSON of a batch. The first line that is cut or damaged and all behind it are computed again.
 
     Args:
-        path: the file.
+        path: the file; it may exist already.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,15 +71,18 @@ class SavedItems:
         batch_size: int,
         compute: Callable[[list[int]], Sequence[Any]],
     ) -> list[Any]:
-        """The results of one part, in the order of the items; only batches that are not saved yet are computed.
+        """Compute the results of one part, except of batches that are saved already.
 
-        The batches are the same whether anything was saved or not, and so are the results.
+        The batches do not depend on what was saved, and so the results do not either.
 
         Args:
-            part: its name, also of the progress bar.
-            lengths: `[n]`; a batch holds items of similar length.
+            part: name of the part, also shown at the progress bar.
+            lengths: `[n]` lengths of the items; a batch holds items of similar length.
             batch_size: items per batch.
-            compute: from the indices of a batch to one result each, of what JSON can hold.
+            compute: makes one result, of values that JSON can hold, for each index of a batch.
+
+        Returns:
+            One result per item, in the order of the items.
 
         Raises:
             OSError: a batch cannot be saved.
@@ -101,16 +106,19 @@ def _checksum(text: bytes) -> bytes:
 
 @contextmanager
 def evaluating_in(folder: Path, made_by: str, subject: dict[str, Any], overwrite: bool) -> Iterator[SavedItems]:
-    """Have a folder for an evaluation alone, with what an earlier process has saved of the same one.
+    """Reserve a folder for an evaluation, and give what an earlier process has saved there of the same evaluation.
 
     Args:
-        folder: where results go.
+        folder: where the results go.
         made_by: the command, for the folder's record.
-        subject: by name, all on which the results depend.
+        subject: everything that the results depend on, by name.
         overwrite: remove what another evaluation left there.
 
+    Yields:
+        The saved results.
+
     Raises:
-        UserError: another process works there; it holds another evaluation or something else; the disk is full.
+        UserError: another process works there, the folder holds another evaluation or something else, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM in the block.
     """
     subject = subject | {f"version of {name}": version(name) for name in ("empcause", "torch", "transformers")}
@@ -148,18 +156,88 @@ def digest(*parts: Any) -> str:
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def model_digest(folder: str | os.PathLike[str]) -> str:
-    """Digest of a model's folder: of the checksums recorded with it, which loading verifies; without a record, of its files."""
-    record = read_record(folder)
-    names = record.files if record else sorted(os.listdir(folder))
-    read = [name for name in names if name.endswith((".safetensors", ".json", ".txt"))]
-    return digest([(name, record.files[name] if record else checksum(Path(folder) / name)) for name in read])
+def model_digests(system: System, output_dir: Path) -> dict[str, str]:
+    """Digests of the folders that a system was loaded from, by their names in `system.folders`.
+
+    A digest covers the names and contents of all files that the system's loader may have read (see `_model_files`).
+
+    Args:
+        system: the system that is evaluated.
+        output_dir: where the evaluation writes.
+
+    Raises:
+        UserError: `output_dir` is one of these folders, where a report would be taken for a part of the model.
+        OSError: a file cannot be read.
+    """
+    for name, folder in system.folders.items():
+        if folder.resolve() == output_dir.resolve():
+            raise UserError(
+                f"output_dir {output_dir} is the folder of the {name} that is evaluated; choose another folder."
+            )
+    return {
+        name: digest([(file, checksum(folder / file)) for file in _model_files(folder)])
+        for name, folder in system.folders.items()
+    }
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Paths of the files of a model relative to its folder, sorted; files in subfolders are included.
+
+    Files that affect no result are left out: hidden ones, Python's caches, the records of this package, the README.md, which
+    people edit, and folders that hold a checkpoint of a training or the results of an evaluation.
+    """
+    names: list[str] = []
+    visited: set[Path] = set()  # links are followed, and one may lead back to a folder above
+    for place, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders.sort()
+        here = Path(place)
+        made_by = getattr(read_record(here), "made_by", "") if here != folder else ""
+        hidden = here != folder and here.name.startswith((".", "__pycache__"))
+        if hidden or made_by == CHECKPOINT or made_by.startswith("empcause evaluate ") or here.resolve() in visited:
+            subfolders.clear()
+            continue
+        visited.add(here.resolve())
+        names += [
+            (here / name).relative_to(folder).as_posix()
+            for name in files
+            if name not in (RECORD, "README.md") and not name.startswith(".") and (here / name).is_file()
+        ]
+    return sorted(names)
+
+
+def unknown_emotions(system: Reads, annotated: Iterable[str], data: str) -> str | None:
+    """Say which of the data's emotions a system does not know, so that its emotion accuracy cannot be measured.
+
+    Args:
+        system: a system that finds emotions.
+        annotated: the emotions of the items that are evaluated.
+        data: what these data are called.
+
+    Returns:
+        The beginning of a sentence; None if the system knows all of the emotions.
+    """
+    names = dict.fromkeys(annotated)
+    unknown = [name for name in names if name not in system.emotions]
+    if not unknown:
+        return None
+    folder = system.folders.get("extractor", system.folders["model"])
+    return (
+        f"{folder} knows other emotions ({', '.join(system.emotions)}) than {data}, where {len(unknown)} of {len(names)} are "
+        f"unknown to it ({', '.join(unknown)})"
+    )
 
 
 def readings(
     saved: SavedItems, system: Reads, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int
 ) -> list[Reading]:
-    """What a system finds in texts, saved batch by batch.
+    """Let a system read texts, and save what it finds batch by batch.
+
+    Args:
+        saved: where the results go.
+        system: the system.
+        texts: raw texts.
+        words: the words of each text.
+        batch_size: texts per batch.
 
     Raises:
         UserError: what it finds does not fit the texts, or is not finite; nothing of that batch is saved.
@@ -186,7 +264,7 @@ def readings(
 
 
 def _check_readings(system: Reads, found: Sequence[Reading], words: Sequence[int]) -> None:
-    """Refuse what does not fit texts of so many words."""
+    """Refuse readings of another number or size than the texts and their words, and probabilities that are not finite."""
     folder = system.folders["model"]
     if len(found) != len(words):
         raise UserError(f"The system in {folder} gave {len(found)} readings of {len(words)} texts.")
@@ -195,6 +273,6 @@ def _check_readings(system: Reads, found: Sequence[Reading], words: Sequence[int
         for name, (probs, size) in sizes.items():
             if probs is not None and (np.shape(probs) != (size,) or not np.isfinite(probs).all()):
                 raise UserError(
-                    f"The system in {folder} gave {name} probabilities of shape {np.shape(probs)}, or such as are not finite, "
-                    f"where {size} finite ones are due."
+                    f"The system in {folder} gave {name} probabilities of shape {np.shape(probs)} or with values that are not "
+                    f"finite; expected {size} finite probabilities."
                 )

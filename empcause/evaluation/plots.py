@@ -1,4 +1,4 @@
-"""Figures of a report: training curves, and the causes found in a text."""
+"""Plots of a report: training curves, and the causes found in a text."""
 
 import json
 import warnings
@@ -12,12 +12,12 @@ from empcause.data import Word
 from empcause.errors import UserError
 from empcause.text import visible
 
-# More make a picture that is too high to be written.
+# Of a longer text the first lines are drawn, because a higher picture cannot be written.
 _MOST_LINES = 100
 
 
 def load_pyplot() -> Any:
-    """matplotlib's `pyplot`, drawing into files; whoever needs figures at the end of long work calls this before it.
+    """Load matplotlib's `pyplot` for drawing into files. Call it before long work that ends with plots.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -33,15 +33,15 @@ def load_pyplot() -> Any:
 
 
 def plot_training(model_dir: Path, watched: str, path: Path) -> Path | None:
-    """Loss and the watched validation figure over the steps of a training.
+    """Plot the loss and the watched validation figure over the steps of a training.
 
     Args:
         model_dir: folder of a trained model, with its `trainer_state.json`.
         watched: name of the validation figure.
-        path: PNG that is written.
+        path: the PNG file that is written.
 
     Returns:
-        `path`, or None where the folder has no training history, or a damaged one.
+        `path`, or None if the folder has no training history, or a damaged one.
     """
     try:
         history = json.loads((model_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -68,14 +68,17 @@ def plot_training(model_dir: Path, watched: str, path: Path) -> Path | None:
 
 
 def plot_causes(text: str, words: Sequence[Word], probs: Sequence[float], title: str, path: Path) -> Path:
-    """A text whose words are shaded by their cause probability.
+    """Draw a text whose words are shaded by their cause probability.
 
     Args:
-        text: the raw text (gives the layout).
+        text: the raw text.
         words: its words.
-        probs: `[W]` their probabilities.
-        title: above it.
-        path: PNG that is written; of a very long text it shows the beginning.
+        probs: `[W]` cause probabilities of the words.
+        title: the title above the text.
+        path: the PNG file that is written; of a very long text it shows the beginning.
+
+    Returns:
+        `path`.
     """
     pyplot = load_pyplot()
     columns, line_height = 72, 0.42

@@ -11,18 +11,18 @@ from empcause.files import write_text
 
 
 def read_items(folder: str | None, scored: str, names: Iterable[str]) -> dict[str, list[float]] | None:
-    """Figures per test item that an earlier evaluation left, for a paired difference.
+    """Read the figures per test item that an earlier evaluation left, for a paired difference.
 
     Args:
-        folder: its output folder, or None: there is nothing to compare with.
+        folder: output folder of the earlier evaluation; None if there is nothing to compare with.
         scored: digest of what this evaluation scores; the earlier one must have scored the same.
-        names: of the figures that are compared.
+        names: names of the figures that are compared.
 
     Returns:
-        Those of the figures that are there.
+        `[n]` values by name, for those of the figures that are there; None without a folder.
 
     Raises:
-        UserError: there are none, or they belong to other items.
+        UserError: none of the figures is there, or they belong to other items.
     """
     if folder is None:
         return None
@@ -46,10 +46,10 @@ def read_items(folder: str | None, scored: str, names: Iterable[str]) -> dict[st
 def write_report(
     folder: Path, extractor_metrics: Mapping[str, Any], generator_metrics: Mapping[str, Any], note: str = ""
 ) -> Path:
-    """Write `report.md` and `metrics.json` over `folder/evaluation/{extractor,generator}`.
+    """Write `report.md` and `metrics.json`, which sum up the evaluations in `folder/evaluation/{extractor,generator}`.
 
     Args:
-        folder: where the evaluations of both stages are, and where the report goes.
+        folder: the folder with the evaluations of both stages, in which the report is written.
         extractor_metrics, generator_metrics: what `evaluate_causes` and `evaluate_responses` returned.
         note: a sentence above the figures.
 

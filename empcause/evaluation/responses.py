@@ -1,4 +1,4 @@
-"""`empcause evaluate generator`: how a system scores and answers dialogues, Table 7."""
+"""`empcause evaluate generator`: how a system scores and answers dialogues (Table 7 of the paper)."""
 
 import json
 from collections.abc import Sequence
@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.utils import logging
 
 from empcause.data import Dialogue, emotion_id, load_dialogues, response_pairs, split_words
 from empcause.data.origin import Origin, origin
 from empcause.errors import UserError
-from empcause.evaluation.items import SavedItems, digest, evaluating_in, model_digest, readings
+from empcause.evaluation.items import SavedItems, digest, evaluating_in, model_digests, readings, unknown_emotions
 from empcause.evaluation.plots import load_pyplot, plot_causes, plot_training
 from empcause.evaluation.report import read_items
 from empcause.evaluation.significance import Interval, mean_interval, perplexity_difference, perplexity_interval
 from empcause.evaluation.tables import (
+    NOT_PUBLISHED,
     PUBLISHED_RESPONSES,
     RESPONSE_COLUMNS,
     comparison_table,
@@ -36,36 +38,44 @@ from empcause.ranges import COUNT, SEED, check_values
 from empcause.systems import Answers, Encoded, Reading, Reads, Scores, System, load_system
 from empcause.text import code, markdown
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class EvaluateResponsesOptions:
     """Options of `empcause evaluate generator`."""
 
-    model: str = field(default="runs/generator", metadata={"help": "folder of the generator"})
-    extractor: str = field(default="runs/extractor", metadata={"help": "folder of the extractor"})
+    model: str = field(default="runs/generator", metadata={"help": "folder of the system that is evaluated"})
+    extractor: str = field(
+        default="runs/extractor", metadata={"help": "folder of the extractor, for systems that need one"}
+    )
     compare: str | None = field(
         default=None, metadata={"help": "folder of an earlier evaluation; the difference gets a paired interval"}
     )
     data: str | None = field(
-        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+        default=None,
+        metadata={"help": "folder or archive of the data, a corpus' name, or `sample`; default $EMPCAUSE_DATA_DIR"},
     )
-    split: str = field(default="test", metadata={"help": "split of EmpatheticDialogues", "choices": ["valid", "test"]})
-    output_dir: str = field(default="runs/evaluation/generator", metadata={"help": "where report and figures go"})
+    split: str = field(default="test", metadata={"help": "split of the dialogues", "choices": ["valid", "test"]})
+    output_dir: str = field(
+        default="runs/evaluation/generator", metadata={"help": "folder for the report and the figures"}
+    )
     max_samples: int | None = field(
         default=None, metadata={"help": "score this many responses, drawn by the seed; default: all"}
     )
     max_generated: int | None = field(
-        default=None, metadata={"help": "generate this many of them; default: all that are scored"}
+        default=None,
+        metadata={"help": "generate an answer in place of this many of them; default: all that are scored"},
     )
     max_new_tokens: int = field(default=40, metadata={"help": "longest generated response in tokens"})
     bertscore_model: str | None = field(
         default=None, metadata={"help": "encoder for BERTScore, by name or folder; default: no BERTScore"}
     )
     bertscore_layer: int | None = field(
-        default=None, metadata={"help": "its layer; default: what bert-score has chosen for it"}
+        default=None, metadata={"help": "layer of bertscore_model; default: the one that bert-score recommends"}
     )
     batch_size: int = field(default=16, metadata={"help": "dialogues per batch"})
-    seed: int = field(default=0, metadata={"help": "seed of the drawing"})
+    seed: int = field(default=0, metadata={"help": "seed of the random choice of max_samples responses"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what another evaluation left in output_dir"}
     )
@@ -80,15 +90,19 @@ class EvaluateResponsesOptions:
 def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     """Measure how a system scores and answers dialogues.
 
-    Writes `metrics.json`, `items.json`, `responses.json`, `report.md` and figures. Results per item are saved as they come; an
-    evaluation that was cut short goes on from there when it is repeated.
+    Writes `metrics.json`, `items.json`, `responses.json`, `report.md` and plots. Results per item are saved at once, so that an
+    evaluation that was cut short continues from there when it is repeated.
+
+    Args:
+        options: the options.
 
     Returns:
-        Every figure by name, and `intervals`: name to (low, high).
+        Every figure by name (`nll_per_word` in nats, accuracy and Distinct in [0, 1]), and `intervals`: (low, high) by name. The
+        emotion accuracy is missing if the system finds no emotions or knows others than the data.
 
     Raises:
-        UserError: missing data, model or library; a model that neither scores nor answers; or `output_dir` holds another
-            evaluation.
+        UserError: data, model or a library are missing, the model neither scores nor answers, or `output_dir` is the model's
+            folder or holds another evaluation.
         Interrupted: Ctrl-C or SIGTERM.
     """
     load_pyplot()
@@ -106,8 +120,15 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
         raise UserError(f"{options.model} holds a system that neither scores nor answers dialogues.")
     if isinstance(system, Answers):
         system.check_room(options.max_new_tokens)
-    emotions = system.emotions if isinstance(system, Reads) else ()
-    emotion_ids = [emotion_id(pair.emotion, emotions) for pair in pairs] if emotions else []
+    emotion_ids: list[int] = []
+    no_accuracy = None
+    if isinstance(system, Reads) and system.emotions:
+        no_accuracy = unknown_emotions(system, [pair.emotion for pair in pairs], data.name)
+        if no_accuracy is None:
+            emotion_ids = [emotion_id(pair.emotion, system.emotions) for pair in pairs]
+        else:
+            no_accuracy += "; the emotion accuracy needs an extractor that was trained on these data."
+            logger.warning(no_accuracy)
     identities = [_identity(pair) for pair in pairs]
     if options.compare and not isinstance(system, Scores):
         raise UserError(f"{options.model} scores no responses, and scores are what --compare compares.")
@@ -116,22 +137,21 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     scored = digest(identities, system.targets(pairs) if isinstance(system, Scores) else [])
     earlier = read_items(options.compare, scored, ["nll"])
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
-    subject: dict[str, Any] = {name: model_digest(folder) for name, folder in system.folders.items()}
-    subject |= {
+    folder = Path(options.output_dir)
+    subject = model_digests(system, folder) | {
         "data": digest(identities),
         "batch_size": options.batch_size,
         "max_generated": number,
         "max_new_tokens": options.max_new_tokens,
     }
-    folder = Path(options.output_dir)
     with evaluating_in(folder, "empcause evaluate generator", subject, options.overwrite_output_dir) as saved:
         predictions = _predict(system, pairs, number, options, bertscore, saved)
-        results = _Results(data, len(everything), scored, system, predictions, emotion_ids, bertscore)
+        results = _Results(data, len(everything), scored, system, predictions, emotion_ids, no_accuracy, bertscore)
         return _judge(options, results, earlier)
 
 
 def _identity(pair: Dialogue) -> dict[str, Any]:
-    """What makes a response pair this one and no other, as JSON can hold it."""
+    """Everything that distinguishes a response pair from others, as values that JSON can hold."""
     return {
         "conv_id": pair.conv_id,
         "emotion": pair.emotion,
@@ -143,7 +163,7 @@ def _identity(pair: Dialogue) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Predictions:
-    """What a system makes of response pairs, in their order; what it cannot do is empty."""
+    """Results of a system for response pairs, in their order; empty for what the system cannot do."""
 
     pairs: Sequence[Dialogue]
     found: Sequence[Reading] = ()
@@ -167,10 +187,10 @@ def _predict(
     Args:
         system: the system.
         pairs: dialogues with their responses.
-        number: of the first pairs that it answers.
-        options: batch size and length of answers.
-        bertscore: compares the answers with the responses, batch by batch as well.
-        saved: where results go, and where those of an earlier process are.
+        number: how many of the pairs, from the first one on, it answers.
+        options: give the batch size and the length of answers.
+        bertscore: compares the answers with the responses; None if this is not wanted.
+        saved: where the results go, and where those of an earlier process are.
     """
     size = options.batch_size
 
@@ -178,7 +198,7 @@ def _predict(
         scores = score([encoded[index] for index in batch], size)
         if len(scores) != len(batch) or not all(np.isfinite(nll) and count > 0 for nll, count in scores):
             raise UserError(
-                f"{options.model} gave {scores!r:.100} where {len(batch)} finite scores of responses are due."
+                f"{options.model} gave the scores {scores!r:.100}; expected {len(batch)} pairs of a finite number and a count."
             )
         return scores
 
@@ -218,21 +238,22 @@ def _predict(
 
 @dataclass(frozen=True)
 class _Results:
-    """What an evaluation has found, and of what."""
+    """What an evaluation has found, and on which data."""
 
     data: Origin
-    whole: int  # number of responses of the split
+    whole: int  # number of responses in the whole split
     scored: str
     system: System
     predictions: _Predictions
-    emotion_ids: Sequence[int]
+    emotion_ids: Sequence[int]  # empty where no emotion accuracy is measured
+    no_accuracy: str | None  # the sentence that says why
     bertscore: BertScore | None
 
 
 def _judge(
     options: EvaluateResponsesOptions, results: _Results, earlier: dict[str, list[float]] | None
 ) -> dict[str, Any]:
-    """The figures of what was found, scored and answered, and all files."""
+    """Compute the figures of what was found, scored and answered, and write all files."""
     predictions = results.predictions
     metrics, intervals = _score(predictions, results.emotion_ids)
     if predictions.bertscores and results.bertscore is not None:
@@ -264,21 +285,22 @@ def _judge(
 
 
 def _score(predictions: _Predictions, emotion_ids: Sequence[int]) -> tuple[dict[str, Any], dict[str, Interval]]:
-    """Figures by name, and the intervals of those that are means over pairs."""
+    """Compute the figures, and the intervals of those that have one, by name."""
     nll, tokens, responses = predictions.nll, predictions.tokens, predictions.responses
     references = [pair.response for pair in predictions.pairs]
     metrics: dict[str, Any] = {}
     intervals: dict[str, Interval] = {}
     if len(nll):
         intervals["perplexity"] = perplexity_interval(nll, tokens)
-        # Of a response that is scored in part, neither words nor bytes are known.
+        # If a response is scored only in part, the words and bytes of that part are not known.
         in_part = any(each.cut_response for each in predictions.encoded)
         metrics |= {
             "perplexity": perplexity(nll, tokens),
             "nll_per_word": None if in_part else nll_per_word(nll, references),
             "bits_per_byte": None if in_part else bits_per_byte(nll, references),
         }
-    if emotion_probs := [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]:
+    emotion_probs = [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]
+    if emotion_probs and emotion_ids:
         correct = emotion_correct(emotion_probs, emotion_ids)
         intervals["emotion_accuracy"] = mean_interval(correct)
         metrics["emotion_accuracy"] = float(correct.mean())
@@ -322,13 +344,13 @@ def _report(
         f"{len(responses):,} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
         "different tokenizers do not compare; bits per byte do.",
         comparison_table("this model", figures, published, RESPONSE_COLUMNS),
-        ""
-        if published
-        else "The paper's figures are not shown beside these: they are of EmpatheticDialogues' whole test split.",
+        "" if published else NOT_PUBLISHED,
         markdown_table(
             ["figure", "value"], [[name.replace("_", " "), format_figure(figures.get(name))] for name in others]
         ),
     ]
+    if results.no_accuracy:
+        parts.append(markdown(results.no_accuracy))
     if shortened:
         parts.append(f"Of {shortened:,} contexts the oldest turns did not fit into the model.")
     if cut:

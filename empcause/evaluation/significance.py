@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A figure with its confidence interval; one item has none (None)."""
+    """A figure with its 95% confidence interval; a figure of a single item has no interval, so both ends are None."""
 
     value: float
     low: float | None
@@ -30,15 +30,15 @@ def bootstrap(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over items; several arrays are resampled together, so a difference is paired.
+    """Percentile bootstrap over items. Several arrays are resampled together, so that a difference is paired.
 
     Args:
-        statistic: figures of resampled sums: called with one `[r]` array of sums per item array, gives `[r]` figures. (Means
-            are sums / n; a perplexity is exp(sum of NLL / sum of tokens).)
-        *items: `[n]` each, one value per test item.
+        statistic: computes `[r]` figures from the sums of `r` resamples: it gets one `[r]` array of sums per item array. (A mean
+            is a sum / n; a perplexity is exp(sum of NLL / sum of tokens).)
+        *items: arrays `[n]`, one value per test item.
         resamples: how often the items are drawn with replacement.
-        confidence: coverage of the interval.
-        seed: of the drawing.
+        confidence: coverage of the interval, in (0, 1).
+        seed: seed of the resampling.
 
     Raises:
         ValueError: no items, arrays of different length, or a value that is not finite.
@@ -56,7 +56,7 @@ def bootstrap(
         return Interval(value, None, None)
     random = np.random.default_rng(seed)
     sums = np.empty((len(values), resamples))
-    for start in range(0, resamples, 250):  # few at a time: [resamples, n] would not fit in memory
+    for start in range(0, resamples, 250):  # not all at once: [resamples, n] would not fit in memory
         rows = min(250, resamples - start)
         draws = random.integers(number, size=(rows, number))
         sums[:, start : start + rows] = values[:, draws].sum(-1)
@@ -65,7 +65,12 @@ def bootstrap(
 
 
 def mean_interval(items: ArrayLike, **options: float) -> Interval:
-    """Mean of `[n]` items with its interval."""
+    """Mean of `[n]` items with its interval.
+
+    Args:
+        items: `[n]` values.
+        **options: options of `bootstrap`, here and in the functions below.
+    """
     number = len(np.asarray(items))
     return bootstrap(lambda sums: sums / number, items, **options)  # type: ignore[arg-type]
 

@@ -1,10 +1,10 @@
-"""Markdown tables beside the published figures."""
+"""Markdown tables of measured figures beside published ones."""
 
 from collections.abc import Mapping, Sequence
 
 from empcause.evaluation.significance import Interval
 
-# Figures of systems by the data set on whose whole test split they were measured.
+# Published figures of systems, by the title of the data set on whose whole test split they were measured.
 # Table 5 (systems) and Table 6 (ablation) of the paper: accuracy, Top-1, Top-3, Top-5 recall.
 _EMOCAUSE: dict[str, tuple[float | None, ...]] = {
     "EmpDG (paper)": (0.31, 0.134, 0.362, 0.493),
@@ -29,14 +29,18 @@ PUBLISHED_RESPONSES = {"EmpatheticDialogues": _EMPATHETIC_DIALOGUES}
 RESPONSE_COLUMNS = ("perplexity", "distinct_1", "distinct_2", "bertscore_p", "bertscore_r", "bertscore_f")
 
 
+# What a report says in place of published figures.
+NOT_PUBLISHED = "No published figures stand beside these: none are known that were measured on the same texts."
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
+    """Make a Markdown table whose first column is text and whose others are figures."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def format_figure(value: float | Interval | None) -> str:
-    """Three decimals, with the interval if there is one; a dash for what was not measured."""
+    """Format a figure with three decimals, with its interval if it has one; None, which was not measured, is a dash."""
     if value is None:
         return "–"
     return str(value) if isinstance(value, Interval) else f"{value:.3f}"
@@ -48,7 +52,14 @@ def comparison_table(
     published: Mapping[str, Sequence[float | None]],
     columns: Sequence[str],
 ) -> str:
-    """The measured row first, the published ones below it if these are measured on the same data."""
+    """Make a table with the measured figures in the first row and the published ones below it.
+
+    Args:
+        name: what the measured row is called.
+        figures: the measured figures, by column; a missing one is a dash.
+        published: rows of figures that were measured on the same data, by system.
+        columns: names of the figures, in the order of `published`.
+    """
     rows = [[f"**{name}**", *(format_figure(figures.get(column)) for column in columns)]]
     rows += [[system, *map(format_figure, values)] for system, values in published.items()]
     return markdown_table(["system", *(column.replace("_", " ") for column in columns)], rows)

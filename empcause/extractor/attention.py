@@ -1,7 +1,7 @@
-"""Attention of the first token in an encoder's last layer: the one row that automatic labels need.
+"""Attention of the first token in an encoder's last layer: the one row that automatic labels need (Algorithm 1).
 
-The row is computed from the layer's own query and key projections, caught as they leave their modules. So the encoder runs
-its fast attention as always, nothing of size S x S is kept, and one way serves every family.
+The row is computed from the outputs of the layer's query and key projections, which hooks collect. So the encoder runs its fast
+attention as usual, nothing of size S x S is kept, and the same code serves every family.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from empcause.errors import UserError
 
-# Where families keep the last layer, its attention, and the two projections.
+# Names of the layers, of a layer's attention, and of the two projections in the supported families.
 _LAYERS = ("encoder.layer", "transformer.layer")
 _ATTENTIONS = ("attention.self", "attention.attn", "attention")
 _PROJECTIONS = (("query", "key"), ("q", "k"), ("q_lin", "k_lin"))
@@ -27,7 +27,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def find_projections(encoder: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """Query and key projection of an encoder's last layer.
+    """Find the query and key projections of an encoder's last layer.
 
     Raises:
         UserError: the encoder's attention is not a plain `softmax(q k)` with separate projections.
@@ -47,7 +47,14 @@ def find_projections(encoder: nn.Module) -> tuple[nn.Linear, nn.Linear]:
 
 @contextmanager
 def capture_projections(encoder: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect "query" and "key", `[B, S, H * D]` each, of the last layer while the encoder runs inside."""
+    """Collect the outputs "query" and "key" of the last layer's projections while the encoder runs inside the block.
+
+    Yields:
+        A dictionary that then holds both, `[B, S, H * D]` each (H heads of size D), in the encoder's dtype.
+
+    Raises:
+        UserError: see `find_projections`.
+    """
     captured: dict[str, Tensor] = {}
     query, key = find_projections(encoder)
     hooks = [
@@ -62,11 +69,11 @@ def capture_projections(encoder: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def cls_attention(encoder: nn.Module, captured: dict[str, Tensor], attention_mask: Tensor, pooling: str) -> Tensor:
-    """Attention probabilities of the first token, before dropout, heads put together.
+    """Compute the attention probabilities of the first token, before dropout, combined over heads.
 
     Args:
         encoder: the encoder that ran inside `capture_projections`.
-        captured: what that collected.
+        captured: what `capture_projections` collected.
         attention_mask: `[B, S]`, nonzero at tokens that may be attended.
         pooling: "mean" or "max" over heads.
 

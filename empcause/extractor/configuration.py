@@ -11,23 +11,23 @@ from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, check_values
 
 
 class CauseExtractorConfig(PreTrainedConfig):
-    """What an extractor is made of, and how its losses are put together.
+    """Configuration of an extractor: its encoder, and how its losses are computed and combined.
 
     Args:
         encoder: configuration of a transformers encoder (BERT, RoBERTa, XLM-R, ELECTRA, MPNet, DistilBERT, ...).
-        cause_from: where cause probabilities come from: the detection "head" (eq 7), or the "attention" of the first
+        cause_from: where cause probabilities come from: the detection "head" (eq 6), or the "attention" of the first
             token, scaled to a maximum of 1 per text (the paper's RoBERTa_Att).
-        attention_pooling: how the heads of that attention are put together, "mean" or "max".
-        automatic_top_k: how many words per text the automatic labels mark.
+        attention_pooling: how the heads of that attention are combined, "mean" or "max".
+        automatic_top_k: how many words per text the automatic labels mark as causes.
         emotion_weight, cause_weight, aux_weight: weights of the three losses (eq 9).
         cause_reduction: cause loss as the "mean" over real tokens, or their "sum" per batch of texts.
         aux_form: auxiliary loss as the "complement" `1 - <Att, C1>`, or "literal" `<Att, C1>` (eq 8).
-        head_dropout: dropout before both heads.
-        max_length: longest text in tokens that it is trained on (it reads what the encoder can).
-        id2label: the emotions by their ids; default is those of EmpatheticDialogues.
+        head_dropout: dropout probability before both heads.
+        max_length: length in tokens to which texts are cut in training; the trained extractor reads as much as its encoder can.
+        id2label: names of the emotions by their ids; default is those of EmpatheticDialogues.
 
     Raises:
-        UserError: a value out of range, or an encoder of no known type.
+        UserError: a value is out of range, or the encoder's type is unknown.
     """
 
     model_type = "empcause_extractor"

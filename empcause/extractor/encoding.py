@@ -1,4 +1,4 @@
-"""Texts as the extractor reads them: token ids, and which word every piece belongs to."""
+"""Encoding texts for the extractor: token ids, and the word that each token belongs to."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ from empcause.data import Word, is_content_word
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, words: Sequence[Word], max_length: int
 ) -> dict[str, NDArray[np.int64]]:
-    """Tokenise one text and find the word that each piece belongs to.
+    """Tokenize one text and find the word that each token belongs to.
 
     Args:
         tokenizer: a fast tokenizer (character offsets are needed).
         text: the raw text.
         words: its words.
-        max_length: longer texts lose their end, in tokens.
+        max_length: greatest number of tokens; the end of a longer text is cut off.
 
     Returns:
-        `input_ids` `[S]`, `special_tokens_mask` `[S]`, `offsets` `[S, 2]` (characters; empty spans at special tokens),
-        `word_index` `[S]` (index of the first word that a piece overlaps, -1 for none), and `word_ids` `[S]` (the same,
-        with -1 at stop words and punctuation too).
+        int64 arrays: `input_ids` `[S]`, `special_tokens_mask` `[S]`, `offsets` `[S, 2]` (character spans, empty at special
+        tokens), `word_index` `[S]` (index of the first word that the token overlaps, -1 for none), and `word_ids` `[S]` (like
+        `word_index`, but -1 at stop words and punctuation).
     """
     encoded = tokenizer(
         text,
@@ -46,7 +46,7 @@ def encode_text(
 
 
 def is_cut(item: dict[str, NDArray[np.int64]], text: str, max_length: int) -> bool:
-    """Whether a text of `encode_text` lost its end."""
+    """Whether `encode_text` cut off the end of a text."""
     return len(item["input_ids"]) >= max_length and int(item["offsets"].max()) < len(text.rstrip())
 
 

@@ -1,4 +1,4 @@
-"""Reading texts with a trained extractor."""
+"""Finding emotions and causes with a trained extractor."""
 
 import os
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ class Extraction:
 
     Attributes:
         text: the raw text.
-        emotion_probs: `[E]` float32, in the order of the extractor's `emotions`.
-        words: its words.
-        word_probs: `[W]` float32, a word's cause probability is that of its best piece.
-        causes: spans of the extractor's own tokens, special tokens left out, with their probabilities.
+        emotion_probs: `[E]` float32, probabilities in the order of the extractor's `emotions`.
+        words: the words of the text.
+        word_probs: `[W]` float32; the cause probability of a word is the highest one of its tokens.
+        causes: character spans of the extractor's tokens without special tokens, and their cause probabilities.
     """
 
     text: str
@@ -71,10 +71,10 @@ def extract(
         model: the extractor.
         tokenizer: its tokenizer.
         texts: raw texts; a text without words has no causes.
-        words: their words if they are split already (EmoCause); default `split_words`.
+        words: their words where they are split already, as in annotations; default `split_words`.
         batch_size: texts per batch; batches hold texts of similar length.
-        max_length: longest text in tokens; the rest has probability 0, and a warning says for how many texts. Default is
-            what the encoder can read.
+        max_length: greatest number of tokens per text. Words beyond have probability 0, and a warning says in how many texts
+            there are some. Default is the number that the encoder can read.
         progress: show a progress bar.
 
     Raises:

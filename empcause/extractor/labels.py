@@ -7,16 +7,16 @@ from empcause.data.sequences import IGNORED
 
 
 def automatic_labels(attention: Tensor, word_ids: Tensor, real_tokens: Tensor, top_k: int) -> Tensor:
-    """Label the pieces of the `top_k` most attended content words 1, all other real pieces 0.
+    """Label the tokens of the `top_k` most attended content words.
 
     Args:
         attention: `[B, S]` attention of the first token.
-        word_ids: `[B, S]` index of the content word a piece belongs to, -1 for stop words, punctuation, special tokens.
+        word_ids: `[B, S]` index of the content word that a token belongs to, -1 at stop words, punctuation and special tokens.
         real_tokens: `[B, S]` bool, False at special tokens and padding.
-        top_k: how many words per text; fewer where the text has fewer content words.
+        top_k: number of words per text; a text with fewer content words has all of them labelled.
 
     Returns:
-        `[B, S]` int64; `IGNORED` (-100) at special tokens and padding.
+        `[B, S]` int64: 1 at tokens of the chosen words, `IGNORED` (-100) at special tokens and padding, 0 elsewhere.
     """
     words = word_ids.clamp(min=0)
     is_content = (word_ids >= 0) & real_tokens
@@ -24,7 +24,7 @@ def automatic_labels(attention: Tensor, word_ids: Tensor, real_tokens: Tensor, t
     labels = torch.where(real_tokens, 0, IGNORED)
     if num_words <= 0:
         return labels
-    # A word's score is that of its best piece.
+    # The score of a word is the highest attention of its tokens.
     piece_scores = torch.where(is_content, attention.float(), -1.0)
     scores = piece_scores.new_full((len(words), num_words), -1.0).scatter_reduce(1, words, piece_scores, "amax")
     best = scores.topk(min(top_k, num_words), dim=1)

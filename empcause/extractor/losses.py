@@ -1,4 +1,4 @@
-"""The three losses of the extractor (eq 4, 7, 8) and their sum (eq 9)."""
+"""The three losses of the extractor (eq 3, 7, 8) and their weighted sum (eq 9)."""
 
 from torch import Tensor, nn
 
@@ -7,25 +7,31 @@ from empcause.extractor.configuration import CauseExtractorConfig
 
 
 def cause_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy over two classes per token (eq 7); 0 where no token is labelled.
+    """Compute the cross-entropy over two classes per token (eq 7); 0 if no token is labelled.
 
     Args:
         logits: `[B, S, 2]`.
-        labels: `[B, S]` 0, 1, or -100 for tokens that do not count.
-        reduction: "mean" over tokens, or "sum".
+        labels: `[B, S]` int64: 0, 1, or -100 for tokens that do not count.
+        reduction: "mean" over the labelled tokens, or their "sum".
+
+    Returns:
+        A 0-d tensor of the logits' dtype.
     """
     total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1) if reduction == "mean" else total
 
 
 def aux_loss(attention: Tensor, cause_probs: Tensor, real_tokens: Tensor, form: str) -> Tensor:
-    """Link between attention and detection (eq 8), mean over texts; gradients flow into both.
+    """Compute the loss that links attention and cause detection (eq 8), as a mean over texts; gradients flow into both.
 
     Args:
         attention: `[B, S]` attention of the first token.
         cause_probs: `[B, S]` probability of the cause class.
         real_tokens: `[B, S]` bool; the attention is renormalised over these.
-        form: "complement" `1 - <Att, C1>` (default), or "literal" `<Att, C1>`.
+        form: "complement" `1 - <Att, C1>`, or "literal" `<Att, C1>`.
+
+    Returns:
+        A 0-d tensor.
     """
     weights = attention * real_tokens
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
@@ -42,9 +48,9 @@ def extractor_losses(
     emotion_labels: Tensor,
     cause_labels: Tensor,
 ) -> dict[str, Tensor]:
-    """All losses of a batch; "loss" is their weighted sum (eq 9).
+    """Compute all losses of a batch.
 
-    Texts whose tokens carry no cause label at all take part in the emotion loss only.
+    Texts without any cause label take part in the emotion loss only.
 
     Args:
         config: weights and forms.
@@ -52,8 +58,12 @@ def extractor_losses(
         cause_logits: `[B, S, 2]`.
         attention: `[B, S]` attention of the first token.
         real_tokens: `[B, S]` bool, False at special tokens and padding.
-        emotion_labels: `[B]`.
-        cause_labels: `[B, S]` 0, 1, or -100.
+        emotion_labels: `[B]` int64 emotion ids.
+        cause_labels: `[B, S]` int64: 0, 1, or -100.
+
+    Returns:
+        0-d tensors: "emotion_loss" (eq 3), "cause_loss" (eq 7) and "aux_loss" (eq 8), the last two only if a text has a cause
+        label, and "loss", their weighted sum (eq 9).
     """
     losses = {"emotion_loss": nn.functional.cross_entropy(emotion_logits.float(), emotion_labels)}
     labelled = (cause_labels != IGNORED).any(-1)

@@ -20,11 +20,11 @@ class CauseExtractorOutput(ModelOutput):
     """Result of the extractor.
 
     Attributes:
-        loss: weighted sum of the losses, if labels were given.
-        emotion_logits: `[B, E]`.
-        cause_logits: `[B, S, 2]`; class 1 is "caused the emotion".
-        cls_attention: `[B, S]` attention of the first token in the last layer, mean (or max) over heads.
-        emotion_loss, cause_loss, aux_loss: the parts of the loss, unweighted.
+        loss: 0-d, the weighted sum of the losses (eq 9); None without labels.
+        emotion_logits: `[B, E]`, before the softmax of eq 2.
+        cause_logits: `[B, S, 2]`, before the softmax of eq 6; class 1 is "caused the emotion".
+        cls_attention: `[B, S]` float32 attention of the first token in the last layer, mean (or max) over heads.
+        emotion_loss, cause_loss, aux_loss: 0-d, the parts of the loss without their weights; None if they were not computed.
     """
 
     loss: Tensor | None = None
@@ -38,6 +38,10 @@ class CauseExtractorOutput(ModelOutput):
 
 class CauseExtractor(PreTrainedModel):
     """Finds the emotion of a text and the words that caused it.
+
+    Args:
+        config: the configuration.
+        encoder: the pretrained encoder; default is a new one of the configuration.
 
     Raises:
         UserError: the encoder's attention cannot be read.
@@ -82,16 +86,19 @@ class CauseExtractor(PreTrainedModel):
         automatic: Tensor | None = None,
         **kwargs: Any,
     ) -> CauseExtractorOutput:
-        """Predict, and compute the losses if labels are given.
+        """Predict emotions and causes, and compute the losses if `emotion_labels` are given.
 
         Args:
             input_ids: `[B, S]` token ids; the first token of every text is its class token.
             attention_mask: `[B, S]`, 0 at padding.
-            special_tokens_mask: `[B, S]`, 1 at special tokens; needed for losses.
-            word_ids: `[B, S]` content word of each piece, -1 for none; needed for automatic labels.
-            emotion_labels: `[B]` emotion ids; asks for the losses.
-            cause_labels: `[B, S]` 0, 1, or -100 for tokens without a label (default: all).
+            special_tokens_mask: `[B, S]`, 1 at special tokens; needed for the losses.
+            word_ids: `[B, S]` index of each token's content word, -1 for none; needed for automatic labels.
+            emotion_labels: `[B]` int64 emotion ids.
+            cause_labels: `[B, S]` int64: 0, 1, or -100 for tokens without a label (default: all of them).
             automatic: `[B]` bool, texts whose cause labels are made here from the attention (Algorithm 1).
+
+        Raises:
+            ValueError: `special_tokens_mask` or `word_ids` are missing and needed.
         """
         with capture_projections(self.encoder) as captured:
             hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -118,7 +125,7 @@ class CauseExtractor(PreTrainedModel):
 
 
 def _no_pooler(config: CauseExtractorConfig) -> dict[str, bool]:
-    """Families with a pooling layer that only their own classification heads use leave it out."""
+    """Options that leave out the pooling layer of the families in which only their own classification heads use it."""
     pooled = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text"}
     return {"add_pooling_layer": False} if getattr(config.encoder, "model_type", "") in pooled else {}
 

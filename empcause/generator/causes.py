@@ -1,4 +1,4 @@
-"""Causes of the generator's dialogues, from a frozen extractor, computed once per text."""
+"""Causes of the generator's dialogues, computed once per text by a frozen extractor."""
 
 import hashlib
 import io
@@ -16,23 +16,23 @@ from empcause.files import replacing
 
 logger = logging.get_logger(__name__)
 
-SAVED_AT_A_TIME = 4096  # texts: minutes of a processor's work
+SAVED_AT_A_TIME = 4096  # number of texts, which take a CPU some minutes
 
 
 class CauseCache:
-    """Causes of texts by one extractor, kept in a file so that they are computed once, not once per epoch or run.
+    """Causes of texts found by one extractor, kept in a file so that they are computed once, not once per epoch or run.
 
-    A file that is damaged is made anew; one that cannot be written is done without.
+    A damaged file is replaced; without a file that can be written, nothing is kept.
 
     Args:
-        extractor: folder of the extractor. Its weights, configuration and tokenizer name the file.
-        folder: where the file lies; default is the cache folder.
+        extractor: folder of the extractor. The file's name depends on its weights, configuration and tokenizer.
+        folder: folder of the file; default is the cache folder.
 
     Attributes:
-        digest: of all that decides the causes of a text.
+        digest: digest of everything that the causes of a text depend on.
 
     Raises:
-        UserError: there is no extractor.
+        UserError: there is no extractor, or it is damaged.
     """
 
     def __init__(self, extractor: str | os.PathLike[str], folder: Path | None = None) -> None:
@@ -47,7 +47,11 @@ class CauseCache:
         self._known = self._load()
 
     def get(self, texts: Sequence[str], progress: bool = False) -> list[Causes]:
-        """Causes of the texts; what is not known yet is extracted and added to the file."""
+        """Give the causes of texts; those that are not known yet are extracted and added to the file.
+
+        Raises:
+            UserError: the extractor's probabilities are not finite.
+        """
         missing = [text for text in dict.fromkeys(texts) if self._key(text) not in self._known]
         for start in range(0, len(missing), SAVED_AT_A_TIME):
             part = missing[start : start + SAVED_AT_A_TIME]

@@ -1,4 +1,4 @@
-"""Configurations of the generators: their base model's, and how causes are used."""
+"""Configurations of the generators: that of the base model, and how causes are used."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +15,10 @@ class CauseFields:
     Attributes:
         gamma: factor of the attention bias; 0 is the base model without bias.
         cause_scope: which turns may hold causes: the whole "context", the "speaker"'s turns, or the speaker's "last" turn.
-        cause_threshold: None uses the extractor's probabilities; a number turns them into 0 and 1 there.
+        cause_threshold: probabilities of at least this value become 1, all others 0; None uses the extractor's as they are.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     gamma: float = 1.0

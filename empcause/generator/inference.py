@@ -30,11 +30,11 @@ class Reply:
 
     Attributes:
         emotion: the speaker's most probable emotion.
-        probability: its probability.
-        causes: words of the dialogue and their cause probabilities, in order.
-        text: the dialogue as one text; the words' spans refer to it.
+        probability: probability of this emotion.
+        causes: the words of the dialogue with their cause probabilities, in order.
+        text: the dialogue as one text, to which the words' spans refer.
         response: the answer.
-        unread_turns: oldest turns that the models had no room for; they are not in `text`.
+        unread_turns: number of the oldest turns that did not fit into the models; they are not in `text`.
     """
 
     emotion: str
@@ -49,7 +49,7 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     """Load a trained generator and its tokenizer, in evaluation mode, with biased attention.
 
     Raises:
-        UserError: the folder does not exist, holds another kind of model, or a file in it is cut short.
+        UserError: the folder does not exist, holds another kind of model, or is damaged.
     """
     found = str(read_config(path, "generator", "empcause train generator").get("model_type"))
     known: dict[str, type[PreTrainedModel]] = {config.model_type: model for config, model in GENERATORS.values()}
@@ -61,15 +61,15 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Number of tokens that the generator can read and write in all."""
+    """Number of tokens that the generator can read and write altogether."""
     return int(model.config.max_position_embeddings)
 
 
 def longest_context(model: PreTrainedModel, max_new_tokens: int) -> int:
-    """Number of tokens of a dialogue that leave room for so long an answer.
+    """Number of tokens that a dialogue may have, to leave room for an answer of `max_new_tokens` tokens.
 
     Raises:
-        UserError: the answer is longer than half of what the generator can read and write.
+        UserError: the answer would be longer than half of what the generator can read and write.
     """
     longest = longest_sequence(model)
     if not 1 <= max_new_tokens <= longest // 2:
@@ -82,7 +82,17 @@ def longest_context(model: PreTrainedModel, max_new_tokens: int) -> int:
 def encode_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, max_length: int
 ) -> EncodedDialogue:
-    """A dialogue as this generator reads it (see `encode_dialogue`), with its causes where the attention is biased."""
+    """Encode a dialogue for this generator (see `encode_dialogue`), with its causes if the attention is biased.
+
+    Args:
+        model: the generator.
+        tokenizer: its tokenizer.
+        dialogue: the dialogue, with or without a response and causes.
+        max_length: greatest number of tokens.
+
+    Raises:
+        UserError: the dialogue is empty, or `max_length` too short for it.
+    """
     config = model.config
     if not config.gamma:
         dialogue = replace(dialogue, causes=None)
@@ -100,7 +110,7 @@ def generate_responses(
     progress: bool = False,
     **generation: Any,
 ) -> list[str]:
-    """Answer dialogues; greedy unless `generation` says otherwise.
+    """Answer dialogues, greedily unless `generation` says otherwise.
 
     Args:
         model: the generator.
@@ -135,7 +145,7 @@ def response_nll(
     batch_size: int = 16,
     progress: bool = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Negative log-likelihood of responses.
+    """Compute the negative log-likelihood of responses (the sum of eq 12 without its mean).
 
     Args:
         model: the generator.
@@ -149,7 +159,7 @@ def response_nll(
 
     Raises:
         ValueError: a dialogue has no response.
-        UserError: the probabilities are not finite.
+        UserError: the generator's probabilities are not finite.
     """
     if any(each.labels is None for each in encoded):
         raise ValueError("a dialogue has no response that could be scored.")
@@ -160,7 +170,7 @@ def response_nll(
         with torch.inference_mode():
             losses = model(**batch).token_losses
         counted = batch["labels"] != IGNORED
-        counted[:, 0] = False  # nothing predicts it
+        counted[:, 0] = False  # nothing predicts the first token
         losses = losses[counted].double().cpu()
         rows = counted.nonzero()[:, 0].cpu()
         totals[indices] = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, rows, losses).numpy()
@@ -182,7 +192,7 @@ def _batches(
     description: str,
     progress: bool,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of dialogues of similar length, on the model's device, with the dialogues' indices."""
+    """Yield the indices of dialogues of similar length, and their batch on the model's device."""
     batches = length_batches([len(each) for each in encoded], batch_size)
     for indices in tqdm(batches, desc=description, disable=not progress):
         batch = pad_batch([encoded[index].item for index in indices], tokenizer.pad_token_id, side)
@@ -193,7 +203,7 @@ def check_turns(turns: Sequence[str]) -> None:
     """Refuse a dialogue that cannot be read.
 
     Raises:
-        UserError: it has no turn, or one that is empty or holds what is no character (bytes that are not UTF-8).
+        UserError: it has no turn, or a turn is empty or holds bytes that are not UTF-8.
     """
     if not turns or not all(turn.strip() for turn in turns):
         raise UserError('A turn is empty; write what was said, for example "I miss my dog.".')
@@ -203,7 +213,7 @@ def check_turns(turns: Sequence[str]) -> None:
 
 
 class Responder:
-    """Answers dialogues: emotion, causes, response.
+    """Answers dialogues, and tells the emotion and the causes on which the answer is based.
 
     Args:
         extractor: an emotion cause extractor.
@@ -231,7 +241,7 @@ class Responder:
             **generation: options of `generate`, such as `do_sample`, `top_p`.
 
         Raises:
-            UserError: a turn is empty or no text, the last one alone is too long, or `max_new_tokens` leaves it no room.
+            UserError: a turn is empty or is not text, the last turn alone is too long, or `max_new_tokens` leaves no room for it.
         """
         check_turns(turns)
         said = [turn.strip() for turn in turns]

@@ -18,25 +18,25 @@ NUM_ROLES = 2
 
 @dataclass
 class GeneratorOutput(CausalLMOutputWithCrossAttentions):
-    """Result of a generator that was given labels: losses in place of logits, which are computed where labels are, and not kept.
+    """Result of a generator that was given labels: losses in place of logits, which are computed only for labelled tokens.
 
-    What else is in it (cache, hidden states, attentions) is the base model's.
+    Its other entries (cache, hidden states, attentions) are those of the base model.
 
     Attributes:
-        loss: 0-d float32, the sum over the labelled tokens divided by their number (or by `num_items_in_batch`).
+        loss: 0-d float32, the sum over the labelled tokens divided by their number or by `num_items_in_batch` (eq 12).
         logits: None; call the model without labels to have them.
         token_losses: `[B, S]` float32 in nats, negative log-likelihood of each labelled token, without smoothing; 0 where the
-            label is -100 and at the first position, which nothing predicts. None in training mode, where nobody reads them.
+            label is -100 and at the first position, which nothing predicts. None in training mode, which does not need them.
     """
 
     token_losses: Tensor | None = None
 
 
 class EmpatheticMixin:
-    """Makes a causal LM of transformers an empathetic generator. Put it before the model's class.
+    """Makes a causal LM of transformers an empathetic generator; it stands before the model's class among the base classes.
 
-    Adds a role matrix of its own, read through `token_type_ids`, and `cause_probs`, which reach every attention layer; the model
-    must run with `attn_implementation="empcause"`.
+    It adds a role embedding, which `token_type_ids` index (eq 13), and `cause_probs`, which bias the attention of every layer
+    (eq 14-18) and need `attn_implementation="empcause"`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -47,7 +47,7 @@ class EmpatheticMixin:
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if module is getattr(self, "role_embedding", None):
-            nn.init.zeros_(module.weight)  # a role says nothing until it is trained
+            nn.init.zeros_(module.weight)  # a role has no effect until it is trained
 
     @can_return_tuple
     def forward(
@@ -65,33 +65,37 @@ class EmpatheticMixin:
         smoothing: float = 0.0,
         **kwargs: Any,
     ) -> Any:
-        """Next-token logits, or the losses of the labelled tokens.
+        """Compute next-token logits, or the losses of the labelled tokens.
 
         Args:
-            input_ids: `[B, S]`.
+            input_ids: `[B, S]` integer token ids.
             attention_mask: `[B, S]`, 0 at padding.
-            token_type_ids: `[B, S]` roles, 0 speaker and 1 listener.
-            cause_probs: `[B, n]` in [0, 1], n <= S (with a cache: the keys so far); later tokens have 0.
-            labels: `[B, S]`, -100 where a token does not count; shifted here, as transformers' models do.
-            position_ids, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model (`generate` gives those that
-                it finds named here; the cache goes on under the name that this version of transformers has for it).
-            num_items_in_batch: what the summed loss is divided by; default is the number of labels.
-            smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1). (Its name is not of labels: the
-                Trainer would take it for one of them.)
+            token_type_ids: `[B, S]` integer roles, 0 speaker and 1 listener.
+            cause_probs: `[B, n]` floating point in [0, 1] for the first n tokens, n <= S (with a cache: n at most the number of
+                keys so far); later tokens have 0.
+            labels: `[B, S]` integer token ids, -100 where a token does not count; shifted here, as in transformers' models.
+            position_ids, inputs_embeds, use_cache, logits_to_keep, **kwargs: as for the base model. (`generate` passes those that
+                are named here; the cache is in `kwargs`, under the name that this version of transformers has for it.)
+            num_items_in_batch: the number by which the summed loss is divided; default is the number of labelled tokens.
+            smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1). (Its name does not contain
+                "label", because the Trainer would take it for a label.)
 
         Returns:
-            The base model's output without labels, with them a `GeneratorOutput`; with `return_dict=False` a tuple of what in it
-            is not None, in order.
+            Without labels the base model's output, with labels a `GeneratorOutput`; with `return_dict=False` a tuple of its
+            entries that are not None, in order.
 
         Raises:
-            ValueError: `cause_probs` for a model with another attention implementation.
+            ValueError: labels or roles have another shape than the tokens, or are out of range; or `cause_probs` are given to a
+                model with another attention implementation.
         """
+        self._check_inputs(input_ids if inputs_embeds is None else inputs_embeds, token_type_ids, labels)
+        if cause_probs is not None:
+            self._check_attention()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         if token_type_ids is not None:
             inputs_embeds = inputs_embeds + self.role_embedding(token_type_ids)
         if cause_probs is not None:
-            self._check_attention()
             kwargs = {"cause_gamma": self.config.gamma} | kwargs | {"cause_probs": cause_probs}  # type: ignore[attr-defined]
         kwargs |= {
             "attention_mask": attention_mask,
@@ -115,6 +119,25 @@ class EmpatheticMixin:
         others = {name: value for name, value in base.items() if name != "last_hidden_state"}
         return GeneratorOutput(loss=total / number, token_losses=token_losses, **others)
 
+    def _check_inputs(self, tokens: Tensor | None, roles: Tensor | None, labels: Tensor | None) -> None:
+        """Refuse by name what an embedding or a loss would refuse with a bare IndexError, or on a GPU by ending the process."""
+        vocabulary = self.config.vocab_size  # type: ignore[attr-defined]
+        for name, values, number in (("token_type_ids", roles, NUM_ROLES), ("labels", labels, vocabulary)):
+            if values is None or tokens is None:
+                continue
+            if values.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"{name} has shape {list(values.shape)}; expected {list(tokens.shape[:2])}, one per token."
+                )
+            if torch.compiler.is_compiling() or values.is_meta:
+                continue  # the values are not known here
+            known = (values >= 0) & (values < number)
+            if name == "labels":
+                known |= values == IGNORED
+            if not known.all():
+                also = f", or {IGNORED} where none counts" if name == "labels" else ""
+                raise ValueError(f"{name} has {int(values[~known][0])}; expected 0 to {number - 1}{also}.")
+
     def _check_attention(self) -> None:
         implementation = self.config._attn_implementation  # type: ignore[attr-defined]
         if implementation != "empcause":
@@ -136,7 +159,7 @@ class EmpatheticLlamaForCausalLM(EmpatheticMixin, LlamaForCausalLM):
     config_class = EmpatheticLlamaConfig
 
 
-# By the base model's type: the generator's configuration and model.
+# Configuration and model of the generator, by the `model_type` of the base model.
 GENERATORS: dict[str, tuple[Any, Any]] = {
     "gpt2": (EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel),
     "llama": (EmpatheticLlamaConfig, EmpatheticLlamaForCausalLM),
@@ -147,10 +170,14 @@ for _config, _model in GENERATORS.values():
 
 
 def add_separator(model: Any, tokenizer: Any) -> None:
-    """Give tokenizer and model a separator token, whose rows start at the mean of those of all other tokens.
+    """Give tokenizer and model a separator token, whose embedding starts at the mean of those of all other tokens.
 
-    A separator that the tokenizer has keeps its row. Without a padding token, the end token pads (labels are masked by
-    position).
+    A separator that the tokenizer already has keeps its embedding. A tokenizer without a padding token pads with the end token;
+    this is safe because labels are masked by position.
+
+    Args:
+        model: a generator; its embeddings grow if they have no row to spare.
+        tokenizer: its tokenizer.
 
     Raises:
         UserError: the tokenizer has no end token.
@@ -169,7 +196,7 @@ def add_separator(model: Any, tokenizer: Any) -> None:
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
-        # Rows of no token (an embedding may have some to spare) are no part of the mean.
+        # Spare rows, which belong to no token, do not count in the mean.
         for values in {id(values): values for values in (embeddings.weight, head.weight, head.bias)}.values():
             if values is not None:
                 values[new] = values[trained].mean(0)

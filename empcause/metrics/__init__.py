@@ -1,4 +1,4 @@
-"""Metrics: functions of what a system put out and what was right, which know nothing of systems."""
+"""Metrics: pure functions of a system's outputs and the references."""
 
 from empcause.metrics.bertscore import BertScore
 from empcause.metrics.causes import (

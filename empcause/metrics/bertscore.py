@@ -1,4 +1,4 @@
-"""How close responses are to the references in the space of an encoder."""
+"""BERTScore (Zhang and others, 2020): how similar responses and references are in the space of an encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +12,16 @@ from empcause.text import one_line
 
 
 class BertScore:
-    """BERTScore of responses, rescaled with the library's baseline for `roberta-large` (as the published figures), raw for other
-    encoders, which have none.
+    """Computes BERTScore with bert-score. Figures of `roberta-large` are rescaled with the library's baseline, as the published
+    ones are; other encoders have no baseline, and their figures are raw.
 
     Args:
         model: the encoder, by name or folder.
-        layer: its layer; None is what the library has chosen for it.
+        layer: the encoder's layer; None is the one that the library recommends.
 
     Attributes:
-        setting: the library's hash of it (model, layer, versions).
-        rescaled: with the baseline, as the published figures are.
+        setting: the library's hash of model, layer and versions, and the scale.
+        rescaled: whether figures are rescaled with the baseline.
 
     Raises:
         UserError: bert-score is not installed, or there is no such encoder or layer.
@@ -48,7 +48,7 @@ class BertScore:
         self.setting = f"{self._scorer.hash.replace(model, Path(model).name)}, {scale}"
 
     def __call__(self, responses: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
-        """Precision, recall and F per response, `[n, 3]`; an empty response scores 0."""
+        """Compute precision, recall and F of each response: `[n, 3]` float64. An empty response scores 0."""
         values = np.zeros((len(responses), 3))
         filled = [index for index, response in enumerate(responses) if response.strip()]
         if filled:

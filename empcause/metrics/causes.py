@@ -1,4 +1,4 @@
-"""How well words are ranked by their cause probability: Top-k recall."""
+"""Top-k recall: how many of the annotated words are among the words with the highest cause probability."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from empcause.data import CauseAnnotation, is_content_word
 
 RECALL_CUTS = (1, 3, 5)
-# Before the name of each recall: lenient, by position, without the stop-word filter, and the best that is possible.
+# Prefixes of the recalls: lenient, by position, lenient without the stop-word filter, and the highest possible recall.
 RECALL_KINDS = ("", "strict_", "unfiltered_", "oracle_")
 
 
 @dataclass(frozen=True)
 class CauseScores:
-    """Recall per situation: `items["top5_recall"]` and so on, `[n]` float64 each, in the order of the annotations."""
+    """Recall per situation by name, such as `items["top5_recall"]`: `[n]` float64 in [0, 1], in the order of the annotations."""
 
     items: dict[str, NDArray[np.float64]]
 
@@ -26,12 +26,15 @@ class CauseScores:
 
 
 def rank_words(words: Sequence[str], probs: ArrayLike, *, filtered: bool = True) -> list[int]:
-    """Indices of words by falling probability, the earlier first among equals.
+    """Order words by decreasing probability; of equal ones, the earlier word comes first. Blank words are left out.
 
     Args:
         words: the words of a text.
-        probs: `[W]` their probabilities.
-        filtered: pass over stop words and punctuation; if nothing else is there, the best one stays.
+        probs: `[W]` cause probabilities of the words.
+        filtered: leave out stop words and punctuation; if there is nothing else, the most probable one stays.
+
+    Returns:
+        Indices of the words.
     """
     order = np.argsort(-np.asarray(probs, np.float64), kind="stable").tolist()
     order = [index for index in order if words[index].strip()]
@@ -41,9 +44,13 @@ def rank_words(words: Sequence[str], probs: ArrayLike, *, filtered: bool = True)
 
 
 def lenient_recall(predicted: Sequence[str], gold: Sequence[str]) -> float:
-    """The benchmark's own recall: by word, positions ignored, case and repeats kept.
+    """Recall as EmoCause's authors compute it: by word; positions are ignored, case and repeated words count.
 
-    For each gold word, every predicted word that starts or ends with it counts as that word.
+    For each annotated word, every predicted word that starts or ends with it counts as that word.
+
+    Args:
+        predicted: the predicted words.
+        gold: the annotated words, at least one.
     """
     matched = list(predicted)
     for word in gold:
@@ -52,7 +59,12 @@ def lenient_recall(predicted: Sequence[str], gold: Sequence[str]) -> float:
 
 
 def strict_recall(predicted: Iterable[int], gold: Iterable[int]) -> float:
-    """Share of annotated positions among the predicted positions."""
+    """Share of the annotated positions that are among the predicted ones.
+
+    Args:
+        predicted: indices of the predicted words.
+        gold: indices of the annotated words, at least one.
+    """
     positions = set(gold)
     return len(positions & set(predicted)) / len(positions)
 
@@ -60,16 +72,16 @@ def strict_recall(predicted: Iterable[int], gold: Iterable[int]) -> float:
 def score_causes(
     annotations: Sequence[CauseAnnotation], word_probs: Sequence[ArrayLike], k: Sequence[int] = RECALL_CUTS
 ) -> CauseScores:
-    """Top-k recall of cause words.
+    """Compute the Top-k recall of cause words.
 
     Args:
-        annotations: situations with their gold words.
-        word_probs: `[W]` per situation, a probability per word of it.
-        k: where the ranking is cut.
+        annotations: situations with their annotated words.
+        word_probs: for each situation `[W]` probabilities, one per word.
+        k: numbers of the most probable words that count as predicted.
 
     Returns:
         For each k: `topK_recall` (lenient), `strict_topK_recall` (by position), `unfiltered_topK_recall` (lenient, without
-        the stop-word filter), and `oracle_topK_recall` (what a perfect ranking could reach).
+        the stop-word filter), and `oracle_topK_recall` (that of a perfect ranking).
 
     Raises:
         ValueError: numbers of situations or words do not fit, no word is annotated, or a probability is not finite.

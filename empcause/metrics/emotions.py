@@ -1,4 +1,4 @@
-"""How often the most probable emotion is the right one."""
+"""Emotion accuracy: how often the most probable emotion is the annotated one."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,14 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def emotion_correct(emotion_probs: Sequence[ArrayLike], emotion_ids: Sequence[int]) -> NDArray[np.float64]:
-    """1 where the most probable emotion is the right one, else 0: `[n]`; its mean is the accuracy.
+    """Tell for which texts the most probable emotion is the annotated one.
+
+    Args:
+        emotion_probs: for each text `[E]` probabilities.
+        emotion_ids: `[n]` ids of the annotated emotions.
+
+    Returns:
+        `[n]` float64, 1 where it is and 0 elsewhere; the mean is the accuracy.
 
     Raises:
         ValueError: the numbers of texts differ, a probability is not finite, or there is none for the right emotion.

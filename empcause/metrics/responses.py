@@ -1,4 +1,4 @@
-"""How probable the right responses are, and how varied generated ones."""
+"""How probable the reference responses are, and how varied the generated ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,11 +9,11 @@ from empcause.data import split_words
 
 
 def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
-    """exp(total negative log-likelihood / number of tokens): one figure for the corpus.
+    """Perplexity of all responses together: exp(total negative log-likelihood / number of tokens).
 
     Args:
         nll: `[n]` summed negative log-likelihood per response, in nats.
-        tokens: `[n]` its number of tokens.
+        tokens: `[n]` number of tokens per response.
 
     Raises:
         ValueError: the numbers of responses differ, there is none, or a figure is not finite.
@@ -23,7 +23,14 @@ def perplexity(nll: ArrayLike, tokens: ArrayLike) -> float:
 
 
 def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float | None:
-    """Nats per word (`split_words`), which compares over tokenizers; None where there is no word.
+    """Negative log-likelihood in nats per word (`split_words`), which can be compared between tokenizers.
+
+    Args:
+        nll: `[n]` summed negative log-likelihood per response, in nats.
+        responses: the responses.
+
+    Returns:
+        One figure for all responses; None if they have no word.
 
     Raises:
         ValueError: see `perplexity`.
@@ -34,7 +41,14 @@ def nll_per_word(nll: ArrayLike, responses: Sequence[str]) -> float | None:
 
 
 def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float | None:
-    """Bits per UTF-8 byte, which compares over tokenizers; None where there is no byte.
+    """Negative log-likelihood in bits per UTF-8 byte, which can be compared between tokenizers.
+
+    Args:
+        nll: `[n]` summed negative log-likelihood per response, in nats.
+        responses: the responses.
+
+    Returns:
+        One figure for all responses; None if they have no byte.
 
     Raises:
         ValueError: see `perplexity`.
@@ -45,12 +59,15 @@ def bits_per_byte(nll: ArrayLike, responses: Sequence[str]) -> float | None:
 
 
 def distinct_n(responses: Sequence[str], n: int, split: Callable[[str], Sequence[str]] | None = None) -> float:
-    """Unique n-grams of words / all n-grams, over the whole corpus; 0 where there is none.
+    """Distinct-n (Li and others, 2016): number of different n-grams of words / number of all n-grams, over all responses.
 
     Args:
         responses: generated texts.
         n: length of the n-grams.
-        split: text to words; default `split_words`, lower case.
+        split: splits a text into words; default is `split_words` in lower case.
+
+    Returns:
+        The share, in [0, 1]; 0 if there is no n-gram.
     """
     split = split or (lambda text: [word.text.lower() for word in split_words(text)])
     ngrams = [

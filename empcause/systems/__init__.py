@@ -1,4 +1,4 @@
-"""Systems: whatever finds emotions and causes in texts, scores responses or answers dialogues, as an evaluation sees it."""
+"""Systems: everything that finds emotions and causes in texts, scores responses or answers dialogues and can be evaluated."""
 
 from empcause.systems.loading import load_system
 from empcause.systems.protocol import Answers, Encoded, Reading, Reads, Scores, System

@@ -1,4 +1,4 @@
-"""A system from its folder, by the type of model that is in it."""
+"""Loading a system from its folder by the type of the model that is in it."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from empcause.systems.protocol import System
 
 Folder = str | os.PathLike[str]
 
-# By `model_type` of a folder's config.json: what loads the system, from the folder and the one of the extractor beside it.
+# By the `model_type` in a folder's config.json: what makes the system from this folder and the folder of an extractor.
 SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     CauseExtractorConfig.model_type: lambda folder, _: ExtractorSystem(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
@@ -20,14 +20,14 @@ SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
 
 
 def load_system(folder: Folder, extractor: Folder = "") -> System:
-    """The system in a folder.
+    """Load the system that is in a folder.
 
     Args:
-        folder: of a finished training.
-        extractor: folder of the extractor that finds the causes, for systems that need one.
+        folder: the folder of a finished model.
+        extractor: the folder of the extractor that finds the causes, for systems that need one.
 
     Raises:
-        UserError: there is none, it is damaged, or no system is made of such a model.
+        UserError: there is no model, it is damaged, or its type is that of no system.
     """
     found = str(read_config(folder, "model", "empcause train").get("model_type"))
     if found not in SYSTEMS:

@@ -14,13 +14,13 @@ from empcause.systems.protocol import Reading
 
 
 class ExtractorSystem:
-    """The emotion cause extractor: it reads.
+    """The emotion cause extractor, which finds emotions and causes.
 
     Args:
-        folder: of the extractor.
+        folder: the extractor's folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no extractor in it, or it is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -40,11 +40,11 @@ class ExtractorSystem:
 
 
 class GeneratorSystem:
-    """The conversation generator with its extractor: it reads, scores and answers.
+    """The conversation generator with an extractor, which finds emotions and causes, scores responses and answers dialogues.
 
     Args:
-        folder: of the generator.
-        extractor: folder of the extractor.
+        folder: the generator's folder.
+        extractor: the extractor's folder.
 
     Raises:
         UserError: one of them is missing or damaged.
@@ -76,17 +76,17 @@ class GeneratorSystem:
         return [encode_response(self.tokenizer, dialogue.response, limit)[0] for dialogue in dialogues]
 
     def encode(self, dialogues: Sequence[Dialogue]) -> list[EncodedDialogue]:
-        """The dialogues as `score` takes them (see `Scores`)."""
+        """Encode dialogues for `score` (see `Scores`)."""
         limit = longest_sequence(self.model)
         return [encode_for(self.model, self.tokenizer, dialogue, limit) for dialogue in dialogues]
 
     def score(self, encoded: Sequence[EncodedDialogue], batch_size: int) -> list[tuple[float, int]]:
-        """Summed NLL of each response, and its number of tokens (see `Scores`)."""
+        """Summed negative log-likelihood of each response, and its number of tokens (see `Scores`)."""
         nll, tokens = response_nll(self.model, self.tokenizer, encoded, batch_size=batch_size)
         return list(zip(nll.tolist(), tokens.tolist(), strict=True))
 
     def check_room(self, max_new_tokens: int) -> None:
-        """Refuse answers that leave the dialogue no room (see `Answers`)."""
+        """Refuse a length of answers that leaves no room for the dialogue (see `Answers`)."""
         longest_context(self.model, max_new_tokens)
 
     def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:

@@ -1,7 +1,7 @@
 """What an evaluation may ask of a system.
 
-A system is a `System`, and besides any of `Reads`, `Scores` and `Answers`: `isinstance` tells which, by the methods that it has.
-An evaluation asks for what the system can do, and for no more.
+Every system is a `System`, and any of `Reads`, `Scores` and `Answers`; `isinstance` tells which by the methods that it has.
+An evaluation measures what the system can do, and leaves out the rest.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from empcause.data import Causes, Dialogue, Word
 
 @dataclass(frozen=True)
 class Reading:
-    """What a system finds in one text; None is what it does not find.
+    """What a system finds in one text; what it does not look for is None.
 
     Attributes:
-        emotion_probs: `[E]` float32, in the order of the system's `emotions`.
+        emotion_probs: `[E]` float32, probabilities in the order of the system's `emotions`.
         word_probs: `[W]` float32, the cause probability of every word. Only their order is scored.
-        causes: cause probabilities of pieces of the text, which the system wants to have in the dialogue (`Dialogue.causes`)
-            when it is to score or to answer it.
+        causes: cause probabilities of pieces of the text. The dialogues that the system scores and answers have them
+            (`Dialogue.causes`).
     """
 
     emotion_probs: NDArray[np.float32] | None = None
@@ -33,11 +33,12 @@ class Reading:
 
 @runtime_checkable
 class System(Protocol):
-    """What every system says of itself.
+    """What every system says about itself.
 
     Attributes:
-        folders: where it was loaded from, "model" first; all that decides its results lies in these folders.
-        note: what a report should say of it, as part of a sentence; may be empty.
+        folders: the folders that it was loaded from, "model" first. Everything that its results depend on lies in them: an
+            evaluation that is repeated notices a change of any file there, and of nothing else.
+        note: what a report should say about it, as part of a sentence; may be empty.
     """
 
     folders: dict[str, Path]
@@ -50,16 +51,19 @@ class Reads(System, Protocol):
 
     @property
     def emotions(self) -> Sequence[str]:
-        """Names of the emotions that it knows, by their ids."""
+        """Names of the emotions that it knows, by their ids; empty if it finds no emotions."""
         ...
 
     def read(self, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int) -> list[Reading]:
-        """Read texts.
+        """Find emotions and causes in texts.
 
         Args:
-            texts: raw texts; of a dialogue, its joined text.
-            words: the words of each.
+            texts: raw texts; for a dialogue, its `text`.
+            words: the words of each text.
             batch_size: texts per batch.
+
+        Returns:
+            One reading per text.
         """
         ...
 
@@ -69,8 +73,8 @@ class Encoded(Protocol):
     """A dialogue with its response, as a system scores it.
 
     Attributes:
-        dropped_turns: oldest turns that did not fit.
-        cut_response: the response lost its end, which is then not scored.
+        dropped_turns: number of the oldest turns that did not fit.
+        cut_response: whether the end of the response did not fit, so that it is not scored.
     """
 
     dropped_turns: int
@@ -103,7 +107,10 @@ class Answers(System, Protocol):
     """Answers dialogues."""
 
     def check_room(self, max_new_tokens: int) -> None:
-        """Before the work: whether it can write answers of that length.
+        """Check before any work whether it can write answers of this length.
+
+        Args:
+            max_new_tokens: longest answer in tokens.
 
         Raises:
             UserError: it cannot.
@@ -111,10 +118,10 @@ class Answers(System, Protocol):
         ...
 
     def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:
-        """The most probable answer to each dialogue, whose own response is not looked at.
+        """Answer each dialogue greedily.
 
         Args:
-            dialogues: what was said.
+            dialogues: what was said; a response that they have is not looked at.
             batch_size: dialogues per batch.
             max_new_tokens: longest answer in tokens.
         """

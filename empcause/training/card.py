@@ -1,4 +1,4 @@
-"""The model card: what a training run says about the model that came out of it."""
+"""The model card: what a training writes about the model that it made."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,12 +14,12 @@ from empcause.text import code, markdown
 if TYPE_CHECKING:
     from empcause.training.common import StageTrainer
 
-# transformers' settings that make a difference to the model; the stages' own are all named.
+# Settings of transformers' Trainer that affect the model; the stages' own settings are all shown.
 _SETTINGS = (
     "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
     "gradient_accumulation_steps label_smoothing_factor bf16 fp16 seed data_seed"
 ).split()
-# Where things lay on the machine, and what the card says in its sentences.
+# Options that are not shown as settings: paths of the machine, and what the card says in its sentences.
 _NOT_SETTINGS = {
     "data",
     "model_name_or_path",
@@ -34,23 +34,27 @@ _NOT_SETTINGS = {
 def model_card(
     trainer: "StageTrainer", metrics: Mapping[str, float], title: str, abilities: str, trained_on: str, origin: Origin
 ) -> str:
-    """The card of a finished model, in Markdown with the front matter of the Hugging Face Hub.
+    """Write the card of a finished model.
 
     Args:
-        trainer: after `train`.
-        metrics: figures of the final evaluation.
+        trainer: the trainer after `train`.
+        metrics: figures of the final evaluation, by name.
         title: what the model is.
         abilities: sentences about what it does.
-        trained_on: how many texts it learned from, and how many it was validated on.
-        origin: the data of both.
+        trained_on: how many texts it learned from and was validated on, as a part of a sentence.
+        origin: the data that these texts are from.
+
+    Returns:
+        Markdown with the front matter that the Hugging Face Hub reads.
     """
     args = trainer.args
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
     settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in _NOT_SETTINGS}
     settings["processes"] = args.world_size
-    front = yaml.safe_dump(
-        {"license": origin.licence, "library_name": "empcause", "language": "en"}, sort_keys=False, allow_unicode=True
-    )
+    about: dict[str, object] = {"license": origin.licence, "library_name": "empcause"}
+    if origin.languages:
+        about["language"] = list(origin.languages)
+    front = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---",
         f"# {title}",

@@ -1,4 +1,4 @@
-"""What both stages share: models from a folder or from nothing, the Trainer's habits, the finished model's folder."""
+"""What both stages share: their options, tokenizers and configurations, and the trainer."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
-from empcause.checkpoints import check_weights
+from empcause.checkpoints import check_model_weights
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
 from empcause.hub import not_found, reach_hub
@@ -33,24 +33,24 @@ from empcause.training.fingerprint import check_same, fingerprint
 from empcause.training.folder import CheckpointedTrainer, save_finished
 from empcause.training.settings import OPTIMIZERS, RANGES, REFUSED, WITHOUT_OPTIONS, WITHOUT_WARMUP, WORKING
 
-# Files of a tokenizer's folder that say of which class it is.
+# Files in a tokenizer's folder that tell the class of the tokenizer.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 
 @dataclass
 class StageTrainingArguments(TrainingArguments):
-    """Options that both stages have, with the settings of the paper's Table 4 that both share.
+    """Options that both stages have; the defaults are those settings of the paper's Table 4 that both share.
 
-    `metric_for_best_model` is what early stopping, the plateau scheduler and the choice of the best checkpoint watch.
+    Early stopping, the plateau scheduler and the choice of the best checkpoint watch `metric_for_best_model`.
 
     Attributes:
-        figures: what an evaluation of the stage measures.
-        higher_is_better: whether these should rise.
-        ranges: range by name of an option.
-        refused: reason by name of an option that may have no value but its default.
+        figures: names of the figures that an evaluation of the stage measures.
+        higher_is_better: whether a higher figure is better.
+        ranges: allowed range of each numeric option, by its name.
+        refused: options that must keep their default, by name, with the reason.
 
     Raises:
-        UserError: a value out of range, or an option or a combination that would not do what it says.
+        UserError: a value is out of range, or an option or a combination would not do what it says.
     """
 
     figures: ClassVar[tuple[str, ...]]
@@ -59,28 +59,36 @@ class StageTrainingArguments(TrainingArguments):
     refused: ClassVar[dict[str, str]] = REFUSED
 
     data: str | None = field(
-        default=None, metadata={"help": "folder or archive of the data, or `sample`; default $EMPCAUSE_DATA_DIR"}
+        default=None,
+        metadata={"help": "folder or archive of the data, a corpus' name, or `sample`; default $EMPCAUSE_DATA_DIR"},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "pretrained model, by name or folder; empty: from nothing, see model_type"}
+        default=None,
+        metadata={"help": "pretrained model to start from, by name or folder; empty: a new model of model_type"},
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, if it is not the model's own"})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "tokenizer, by name or folder; default: that of model_name_or_path"}
+    )
     model_type: str | None = field(
-        default=None, metadata={"help": "architecture of a model made from nothing, e.g. roberta, gpt2, llama"}
+        default=None, metadata={"help": "architecture of a new model, e.g. roberta, gpt2, llama"}
     )
     config_overrides: str | None = field(
-        default=None, metadata={"help": "its sizes, e.g. n_embd=384,n_layer=6,n_head=6"}
+        default=None, metadata={"help": "sizes of a new model, e.g. n_embd=384,n_layer=6,n_head=6"}
     )
     early_stopping_patience: int = field(
-        default=5, metadata={"help": "evaluations without a better figure before training ends; 0: never"}
+        default=5, metadata={"help": "end after this many evaluations without a better figure; 0: never end early"}
     )
-    learning_rate: float = field(default=2e-5, metadata={"help": "initial learning rate of AdamW"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "initial learning rate of the optimiser"})
     lr_scheduler_type: str = field(default="reduce_lr_on_plateau", metadata={"help": "learning rate schedule"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: epoch, steps or no"})
     save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint: epoch, steps or no"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept, the best among them"})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "end with the best checkpoint"})
-    logging_steps: float = field(default=20, metadata={"help": "steps between two logged losses"})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "number of checkpoints that are kept, the best one among them"}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "use the best checkpoint as the finished model"}
+    )
+    logging_steps: float = field(default=20, metadata={"help": "number of optimiser steps between two logged losses"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what an earlier training left in output_dir"}
     )
@@ -90,20 +98,24 @@ class StageTrainingArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "a resumed run remembers how long it has seen no better figure"}
     )
-    greater_is_better: bool | None = field(default=None, metadata={"help": "known from the figure that is watched"})
-    report_to: str | None = field(default="none", metadata={"help": "none, tensorboard, wandb, ..."})
+    greater_is_better: bool | None = field(default=None, metadata={"help": "follows from metric_for_best_model"})
+    report_to: str | None = field(
+        default="none", metadata={"help": "where losses and figures are logged: none, tensorboard, wandb, ..."}
+    )
 
     def to_json_string(self) -> str:
-        """As JSON in which nothing is HTML, a link or a picture: TensorBoard shows it as Markdown."""
+        """The options as JSON without HTML, links or pictures, because TensorBoard shows it as Markdown."""
         return super().to_json_string().replace("<", r"\u003c").replace("](", r"]\u0028")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path and self.config_overrides:
-            raise ValueError("config_overrides shapes a model made from nothing; leave model_name_or_path empty.")
+            raise ValueError(
+                "config_overrides sets the sizes of a new model; leave model_name_or_path empty to make one."
+            )
         if not self.model_name_or_path and not self.model_type:
-            raise ValueError("give model_name_or_path (a pretrained model) or model_type (one made from nothing).")
+            raise ValueError("give model_name_or_path (a pretrained model) or model_type (a new model).")
         if not self.model_name_or_path and not self.tokenizer_name:
-            raise ValueError("a model made from nothing needs tokenizer_name.")
+            raise ValueError("a new model needs tokenizer_name, the name or folder of a tokenizer.")
         for name in ("model_name_or_path", "tokenizer_name"):
             _check_local(name, getattr(self, name))
         self._check_settings()
@@ -117,7 +129,7 @@ class StageTrainingArguments(TrainingArguments):
         self._check_strategies()
 
     def _check_settings(self) -> None:
-        """Refuse values out of range, options that would be ignored or do something else, and unknown figures."""
+        """Refuse values out of range, options that would be ignored or have another effect, and unknown figures."""
         check_values(self, self.ranges)
         inherited = {each.name for each in fields(TrainingArguments)}
         for each in fields(self):
@@ -142,7 +154,7 @@ class StageTrainingArguments(TrainingArguments):
         self.greater_is_better = self.higher_is_better
 
     def _check_schedule(self) -> None:
-        """Let the schedule watch its figure in the right direction, and refuse options that it does not know."""
+        """Make the schedule watch its figure in the right direction, and refuse options that it does not have."""
         kind, given = SchedulerType(self.lr_scheduler_type).value, self.lr_scheduler_kwargs or {}
         if kind in WITHOUT_WARMUP and self.warmup_steps:
             raise UserError(
@@ -185,20 +197,20 @@ class StageTrainingArguments(TrainingArguments):
 
 
 def _check_local(name: str, value: str | None) -> None:
-    """A value that looks like a path must exist; anything else is a name on the model hub."""
+    """Refuse a value that looks like a path and does not exist; anything else is a name on the model hub."""
     if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(value).expanduser().exists():
         raise ValueError(f"{name} {value!r} does not exist.")
 
 
 def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that the options name.
+    """Load the tokenizer that the options name.
 
     Raises:
-        UserError: it cannot be found or has no character offsets.
+        UserError: it cannot be found, or it gives no character offsets.
     """
     name = args.tokenizer_name or args.model_name_or_path
     assert name is not None
-    # A folder with nothing but a vocabulary does not say whose it is; then it is that of the architecture asked for.
+    # A folder that holds a vocabulary alone does not tell the class of its tokenizer; then it is that of `model_type`.
     unnamed = Path(name).is_dir() and not any((Path(name) / file).exists() for file in _NAMING_FILES)
     options = {"tokenizer_type": args.model_type} if unnamed and args.model_type else {}
     reach_hub(name)
@@ -212,10 +224,14 @@ def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
 
 
 def load_config(args: StageTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of the named model, or of a new one of `model_type` with `config_overrides`.
+    """Load the configuration of the named model, or make one of `model_type` with `config_overrides`.
+
+    Args:
+        args: the options.
+        tokenizer: gives a new configuration the size of the vocabulary and the ids of special tokens.
 
     Raises:
-        UserError: unknown model, type or key.
+        UserError: the model, the type or a key is unknown, or the named folder has no whole weights.
     """
     if args.model_name_or_path:
         reach_hub(args.model_name_or_path)
@@ -224,7 +240,7 @@ def load_config(args: StageTrainingArguments, tokenizer: PreTrainedTokenizerBase
         except (OSError, ValueError) as error:
             raise not_found("model", args.model_name_or_path, error) from error
         if Path(args.model_name_or_path).is_dir():
-            check_weights(args.model_name_or_path)
+            check_model_weights(args.model_name_or_path)
         return config
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -243,12 +259,12 @@ class StageTrainer(CheckpointedTrainer):
     """transformers' Trainer with length-bucketed batches, early stopping, and runs that resume to the same result.
 
     Args:
-        made_from: digests of what decides the result besides the options, by name.
-        phases: index sets of training items trained one after another within an epoch.
-        **kwargs: see `transformers.Trainer`; training items have `input_ids`.
+        made_from: digests of everything but the options that the result depends on, by name.
+        phases: index sets of training items that are trained one after another within an epoch.
+        **kwargs: arguments of `transformers.Trainer`; every training item has `input_ids`.
 
     Raises:
-        UserError: transformers refuses the options, or drop_last leaves no batch.
+        UserError: transformers refuses the options, or `dataloader_drop_last` leaves no batch.
     """
 
     def __init__(
@@ -279,10 +295,13 @@ class StageTrainer(CheckpointedTrainer):
         self.about = fingerprint(self, made_from)
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
-        """Train from the beginning, or go on from a checkpoint; one that a run had ended with is not trained further.
+        """Train from the beginning, or continue from a checkpoint; if it is one of the end of a run, it is not trained further.
+
+        Args:
+            resume_from_checkpoint: folder of the checkpoint, or None.
 
         Raises:
-            UserError: the checkpoint is of another training, or lies beyond the end of this one.
+            UserError: the checkpoint belongs to another training, or lies beyond the end of this one.
         """
         if resume_from_checkpoint is None:
             return super().train()
@@ -313,7 +332,10 @@ class StageTrainer(CheckpointedTrainer):
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step forward and backward.
+        """Run the forward and the backward pass of one batch.
+
+        Returns:
+            The loss, 0-d.
 
         Raises:
             UserError: the loss is not finite.
@@ -326,12 +348,15 @@ class StageTrainer(CheckpointedTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Figures of the stage, logged under the prefix; the callbacks are told, as `Trainer.evaluate` does.
+        """Measure the stage's figures, log them under the prefix, and tell the callbacks as `Trainer.evaluate` does.
+
+        Returns:
+            The figures by their prefixed names.
 
         Raises:
             UserError: a weight or a figure is not finite.
         """
-        self._check_weights()
+        self._require_finite_parameters()
         metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
         if not all(map(math.isfinite, metrics.values())):
             raise self._diverged("a figure of the evaluation")
@@ -341,14 +366,14 @@ class StageTrainer(CheckpointedTrainer):
         return named
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
-        """The figures that the stage's options name in `figures`."""
+        """Measure the figures that the stage's options name in `figures`, on a validation set."""
         raise NotImplementedError
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._check_weights()
+        self._require_finite_parameters()
         super()._save_checkpoint(*args, **kwargs)
 
-    def _check_weights(self) -> None:
+    def _require_finite_parameters(self) -> None:
         if not all(weights.isfinite().all() for weights in self.model.parameters()):
             raise self._diverged("a weight")
 
@@ -359,7 +384,7 @@ class StageTrainer(CheckpointedTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of similar length in a repeatable order."""
+        """A loader of batches of similar length in a repeatable order."""
         args = self.args
         loader = DataLoader(
             self.train_dataset,
@@ -376,7 +401,7 @@ class StageTrainer(CheckpointedTrainer):
 
 
 class _Progress(TrainerCallback):
-    """Tells the batches their epoch, and lets a resumed run log, evaluate and save when its own options say."""
+    """Tells the sampler the epoch, and makes a resumed run log, evaluate and save when its own options say."""
 
     def __init__(self, batches: LengthBatchSampler) -> None:
         self.batches = batches
@@ -392,12 +417,15 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
     """Save the model with `save_pretrained`, its tokenizer, metrics, training history and model card.
 
     Args:
-        trainer: after `train`; holds the best model.
+        trainer: the trainer after `train`, with the best model.
         metrics: figures of the final evaluation.
         card: text of the model card.
 
     Returns:
         `metrics`.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or fails.
     """
     if trainer.is_world_process_zero():
         save_finished(trainer, metrics, card)
@@ -405,5 +433,5 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
 
 
 def set_environment() -> None:
-    """Fast tokenizers fork-safe, before any worker starts."""
+    """Make fast tokenizers safe for the forked workers of a data loader; call it before any worker starts."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -16,7 +16,7 @@ from empcause.data import CauseAnnotation, emotion_id, find_corpus, load_annotat
 from empcause.data.collation import pad_batch
 from empcause.data.origin import origin
 from empcause.data.sequences import IGNORED, MIN_LENGTH
-from empcause.errors import UserError
+from empcause.errors import Missing, UserError
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input
 from empcause.extractor.encoding import is_cut
 from empcause.metrics import emotion_correct, score_causes
@@ -60,14 +60,17 @@ class ExtractorTrainingArguments(StageTrainingArguments):
         "debug": "it cannot read the extractor's automatic labels",
     }
 
-    output_dir: str | None = field(default="runs/extractor", metadata={"help": "where checkpoints and model go"})
+    output_dir: str | None = field(
+        default="runs/extractor", metadata={"help": "folder for the checkpoints and the finished model"}
+    )
     model_name_or_path: str | None = field(
-        default="roberta-base", metadata={"help": "pretrained encoder, by name or folder; empty: from nothing"}
+        default="roberta-base",
+        metadata={"help": "pretrained encoder, by name or folder; empty: a new model of model_type"},
     )
     supervision: str = field(
         default="semi-supervised",
         metadata={
-            "help": "semi-supervised (Algorithm 1), supervised (EmoCause alone), unsupervised (automatic labels alone), "
+            "help": "semi-supervised (Algorithm 1), supervised (annotations alone), unsupervised (automatic labels alone), "
             "emotion (emotion labels alone)",
             "choices": list(SUPERVISIONS),
         },
@@ -76,32 +79,43 @@ class ExtractorTrainingArguments(StageTrainingArguments):
         default=False, metadata={"help": "mix labelled and unlabelled batches; otherwise all labelled ones come first"}
     )
     automatic_label_start: int = field(
-        default=0, metadata={"help": "epochs during which unlabelled texts train the emotion alone"}
+        default=0, metadata={"help": "first epochs in which texts without annotation train the emotion alone"}
     )
-    automatic_top_k: int = field(default=3, metadata={"help": "words per text that automatic labels mark"})
+    automatic_top_k: int = field(
+        default=3, metadata={"help": "number of words per text that automatic labels mark as causes"}
+    )
     stratified_split: bool = field(
-        default=False, metadata={"help": "halve EmoCause's validation split emotion by emotion"}
+        default=False, metadata={"help": "halve the annotations' validation split separately for each emotion"}
     )
     cause_from: str = field(
-        default="head", metadata={"help": "where causes are read from", "choices": ["head", "attention"]}
+        default="head",
+        metadata={
+            "help": "source of cause probabilities: the cause head, or the first token's attention",
+            "choices": ["head", "attention"],
+        },
     )
-    attention_pooling: str = field(default="mean", metadata={"help": "over heads", "choices": ["mean", "max"]})
+    attention_pooling: str = field(
+        default="mean", metadata={"help": "how the heads of that attention are combined", "choices": ["mean", "max"]}
+    )
     aux_form: str = field(
         default="complement",
-        metadata={"help": "auxiliary loss: 1 - <Att, C1>, or <Att, C1>", "choices": ["complement", "literal"]},
+        metadata={
+            "help": "auxiliary loss (eq 8): 1 - <Att, C1>, or literally <Att, C1>",
+            "choices": ["complement", "literal"],
+        },
     )
     emotion_weight: float = field(default=1 / 3, metadata={"help": "weight of the emotion loss (eq 9)"})
     cause_weight: float = field(default=1.0, metadata={"help": "weight of the cause loss (eq 9)"})
     aux_weight: float = field(default=1.0, metadata={"help": "weight of the auxiliary loss (eq 9)"})
     cause_reduction: str = field(
-        default="mean", metadata={"help": "cause loss over tokens", "choices": ["mean", "sum"]}
+        default="mean", metadata={"help": "how the cause loss combines tokens", "choices": ["mean", "sum"]}
     )
     max_length: int = field(default=128, metadata={"help": "longest text in tokens"})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "texts per batch and device"})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "texts per batch and device in evaluation"})
     num_train_epochs: float = field(default=20, metadata={"help": "training iterations of Algorithm 1"})
     metric_for_best_model: str | None = field(
-        default="top5_recall", metadata={"help": "validation figure that early stopping and scheduler watch"}
+        default="top5_recall", metadata={"help": "validation figure that early stopping and the scheduler watch"}
     )
 
     def __post_init__(self) -> None:
@@ -116,20 +130,34 @@ class ExtractorTrainingArguments(StageTrainingArguments):
 
 @in_output_folder("empcause train extractor")
 def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
-    """Train an extractor; the best checkpoint ends in `args.output_dir`.
+    """Train an extractor; the best one is in `args.output_dir` then.
+
+    Args:
+        args: the options.
 
     Returns:
-        Validation figures: accuracy and Top-k recall.
+        Accuracy and Top-k recall on the validation situations, each in [0, 1], by name.
 
     Raises:
-        UserError: missing or malformed data, model or checkpoint.
+        UserError: data, model or checkpoint are missing or malformed, or the training diverged.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     set_environment()
     checkpoint = find_checkpoint(args)
     corpus, _ = find_corpus(args.data)
-    labelled, validation = split_annotations(args)
+    try:
+        labelled, validation = split_annotations(args)
+    except Missing as error:
+        raise UserError(
+            f"{str(error).removesuffix('.')} (an extractor is validated on annotated causes, whatever its supervision)."
+        ) from error
     dialogues = [] if args.supervision == "supervised" else load_dialogues("train", args.data)
     data = origin(args.data, [*labelled, *validation], *([dialogues] if dialogues else []))
+    if without := sum(not dialogue.situation.strip() for dialogue in dialogues):
+        raise UserError(
+            f"{without} of {len(dialogues)} dialogues of {data.name} (split train) have no situation, which is the text that an "
+            "extractor learns from; add the situations, or learn from the annotations alone with --supervision supervised."
+        )
     tokenizer = load_tokenizer(args)
     set_seed(args.seed)
     model = CauseExtractor(*build_encoder(args, tokenizer, corpus.emotions))
@@ -197,9 +225,14 @@ def _abilities(args: ExtractorTrainingArguments, annotations: str) -> str:
 
 
 def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnotation], list[CauseAnnotation]]:
-    """EmoCause-1 and EmoCause-2, the halves of EmoCause's validation split: labelled training data, and validation.
+    """Annotated situations to learn from, and others for the validation.
 
-    Annotations with a training split of their own (the embedded sample) are not halved.
+    These are two random halves of the annotations' validation split (EmoCause-1 and EmoCause-2 in the paper), or the splits
+    train and valid where the annotations have a training split of their own, as the embedded sample has.
+
+    Raises:
+        Missing: there are no annotations.
+        UserError: a record is malformed.
     """
     corpus, _ = find_corpus(args.data)
     if corpus.annotations and "train" in corpus.annotations.splits:
@@ -221,7 +254,16 @@ def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnot
 def build_encoder(
     args: ExtractorTrainingArguments, tokenizer: Any, emotions: Sequence[str]
 ) -> tuple[CauseExtractorConfig, Any]:
-    """The extractor's configuration, and its encoder if that is pretrained (else None)."""
+    """Make the extractor's configuration, and load its encoder if that is pretrained (otherwise None).
+
+    Args:
+        args: the options.
+        tokenizer: the encoder's tokenizer.
+        emotions: names of the emotions, by their ids.
+
+    Raises:
+        UserError: there is no such encoder, or its weights cannot be used.
+    """
     encoder_config = load_config(args, tokenizer)
     encoder = None
     if args.model_name_or_path:
@@ -247,10 +289,10 @@ def build_encoder(
 
 
 def check_tokenizer(tokenizer: Any, model: CauseExtractor) -> None:
-    """Refuse a tokenizer with which the encoder would read something else than the text.
+    """Refuse a tokenizer that does not fit the encoder.
 
     Raises:
-        UserError: it has more tokens than the encoder, none to pad with, or writes no class token before a text.
+        UserError: it has more tokens than the encoder, no padding token, or writes no class token before a text.
     """
     name, rows = tokenizer.name_or_path, len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > rows:
@@ -266,7 +308,14 @@ def check_tokenizer(tokenizer: Any, model: CauseExtractor) -> None:
 def encode_annotation(
     tokenizer: Any, annotation: CauseAnnotation, emotions: Sequence[str], max_length: int
 ) -> dict[str, Any]:
-    """An annotated situation as a training item: every piece that overlaps a gold word is labelled 1."""
+    """Make a training item of an annotated situation: every token that overlaps an annotated word is labelled 1.
+
+    Returns:
+        What `encode_text` gives, with `cause_labels` `[S]` int64, `emotion_labels` (its id) and `automatic` (False).
+
+    Raises:
+        UserError: the emotion is none of `emotions`.
+    """
     encoded = encode_text(tokenizer, annotation.situation, annotation.words, max_length)
     gold_spans = np.array([annotation.words[index][1:] for index in annotation.gold], np.int64).reshape(-1, 2)
     return encoded | {
@@ -277,7 +326,15 @@ def encode_annotation(
 
 
 def cause_labels(offsets: NDArray[np.int64], gold_spans: NDArray[np.int64]) -> NDArray[np.int64]:
-    """1 for pieces that overlap a gold word, 0 for others, -100 for special tokens (empty spans): `[S]`."""
+    """Label tokens by their character spans.
+
+    Args:
+        offsets: `[S, 2]` spans of the tokens; special tokens have empty ones.
+        gold_spans: `[G, 2]` spans of the annotated words.
+
+    Returns:
+        `[S]` int64: 1 for tokens that overlap an annotated word, 0 for others, -100 for special tokens.
+    """
     overlap = np.maximum(offsets[:, :1], gold_spans[:, 0]) < np.minimum(offsets[:, 1:], gold_spans[:, 1])
     is_special = offsets[:, 0] == offsets[:, 1]
     return np.where(is_special, IGNORED, overlap.any(1))
@@ -286,7 +343,11 @@ def cause_labels(offsets: NDArray[np.int64], gold_spans: NDArray[np.int64]) -> N
 def measure_causes(
     model: CauseExtractor, tokenizer: Any, annotations: Sequence[CauseAnnotation], batch_size: int
 ) -> dict[str, float]:
-    """Emotion accuracy and Top-k recall (lenient and strict) on annotated situations."""
+    """Measure emotion accuracy and Top-k recall (lenient and strict) on annotated situations, each in [0, 1].
+
+    Raises:
+        UserError: the extractor's probabilities are not finite, or an emotion is unknown to it.
+    """
     found = extract(
         model,
         tokenizer,
@@ -304,14 +365,14 @@ def measure_causes(
 
 
 class ExtractorTrainer(StageTrainer):
-    """Makes automatic labels once their warm-up is over, logs the three losses, and evaluates by ranking words."""
+    """Trains without automatic labels in the first epochs if so told, logs the three losses, and evaluates by ranking words."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._parts: dict[str, list[float]] = {}
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The model's loss; its parts are remembered for the log."""
+        """Compute the model's loss; its three parts are kept for the log."""
         if (self.state.epoch or 0.0) < self.args.automatic_label_start:
             inputs["automatic"] = torch.zeros_like(inputs["automatic"])
         output = model(**inputs)
@@ -328,5 +389,5 @@ class ExtractorTrainer(StageTrainer):
         super().log(logs, *args, **kwargs)
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
-        """Accuracy and recall on the validation situations."""
+        """Measure accuracy and recall on the validation situations."""
         return measure_causes(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)

@@ -1,4 +1,4 @@
-"""What decides the result of a training: remembered with every checkpoint, compared before one is resumed."""
+"""Everything that the result of a training depends on: saved with every checkpoint, and compared before one is resumed."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from empcause.training.settings import ENDLESS, REFUSED
 if TYPE_CHECKING:
     from empcause.training.common import StageTrainer
 
-# Options that a resumed run may have otherwise: what is named by them is compared by its content, or they decide where a run
-# works, what it shows and what it keeps, but not what it learns. Of these, a batch size of evaluation, checkpointed activations,
-# compilation and another device change results within rounding.
+# Options that may differ in a resumed run. Some name a file whose content is compared instead; the others decide where a run
+# works, what it shows and what it keeps, but not what it learns. Of these, the batch size of evaluation, checkpointed
+# activations, compilation and the device change results within rounding.
 _FREE = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint data model_name_or_path tokenizer_name model_type config_overrides "
     "extractor logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica "
@@ -28,12 +28,12 @@ _FREE = frozenset(
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout".split()
 )
 
-# Parts of a configuration that say nothing about the model.
+# Fields of a configuration that do not affect the model.
 _INCIDENTAL = ("transformers_version", "_name_or_path", "architectures", "use_cache", "dtype")
 
 
 def digest(items: Iterable[Any]) -> str:
-    """SHA-256 over the `repr` of items."""
+    """SHA-256 over the `repr` of items, as "sha256:" and hexadecimal digits."""
     found = hashlib.sha256()
     for item in items:
         found.update(repr(item).encode() + b"\n")
@@ -41,11 +41,11 @@ def digest(items: Iterable[Any]) -> str:
 
 
 def fingerprint(trainer: "StageTrainer", made_from: Mapping[str, str | None]) -> dict[str, Any]:
-    """All that decides the result of a training, as JSON can hold it.
+    """Collect everything that the result of a training depends on, as values that JSON can hold.
 
     Args:
-        trainer: before `train`.
-        made_from: digests of what the options name.
+        trainer: the trainer before `train`.
+        made_from: digests of the data and models that the options name.
     """
     args = trainer.args
     free = _FREE | REFUSED.keys()
@@ -63,15 +63,15 @@ def fingerprint(trainer: "StageTrainer", made_from: Mapping[str, str | None]) ->
 
 
 def check_same(checkpoint: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another training.
+    """Refuse to resume from a checkpoint of another training.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: folder of the checkpoint, for the message.
         old: the fingerprint that was saved with it.
-        new: that of the run that is to go on.
+        new: the fingerprint of the run that would resume.
 
     Raises:
-        UserError: they differ.
+        UserError: the fingerprints differ.
     """
     if not old:
         raise UserError(f"{checkpoint} does not say how it was trained; start anew in another output_dir.")

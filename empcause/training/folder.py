@@ -24,6 +24,7 @@ from empcause.checkpoints import weight_files
 from empcause.errors import Interrupted, UserError
 from empcause.files import sync
 from empcause.outputs import (
+    CHECKPOINT,
     RECORD,
     Record,
     check_ours,
@@ -45,11 +46,10 @@ logger = logging.get_logger(__name__)
 Training = TypeVar("Training", bound=Callable[..., Any])
 
 STATE = "trainer_state.json"
-CHECKPOINT = "checkpoint"
 STAGING = ".saving"
 RESUME = "`empcause train` with --resume_from_checkpoint true"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What a training writes into its folder.
+# Names of everything that a training writes into its folder.
 _WRITTEN = re.compile(
     r"checkpoint-\d+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|README\.md|metrics\.json|"
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|trainer_state)\.json|"
@@ -58,12 +58,12 @@ _WRITTEN = re.compile(
 
 
 def in_output_folder(made_by: str) -> Callable[[Training], Training]:
-    """Decorate a training, which then has its output folder for itself, and says at an unforeseen end what is saved.
+    """Decorate a training, so that no other process works in its output folder and an early end says what is saved.
 
     Args:
         made_by: the command, for the folder's record.
 
-    The training raises besides:
+    The decorated function also raises:
         UserError: another process trains there; the folder holds something else, or an earlier training and neither
             `resume_from_checkpoint` nor `overwrite_output_dir` is given; the disk is full.
         Interrupted: Ctrl-C or SIGTERM.
@@ -72,7 +72,7 @@ def in_output_folder(made_by: str) -> Callable[[Training], Training]:
     def decorate(train: Training) -> Training:
         @wraps(train)
         def run(args: "StageTrainingArguments", *others: Any, **options: Any) -> Any:
-            if not args.should_save:  # of several processes one writes
+            if not args.should_save:  # one of several processes writes
                 return train(args, *others, **options)
             folder = Path(str(args.output_dir))
             with working_in(folder):
@@ -93,11 +93,11 @@ def in_output_folder(made_by: str) -> Callable[[Training], Training]:
 
 
 def _check_free(args: "StageTrainingArguments", folder: Path, made_by: str) -> None:
-    """Refuse a folder in which something would be overwritten that this command did not make, or was not told to."""
+    """Refuse a folder in which something would be overwritten that this command did not make, or was not told to overwrite."""
     wanted = _wanted(args)
     if wanted and args.overwrite_output_dir:
         raise UserError("resume_from_checkpoint goes on from what overwrite_output_dir removes; give one of them.")
-    # A checkpoint may have been brought here, to go on with it.
+    # The user may have put a checkpoint here to resume from it.
     brought = [path.name for path in _checkpoints(folder) if wanted and (path / RECORD).exists()]
     record = check_ours(folder, made_by, _WRITTEN, brought)
     found = any(map(_WRITTEN.fullmatch, os.listdir(folder)))
@@ -133,9 +133,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(args: "StageTrainingArguments") -> str | None:
-    """What to resume from: `--resume_from_checkpoint true` (the newest whole one in output_dir), a folder, or None.
+    """Find the checkpoint to resume from: the named folder, or the newest whole one in output_dir (if told `true`), or None.
 
-    A checkpoint that is not whole, and one whose best checkpoint is not, is passed over with a warning.
+    In output_dir, a checkpoint that is not whole, or whose best checkpoint is not, is passed over with a warning.
 
     Raises:
         UserError: the named checkpoint is missing or not whole.
@@ -158,14 +158,14 @@ def find_checkpoint(args: "StageTrainingArguments") -> str | None:
 
 
 def check_checkpoint(folder: Path, with_best: bool) -> None:
-    """Check that a training can go on from a checkpoint: it is as it was saved, and reading it runs no code.
+    """Check that a training can resume from a checkpoint: it is as it was saved, and reading it runs no code.
 
     Args:
-        folder: the checkpoint.
+        folder: folder of the checkpoint.
         with_best: whether the best checkpoint until then is needed too.
 
     Raises:
-        UserError: it is not, or the best checkpoint that it names is not.
+        UserError: the checkpoint, or the best checkpoint that it names, is missing, damaged or unsafe to read.
     """
     if not folder.is_dir():
         raise UserError(f"resume_from_checkpoint: the folder {folder} does not exist.")
@@ -200,7 +200,7 @@ def check_checkpoint(folder: Path, with_best: bool) -> None:
 
 
 def _beside(folder: Path, best: str) -> Path:
-    """The best checkpoint: it lies beside the others, wherever the output folder has been moved."""
+    """Path of the best checkpoint, which lies beside the others even if the output folder was moved."""
     return folder.parent / Path(best).name
 
 
@@ -212,14 +212,14 @@ class _Stop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take both signals until the block ends. Python lets the main thread alone do that."""
+        """Handle both signals until the block ends. In other threads than the main one, Python does not allow it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         process = os.getpid()
 
         def note(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != process:  # a worker that loads data; the trainer ends it
+            if os.getpid() != process:  # this is a data-loading worker, which the trainer ends
                 return
             if self.signal is not None:
                 raise Interrupted(signal=number)
@@ -239,7 +239,7 @@ class _Stop(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop. Processes are signalled at different times and stop at the same step."""
+        """Save and stop after a signal. Several processes get it at different times, but stop at the same step."""
         stops = self.signal is not None
         if args.world_size > 1:
             one = torch.tensor(int(stops), device=args.device)
@@ -251,16 +251,16 @@ class _Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """In the middle of an epoch there is nothing to evaluate: a resumed training does that at its end."""
+        """Skip the evaluation when a training stops within an epoch: the resumed training evaluates at the epoch's end."""
         if self.signal is not None and state.epoch % 1 != 0:
             control.should_evaluate = control.should_save = control.should_log = False
 
 
 class CheckpointedTrainer(Trainer):
-    """transformers' Trainer with checkpoints that are whole or known not to be, and that an interruption leaves behind.
+    """transformers' Trainer whose checkpoints are whole or known not to be, and which saves one when it is interrupted.
 
     Attributes:
-        about: what a checkpoint is to remember of its training, for a resumed one to compare (`read_record(...).about`).
+        about: what a checkpoint's record says about its training, for a resumed one to compare (`read_record(...).about`).
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -270,7 +270,7 @@ class CheckpointedTrainer(Trainer):
         self.add_callback(self._stop)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' Trainer.
+        """Train as transformers' Trainer does, but keep older checkpoints until a new one is whole, and stop at a signal.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM.
@@ -313,7 +313,7 @@ class CheckpointedTrainer(Trainer):
             self._remove_older(output, folder)
 
     def _remove_older(self, output: Path, newest: Path) -> None:
-        """Keep as many checkpoints as `save_total_limit` says, this one and the best among them, and no half ones."""
+        """Keep at most `save_total_limit` checkpoints, the newest and the best among them, and none that is incomplete."""
         made = (read_record(output) or Record("")).files
         kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
         older = [path for path in _checkpoints(output) if path.name in made and path.name not in kept]
@@ -346,7 +346,7 @@ class CheckpointedTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if name not in tied]
         if names := missing + load_result.unexpected_keys:
             raise UserError(
-                f"The checkpoint is of another model: {names[0]} is {'missing' if missing else 'too much'}."
+                f"The checkpoint is of another model: {names[0]} is {'missing' if missing else 'not a weight of this one'}."
             )
 
     def _load_best_model(self) -> None:
@@ -362,10 +362,10 @@ class CheckpointedTrainer(Trainer):
 def save_finished(trainer: "StageTrainer", metrics: Mapping[str, float], card: str) -> None:
     """Write the finished model, its tokenizer, training history, `metrics.json` and model card to the output folder.
 
-    They are written beside it first: a model that stood there before stands there until the new one is whole.
+    They are written to a folder inside it first, so that an earlier model stays until the new one is whole.
 
     Args:
-        trainer: after `train`; holds the best model.
+        trainer: the trainer after `train`, with the best model.
         metrics: figures of the final evaluation.
         card: text of the model card, in Markdown.
 

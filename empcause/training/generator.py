@@ -56,20 +56,23 @@ class GeneratorTrainingArguments(StageTrainingArguments):
         "max_eval_samples": COUNT,
     }
 
-    output_dir: str | None = field(default="runs/generator", metadata={"help": "where checkpoints and model go"})
+    output_dir: str | None = field(
+        default="runs/generator", metadata={"help": "folder for the checkpoints and the finished model"}
+    )
     model_name_or_path: str | None = field(
-        default="gpt2", metadata={"help": "pretrained causal LM, by name or folder; empty: from nothing"}
+        default="gpt2", metadata={"help": "pretrained causal LM, by name or folder; empty: a new model of model_type"}
     )
     extractor: str | None = field(
         default="runs/extractor", metadata={"help": "folder of the frozen extractor; not needed with gamma 0"}
     )
-    gamma: float = field(default=1.0, metadata={"help": "factor of the attention bias; 0: no bias"})
+    gamma: float = field(default=1.0, metadata={"help": "factor of the attention bias towards causes; 0: no bias"})
     cause_scope: str = field(
         default="context",
         metadata={"help": "turns that may hold causes", "choices": ["context", "speaker", "last"]},
     )
     cause_threshold: float | None = field(
-        default=None, metadata={"help": "turn cause probabilities into 0 and 1 there; default: use them as they are"}
+        default=None,
+        metadata={"help": "turn cause probabilities into 0 and 1 at this value; default: use them as they are"},
     )
     max_length: int = field(default=256, metadata={"help": "longest dialogue in tokens; oldest turns are dropped"})
     max_train_samples: int | None = field(
@@ -78,12 +81,14 @@ class GeneratorTrainingArguments(StageTrainingArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "validate on this many responses, drawn by the seed; default: all"}
     )
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "dialogues per batch and device"})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "dialogues per batch in evaluation"})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "dialogues per batch and device in training"})
+    per_device_eval_batch_size: int = field(
+        default=16, metadata={"help": "dialogues per batch and device in evaluation"}
+    )
     gradient_accumulation_steps: int = field(default=2, metadata={"help": "batches per optimiser step"})
     num_train_epochs: float = field(default=10, metadata={"help": "passes over the training responses"})
     metric_for_best_model: str | None = field(
-        default="perplexity", metadata={"help": "validation figure that early stopping and scheduler watch"}
+        default="perplexity", metadata={"help": "validation figure that early stopping and the scheduler watch"}
     )
 
     def __post_init__(self) -> None:
@@ -94,13 +99,17 @@ class GeneratorTrainingArguments(StageTrainingArguments):
 
 @in_output_folder("empcause train generator")
 def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
-    """Train a generator; the best checkpoint ends in `args.output_dir`.
+    """Train a generator; the best one is in `args.output_dir` then.
+
+    Args:
+        args: the options.
 
     Returns:
-        Validation figures: perplexity and NLL per token.
+        Perplexity and NLL per token (in nats) on the validation responses, by name.
 
     Raises:
-        UserError: missing or malformed data, model, extractor or checkpoint.
+        UserError: data, model, extractor or checkpoint are missing or malformed, or the training diverged.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     set_environment()
     checkpoint = find_checkpoint(args)
@@ -169,10 +178,10 @@ def _draw(pairs: list[Dialogue], number: int | None, seed: int) -> list[Dialogue
 
 
 def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The generator that the options describe, pretrained or from nothing, with its tokenizer.
+    """Make the generator that the options describe, from a pretrained model or new, and its tokenizer.
 
     Raises:
-        UserError: no such model, or a family that has no generator.
+        UserError: there is no such model, or no generator for its type.
     """
     tokenizer = load_tokenizer(args)
     base = load_config(args, tokenizer)
@@ -202,7 +211,14 @@ def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, 
 def encode_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Dialogue], max_length: int
 ) -> list[EncodedDialogue]:
-    """Response pairs as the generator reads them; says how many turns and responses did not fit."""
+    """Encode response pairs for the generator, and warn of turns and responses that do not fit.
+
+    Args:
+        model: the generator.
+        tokenizer: its tokenizer.
+        pairs: dialogues with their responses.
+        max_length: greatest number of tokens of a dialogue with its response.
+    """
     encoded = [encode_for(model, tokenizer, pair, max_length) for pair in pairs]
     dropped = sum(each.dropped_turns for each in encoded)
     cut = sum(each.cut_turn or each.cut_response for each in encoded)
@@ -218,22 +234,26 @@ def encode_pairs(
 def measure_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[EncodedDialogue], batch_size: int
 ) -> dict[str, float]:
-    """Perplexity over all response tokens, and the NLL per token in nats."""
+    """Measure the perplexity over all response tokens, and the NLL per token in nats.
+
+    Raises:
+        UserError: the generator's probabilities are not finite.
+    """
     nll, tokens = response_nll(model, tokenizer, encoded, batch_size=batch_size)
     return {"perplexity": perplexity(nll, tokens), "nll_per_token": float(nll.sum() / tokens.sum())}
 
 
 class GeneratorTrainer(StageTrainer):
-    """Smooths labels in the model, and evaluates by the perplexity of the corpus, not the mean of batches."""
+    """Lets the model smooth the labels, and evaluates by the perplexity over all responses, not by a mean over batches."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.label_smoother: Any = None  # the Trainer's would compare each token's logits with that token, not the next
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's loss, with labels smoothed as the options say."""
+        """Compute the model's loss, with labels smoothed as the options say."""
         return super().compute_loss(model, inputs | {"smoothing": self.args.label_smoothing_factor}, *args, **kwargs)
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:
-        """Perplexity on the validation responses."""
+        """Measure the perplexity on the validation responses."""
         return measure_perplexity(model, self.processing_class, dataset, self.args.per_device_eval_batch_size)

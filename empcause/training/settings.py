@@ -1,14 +1,14 @@
-"""What transformers' TrainingArguments mean for the two stages: which work, in which range, and which are refused, and why.
+"""Which of transformers' TrainingArguments work for the two stages, in which range, and which are refused for which reason.
 
-Every field stands in exactly one of these tables. One that a newer transformers adds stands in none and is refused until
-somebody has looked at it.
+Every field is in exactly one of the tables RANGES, WORKING and REFUSED. A field that a newer version of transformers adds is in
+none of them, and is refused until it has been examined.
 """
 
 from empcause.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, Range
 
 _BELOW_ONE = Range(0, 1, without_high=True)
 
-# These work as transformers documents them, within their range. None (where the field allows it) is always within.
+# These work as transformers documents them, within their range; None is accepted where the field allows it.
 RANGES = {
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
@@ -37,16 +37,16 @@ RANGES = {
     "ddp_timeout": COUNT,
 }
 
-# Optimisers that torch and transformers bring along and whose state a checkpoint holds whole.
+# Optimisers of torch and transformers whose whole state is saved in a checkpoint.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 
-# These schedules know no warm-up, and no options besides those of the figure they watch.
+# Schedules without a warm-up, and schedules without options.
 WITHOUT_WARMUP = ("reduce_lr_on_plateau", "greedy", "constant")
 WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
-# These do not depend on the number of steps, so that a run may be made longer.
+# Schedules that do not depend on the number of steps, so that a run may be made longer.
 ENDLESS = ("reduce_lr_on_plateau", "constant", "constant_with_warmup", "inverse_sqrt")
 
-# These work as transformers documents them, or have no bearing on what is trained.
+# These work as transformers documents them, or do not affect what is trained.
 WORKING = frozenset(
     "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim average_tokens_across_devices bf16 fp16 tf32 "
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
@@ -66,7 +66,7 @@ _PRECISION = "evaluation has the precision of the training; give bf16 or fp16"
 _GROUPING = "batches always hold texts of similar length"
 _KERNELS = "Liger's kernels do not know these models"
 
-# Any value but the default is refused, for this reason.
+# These must keep their default, for the given reason.
 REFUSED = {
     "prediction_loss_only": _FIGURES,
     "eval_do_concat_batches": _FIGURES,

@@ -8,6 +8,7 @@ import pytest
 from empcause.data import (
     EMOCAUSE,
     EMPATHETIC_DIALOGUES,
+    CauseAnnotation,
     Corpus,
     Dataset,
     Dialogue,
@@ -16,6 +17,7 @@ from empcause.data import (
     find_corpus,
     load_annotations,
     load_dialogues,
+    split_words,
 )
 from empcause.data.loading import EMBEDDED, PAPERS
 from empcause.data.origin import origin
@@ -88,27 +90,29 @@ def test_its_licence_goes_with_it(letters, monkeypatch):
     assert origin(letters, dialogues).licence == "unknown", "whoever changes the data may not claim their licence"
     published = replace(LETTERS, published=frozenset({fingerprint(dialogues)}))
     monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", published, None)))
-    assert origin(letters, dialogues) == ("Letters", "CC0: no conditions", "cc0-1.0")
-    notes = replace(published, title="Notes", licence=Licence("mit", "MIT"))
+    assert origin(letters, dialogues) == ("Letters", "CC0: no conditions", "cc0-1.0", ())
+    notes = replace(published, title="Notes", licence=Licence("mit", "MIT"), language="de")
     monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", published, notes)))
-    both = ("Letters and Notes", "CC0: no conditions; MIT", "other")
+    both = ("Letters and Notes", "CC0: no conditions; MIT", "other", ("de",))
     assert origin(letters, dialogues) == both, "of two licences none is dropped"
 
 
-def test_its_emotions_are_those_of_the_extractor(letters, tiny_encoder_dir, tmp_path, monkeypatch):
-    from empcause.data import CauseAnnotation, split_words
-    from empcause.extractor import load_extractor
-    from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
+def annotated_by(emotions, extension):
+    """A data set of notes with one annotated situation per emotion, whatever is in its file."""
 
     def parse_annotations(text, name, report):
         words = tuple(split_words(text))
-        return [
-            CauseAnnotation(str(number), emotion, text, words, (0,)) for number, emotion in enumerate(LETTERS.emotions)
-        ]
+        return [CauseAnnotation(str(number), emotion, text, words, (0,)) for number, emotion in enumerate(emotions)]
 
-    annotated = replace(
-        LETTERS, name="notes", title="Notes", extension="md", parse=parse_annotations, count=lambda items: {}
-    )
+    options = {"name": "notes", "title": "Notes", "archive": "notes.zip", "count": lambda items: {"notes": len(items)}}
+    return replace(LETTERS, extension=extension, parse=parse_annotations, **options)
+
+
+def test_its_emotions_are_those_of_the_extractor(letters, tiny_encoder_dir, tmp_path, monkeypatch):
+    from empcause.extractor import load_extractor
+    from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
+
+    annotated = annotated_by(LETTERS.emotions, "md")
     told = replace(LETTERS, parse=lambda *given: [replace(each, situation=each.turns[0]) for each in parse(*given)])
     monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", told, annotated)))
     for split in LETTERS.splits:

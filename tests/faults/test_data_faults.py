@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 from empcause.cli import main
 from empcause.data import (
     EMPATHETIC_DIALOGUES,
+    CauseAnnotation,
+    Corpus,
     Dialogue,
     check_data,
     download,
@@ -32,8 +34,9 @@ from empcause.data import (
 )
 from empcause.data import source as data_source
 from empcause.data.collation import pad_batch
+from empcause.data.loading import PAPERS
 from empcause.data.sequences import encode_dialogue
-from empcause.errors import UserError
+from empcause.errors import Missing, UserError
 from empcause.extractor.encoding import encode_text
 from faults.injection import unprivileged
 from faults.kinds import Guard, fault
@@ -143,9 +146,9 @@ def test_quotes_that_may_be_either(tmp_path):
 @fault(
     Guard(DIALOGUE_FILES, "itemgetter(*map(header.index, NEEDED))", "itemgetter(0, 1, 2, 3, 5)"),
     Guard(DIALOGUE_FILES, "if header.count(column) != 1", "if column not in header"),
-    cause="columns stand in another order, are missing, or are there twice",
+    cause="columns are in another order, missing or duplicated",
     place="reading EmpatheticDialogues",
-    promise="columns go by the header's names, unknown ones are passed over; what is missing or double is named",
+    promise="columns are found by their names, unknown ones are ignored; missing and duplicated ones are named",
 )
 def test_columns_go_by_name(tmp_path):
     order = [5, 3, 0, 2, 1]
@@ -164,9 +167,9 @@ def test_columns_go_by_name(tmp_path):
 @pytest.mark.parametrize("place", ["utterance", "prompt", "number", "end"])
 @fault(
     Guard(DIALOGUE_FILES, 'if "|" not in candidates and not (', "if False and not ("),
-    cause="a comma too many in a text of an original file",
+    cause="a stray comma in a text of an original file",
     place="reading EmpatheticDialogues, whose rows may have a ninth field",
-    promise="the line is named; rows with candidates are read as ever",
+    promise="the line is named; rows with candidates are read as before",
 )
 def test_stray_comma(tmp_path, place):
     stray = {
@@ -188,7 +191,7 @@ def test_stray_comma(tmp_path, place):
     Guard(DIALOGUE_FILES, "None if conv_id in broken else _order_problem", "_order_problem"),
     cause="a turn of a dialogue is missing, repeated or out of order",
     place="reading EmpatheticDialogues",
-    promise="no dialogue with a hole: the line is named, and `empcause data check` lists them all, each once",
+    promise="no dialogue with a gap is read: the line is named, and `empcause data check` lists every such line once",
 )
 def test_turns_are_complete(tmp_path):
     table = rows()
@@ -313,9 +316,117 @@ def test_one_file_for_all_splits(tmp_path, capsys):
             stream.write(original(rows()).encode())
         for split in ("train", "valid"):
             said = refusal(load_dialogues, split, file)
-            assert f"{file} is one file, but there are three splits: give the folder" in said
+            assert (
+                f"{file} is one file, but empatheticdialogues has 3 splits: give the folder of train.csv, valid" in said
+            )
     assert main(["data", "check", "--data", str(tmp_path / "train.csv")]) == 2
-    assert "there are three splits" in capsys.readouterr().err
+    assert "has 3 splits" in capsys.readouterr().err
+
+
+def parse_lines(text, name, report):
+    """Dialogues of two turns or annotations, one a line; a line does not show which of the two it is."""
+    return [Dialogue(tuple(line.split("|")), (0, 1), emotion="glad") for line in text.splitlines()]
+
+
+def parse_marked(text, name, report):
+    lines = text.splitlines()
+    return [CauseAnnotation(line, "glad", line, tuple(split_words(line)), (0,)) for line in lines]
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """A corpus of whose files nothing but the place says which of its data sets they belong to."""
+    told = replace(
+        EMPATHETIC_DIALOGUES, name="letters", title="Letters", emotions=("glad", "glum"), extension="txt",
+        archive="letters.zip", parse=parse_lines, count=lambda items: {"letters": len(items)},
+    )  # fmt: skip
+    marked = replace(told, name="notes", title="Notes", archive="notes.zip", parse=parse_marked)
+    monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", told, marked)))
+    return told, marked
+
+
+@fault(
+    Guard(SOURCE, "    if not ambiguous or _name(root) == dataset.name:\n", "    if True:\n"),
+    Guard(SOURCE, "    if other is not None and _name(root) == other.name != dataset.name:\n", "    if False:\n"),
+    Guard(SOURCE, "dataset if ambiguous else None", "None"),
+    Guard(LOADING, " or [each for each in CORPORA if name in _file_names(each)]", ""),
+    Guard(SOURCE, "if other is not None and ambiguous and _name(root) != other.name:", "if False:"),
+    cause="files of dialogues and of annotations have the same names, and --data names one of their folders or archives",
+    place="every command that reads data",
+    promise="each is found in the folder or archive of its data set's name, beside the other one; else refused by name",
+)
+def test_files_of_the_other_data_set(tmp_path, lines, monkeypatch):
+    for name, text in (("letters", "It rains.|Oh."), ("notes", "It rained.")):
+        (tmp_path / name).mkdir()
+        for split in ("train", "valid", "test"):
+            (tmp_path / name / f"{split}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path / "letters", "letters", "../" + tmp_path.name + "/letters/", "notes"):
+        assert load_dialogues("train", place)[0].turns == ("It rains.", "Oh.")
+        assert load_annotations("valid", place)[0].situation == "It rained."
+        assert not check_data(place).problems[3:], "no more than that the splits share dialogues"
+    monkeypatch.chdir(tmp_path / "letters")
+    assert load_annotations("valid", ".")[0].situation == "It rained."
+
+    told, marked = lines
+    for dataset, other in (lines, lines[::-1]):
+        with pytest.raises(
+            UserError, match=r"valid\.txt may be a file of \w+ or of \w+; put it into a folder (letters|notes) or"
+        ):
+            dataset.load("valid", (tmp_path / "letters").rename(tmp_path / "mixed"), other)
+        (tmp_path / "mixed").rename(tmp_path / "letters")
+    (tmp_path / "notes" / "valid.txt").unlink()
+    with pytest.raises(Missing, match=r"letters has no notes/valid\.txt"):
+        load_annotations("valid", tmp_path / "letters")
+
+    texts = [("valid.txt", b"It rains.|Oh.")]
+    for archive, files, reads in (
+        ("letters.zip", texts, [told]),
+        ("notes.zip", texts, [marked]),
+        ("both.zip", [(f"notes/{name}", text) for name, text in texts], [marked]),
+        ("both.zip", texts, []),
+    ):
+        (tmp_path / archive).write_bytes(packed(files, "zip"))
+        if archive == "notes.zip":
+            assert load_annotations("valid", tmp_path / archive)[0].situation == "It rains.|Oh.", (
+                "it is known by its name"
+            )
+        for dataset, other in (lines, lines[::-1]):
+            if dataset in reads:
+                assert len(dataset.load("valid", tmp_path / archive, other)) == 1
+            else:
+                with pytest.raises(Missing, match=f"must hold one {dataset.name}/valid.txt; it holds 0"):
+                    dataset.load("valid", tmp_path / archive, other)
+
+
+@fault(
+    Guard(
+        LOADING,
+        "    if problem := _emotions_problem(annotations, corpus):\n        raise",
+        "    if problem := 0:\n        raise",
+    ),
+    Guard(
+        LOADING, "            if problem := _emotions_problem(annotations, corpus):\n", "            if problem := 0:\n"
+    ),
+    cause="annotations have emotions of another set than the dialogues",
+    place="empcause data check, train extractor, evaluate extractor",
+    promise="the emotions that are not those of the dialogues are named, with those that are",
+)
+def test_emotions_of_another_set(tmp_path, lines, monkeypatch, capsys):
+    told, marked = lines
+    sad = replace(
+        marked, emotions=("sad",), parse=lambda *given: [replace(each, emotion="sad") for each in parse_marked(*given)]
+    )
+    monkeypatch.setattr("empcause.data.loading.CORPORA", (PAPERS, Corpus("letters", told, sad)))
+    for split in ("train", "valid", "test"):
+        for name in ("letters", "notes"):
+            (tmp_path / "letters" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "letters" / name / f"{split}.txt").write_text(f"It rains in {split}.|Oh.")
+    message = "sad are no emotions of Letters, whose names annotations have to use: glad, glum."
+    said = refusal(load_annotations, "valid", tmp_path / "letters")
+    assert said == f"Notes in {tmp_path}/letters (split valid): {message}"
+    assert main(["data", "check", "--data", str(tmp_path / "letters")]) == 1
+    assert f"valid.txt: {message}" in capsys.readouterr().out
 
 
 @fault(
@@ -362,7 +473,7 @@ def packed(files, form="tar.gz"):
     Guard(SOURCE, "while archive.fileobj is not None and archive.fileobj.read(1 << 20):", "while False:"),
     cause="an archive is cut short, or a byte of it is flipped",
     place="reading data from an archive",
-    promise="one sentence; no text with a flipped byte is used, wherever in the archive it is",
+    promise="one sentence; no text is used, wherever in the archive the flipped byte is",
 )
 def test_damaged_archive(tmp_path):
     # Stored without compression, a flipped byte breaks nothing but the checksum at the end.
@@ -443,7 +554,7 @@ def test_data_that_are_not_there(tmp_path, monkeypatch):
     ),
     cause="the data may not be read",
     place="every command that reads data",
-    promise="one sentence with the file's name; no other copy is read in its stead",
+    promise="one sentence with the file's name; no other copy is read in its place",
 )
 def test_unreadable_data(capsys):
     with tempfile.TemporaryDirectory() as name:
@@ -569,7 +680,7 @@ def test_wrong_answer(tmp_path, begun, answer, said):
     Guard(SOURCE, "file.seek(place)", "file.seek(start)"),
     cause="the connection breaks off, or nothing more comes",
     place="empcause data download",
-    promise="what arrived is kept and gone on from, whether the server can send the rest alone or only everything anew",
+    promise="what arrived is kept and continued, whether the server can send the rest alone or only the whole archive",
 )
 def test_broken_connection(tmp_path, monkeypatch, ranges):
     monkeypatch.setattr(data_source, "_TIMEOUT", 0.5)
@@ -678,7 +789,7 @@ def test_interrupted_download(tmp_path, monkeypatch, capsys):
     Guard(SOURCE, 'folder / f"{dataset.archive}.part"', "folder / dataset.archive"),
     cause="the disk is full, or the folder may not be written",
     place="empcause data download",
-    promise="one sentence; nothing stands under the archive's name, and with room again the download goes on",
+    promise="one sentence; there is no file of the archive's name, and once there is room the download continues",
 )
 def test_no_room_for_a_download(monkeypatch, capsys):
     with tempfile.TemporaryDirectory() as name, Server(send_rest) as (_, dataset):

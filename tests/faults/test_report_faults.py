@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,15 +15,18 @@ from empcause.data import EMPATHETIC_DIALOGUES, load_annotations, load_dialogues
 from empcause.data.loading import PAPERS
 from empcause.data.origin import Origin, fingerprint, origin
 from empcause.errors import UserError
+from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
 from empcause.evaluation.significance import mean_interval, perplexity_interval
 from empcause.evaluation.tables import format_figure
 from empcause.metrics import bits_per_byte, emotion_correct, nll_per_word, score_causes
+from empcause.systems.loading import SYSTEMS
 from empcause.training.card import model_card
 from empcause.training.generator import GeneratorTrainingArguments
 from faults.kinds import Guard, fault
 
-SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0")
+SAMPLE = Origin("the sample embedded in empcause", "Apache-2.0", "apache-2.0", ("en",))
+ITEMS = "empcause/evaluation/items.py"
 HOSTILE = "\x1b[31mred\x1b[0m\n---\nlicense: mit\n---\n# <img src=x onerror=alert(1)> [link](http://x) `a|b` \u202e$x$"
 
 
@@ -43,7 +47,7 @@ def card(args, *, steps=10, planned=10, data=SAMPLE, abilities="It answers."):
     Guard("empcause/training/card.py", "(*_SETTINGS, *own)", "_SETTINGS"),
     cause="a model made from nothing, or trained in part",
     place="the model card",
-    promise="says so: the architecture and its size, the steps done of those planned, every setting; no path of the machine",
+    promise="it says so: architecture and size, how many of the planned steps were done, every setting; no path of the machine",
 )
 def test_card_says_what_the_run_was(tmp_path):
     options = {
@@ -73,9 +77,14 @@ def test_card_says_what_the_run_was(tmp_path):
         "if all(any(one in each.published for each in datasets) for one in prints)",
         "if (found := datasets)",
     ),
+    Guard(
+        "empcause/training/card.py",
+        "    if origin.languages:\n",
+        '    about["language"] = "en"\n    if origin.languages:\n',
+    ),
     cause="training or evaluation on data of the user's own",
     place="model card, reports",
-    promise="they are called own data of unknown licence, by the folder's name alone; the sample is called the sample",
+    promise="they are called own data of unknown licence and language, by the folder's name alone; the sample is the sample",
 )
 def test_own_data_are_not_the_papers(tmp_path):
     dialogues, annotations = load_dialogues("test", "sample"), load_annotations("test", "sample")
@@ -83,11 +92,13 @@ def test_own_data_are_not_the_papers(tmp_path):
     folder = tmp_path / "our`chats"
     folder.mkdir()
     own = origin(folder, dialogues)
-    assert own == (own.name, own.terms, "unknown")
+    assert own == (own.name, own.terms, "unknown", ())
     assert own.name == "the user's own data `` our`chats ``"
     text = card(GeneratorTrainingArguments(output_dir=str(tmp_path)), data=own)
-    assert yaml.safe_load(text.split("---")[1]) == {"license": "unknown", "library_name": "empcause", "language": "en"}
+    assert yaml.safe_load(text.split("---")[1]) == {"license": "unknown", "library_name": "empcause"}
     assert "EmpatheticDialogues" not in text
+    sample = card(GeneratorTrainingArguments(output_dir=str(tmp_path)))
+    assert yaml.safe_load(sample.split("---")[1])["language"] == ["en"]
 
 
 def evaluate(extractor, generator, folder, **options):
@@ -123,7 +134,7 @@ def test_papers_rows_only_beside_the_papers_data(small_extractor, small_generato
     everything = len(response_pairs(load_dialogues("test", "sample")))
     assert f"on 6 of {everything} responses of the sample embedded in empcause (split test), 6 generated" in report
     assert "(paper)" not in report
-    assert "The paper's figures are not shown" in report
+    assert "No published figures stand beside these" in report
     dialogues = load_dialogues("test", "sample")[:2]
     whole = sum(len(dialogue.turns) // 2 for dialogue in dialogues)
     monkeypatch.setattr("empcause.evaluation.responses.load_dialogues", lambda *_: dialogues)
@@ -158,6 +169,79 @@ def test_compared_items_are_the_same_items(small_extractor, small_generator, tmp
     assert not (tmp_path / "other").exists()
 
 
+class Repeats:
+    """A system that reads a file of its folder in a form of its own, and answers with it."""
+
+    note = "a stranger"
+
+    def __init__(self, folder, file):
+        self.folders = {"model": Path(folder)}
+        self.words = (self.folders["model"] / file).read_text()
+
+    def check_room(self, max_new_tokens):
+        pass
+
+    def answer(self, dialogues, batch_size, max_new_tokens):
+        return [self.words] * len(dialogues)
+
+
+@pytest.mark.parametrize("file", ["words.bin", "chat_template.jinja", "parts/words"])
+@fault(
+    Guard(ITEMS, "        names += [", "        names += [] and ["),
+    Guard(ITEMS, "        if folder.resolve() == output_dir.resolve():\n", "        if False:\n"),
+    Guard(ITEMS, 'or made_by.startswith("empcause evaluate ")', ""),
+    cause="any file of an evaluated model has changed, or the evaluation is to write into the model's own folder",
+    place="empcause evaluate, once more",
+    promise="the change is noticed and nothing is mixed; a model's folder is refused for results, a folder in it is not",
+)
+def test_an_evaluated_model_has_changed(small_extractor, tmp_path, monkeypatch, file):
+    monkeypatch.setitem(SYSTEMS, "stranger", lambda folder, _: Repeats(folder, file))
+    model = tmp_path / "model"
+    (model / file).parent.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "stranger"}')
+    for place in (tmp_path / "beside", model / "evaluation"):
+        (model / file).write_text("I see.")
+        evaluate(small_extractor, model, place)
+        evaluate(small_extractor, model, place)
+        (model / "README.md").write_text("A model card is no part of the model.")
+        evaluate(small_extractor, model, place)
+        (model / file).write_text("I hear you.")
+        with pytest.raises(UserError, match="another model"):
+            evaluate(small_extractor, model, place)
+        report, _ = evaluate(small_extractor, model, place, overwrite_output_dir=True)
+        assert "I hear you." in report
+    with pytest.raises(UserError, match=r"output_dir .*model is the folder of the model that is evaluated"):
+        evaluate(small_extractor, model, model)
+    assert not (model / "report.md").exists()
+
+
+@fault(
+    Guard(ITEMS, "    if not unknown:\n", "    if True:\n"),
+    Guard("empcause/evaluation/responses.py", "        if no_accuracy is None:\n", "        if True:\n"),
+    cause="the extractor knows other emotions than the data have",
+    place="empcause evaluate",
+    promise="it is said which model knows which emotions, and what would work; perplexity, which needs none, is measured",
+)
+def test_emotions_of_other_data(small_extractor, small_generator, tmp_path, caplog, monkeypatch):
+    from empcause.systems.own import ExtractorSystem
+
+    _, right = evaluate(small_extractor, small_generator, tmp_path / "right")
+    others = tuple(f"mood {number}" for number in range(32))
+    monkeypatch.setattr(ExtractorSystem, "emotions", others)
+    why = rf"{small_extractor} knows other emotions \(mood 0, .*mood 31\) than the sample embedded .* are unknown to it \("
+    options = {"model": str(small_extractor), "data": "sample", "output_dir": str(tmp_path / "extractor")}
+    with pytest.raises(UserError, match=rf"{why}.*; evaluate it on data with its emotions"):
+        evaluate_causes(EvaluateCausesOptions(**options))
+    assert not (tmp_path / "extractor").exists()
+    report, figures = evaluate(small_extractor, small_generator, tmp_path / "other")
+    assert figures["perplexity"] == right["perplexity"]
+    assert "emotion_accuracy" in right
+    assert "emotion_accuracy" not in figures
+    for said in (caplog.text, report):
+        assert re.search(why.replace(r"\(", r"\\?\("), said)
+        assert "needs an extractor that was trained on these data" in said
+
+
 @fault(
     Guard("empcause/evaluation/significance.py", "    if number == 1:\n", "    if False:\n"),
     Guard("empcause/evaluation/significance.py", "if not np.isfinite(values).all():", "if False:"),
@@ -178,9 +262,9 @@ def test_compared_items_are_the_same_items(small_extractor, small_generator, tmp
     ),
     Guard("empcause/metrics/emotions.py", "        if not np.isfinite(probs).all():\n", "        if False:\n"),
     Guard("empcause/metrics/emotions.py", "if len(emotion_probs) != len(emotion_ids):", "if False:"),
-    cause="one item, no words, figures that are no numbers, lists that do not fit",
+    cause="a single item, no words, figures that are not numbers, lists of different lengths",
     place="metrics and intervals",
-    promise="a figure that does not exist is a dash, one item has no interval and says so; all else is refused",
+    promise="an undefined figure is a dash, that of a single item has no interval and says so; everything else is refused",
 )
 def test_figures_that_do_not_exist():
     alone = perplexity_interval([2.0], [4])

@@ -14,13 +14,20 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from empcause.checkpoints import load_whole
 from empcause.data import EMPATHETIC_DIALOGUES, Dialogue, split_words
+from empcause.data.loading import EMBEDDED, PAPERS
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.extractor import extract, load_extractor
 from empcause.generator import GENERATORS, CauseCache, add_separator, load_generator, response_nll
 from empcause.training import settings
 from empcause.training.common import StageTrainer
-from empcause.training.extractor import ExtractorTrainer, ExtractorTrainingArguments, build_encoder, check_tokenizer
+from empcause.training.extractor import (
+    ExtractorTrainer,
+    ExtractorTrainingArguments,
+    build_encoder,
+    check_tokenizer,
+    train_extractor,
+)
 from empcause.training.generator import GeneratorTrainer, GeneratorTrainingArguments
 from faults.kinds import Guard, fault
 from faults.small_training import ITEMS, SmallTrainer, arguments, collate, train, weights
@@ -326,6 +333,72 @@ def test_warm_up_of_automatic_labels(tmp_path, small_extractor):
         assert (output.cause_loss is not None) == made, epoch
 
 
+@fault(
+    Guard("empcause/training/extractor.py", "    if without := ", "    if False and "),
+    Guard(
+        "empcause/training/extractor.py", "    except Missing as error:\n", "    except ZeroDivisionError as error:\n"
+    ),
+    cause="dialogues without a situation, or no annotated causes",
+    place="training the extractor",
+    promise="refused before the first step: what is missing, what it is needed for, and what would work without it",
+)
+def test_data_an_extractor_cannot_learn_from(tmp_path, tiny_encoder_dir, monkeypatch):
+    own = PAPERS.dialogues
+    bare = dataclasses.replace(
+        own, parse=lambda *given: [dataclasses.replace(each, situation=" ") for each in own.parse(*given)]
+    )
+    sample = dataclasses.replace(EMBEDDED, dialogues=bare)
+    monkeypatch.setattr("empcause.data.loading.EMBEDDED", sample)
+    for supervision in ("semi-supervised", "unsupervised", "emotion"):
+        with pytest.raises(
+            UserError, match=r"\d+ of \d+ dialogues of .* \(split train\) have no situation, which is the text"
+        ):
+            train_extractor(extractor_options(tiny_encoder_dir, tmp_path, supervision=supervision))
+    only_annotated = extractor_options(tiny_encoder_dir, tmp_path / "annotated", supervision="supervised", max_steps=1)
+    assert train_extractor(only_annotated)["accuracy"] >= 0
+    needed = r"\(an extractor is validated on annotated causes, whatever its supervision\)\.$"
+    monkeypatch.setattr("empcause.data.loading.EMBEDDED", dataclasses.replace(sample, annotations=None))
+    with pytest.raises(UserError, match=rf"EmpatheticDialogues has no annotated causes.* {needed}"):
+        train_extractor(extractor_options(tiny_encoder_dir, tmp_path, supervision="unsupervised"))
+    (tmp_path / "train.csv").touch()
+    emotion_alone = extractor_options(tiny_encoder_dir, tmp_path, supervision="emotion")
+    emotion_alone.data = str(tmp_path)
+    with pytest.raises(UserError, match=rf"has no emocause/valid\.json .* {needed}"):
+        train_extractor(emotion_alone)
+
+
+@fault(
+    Guard(
+        "empcause/generator/modeling.py",
+        "            if values.shape != tokens.shape[:2]:\n",
+        "            if False:\n",
+    ),
+    Guard("empcause/generator/modeling.py", "            if not known.all():\n", "            if False:\n"),
+    cause="labels or roles of another shape than the tokens, a role that is none, a label beyond the vocabulary",
+    place="a generator's forward",
+    promise="refused by name with what is expected, before anything is computed",
+)
+def test_labels_and_roles_that_do_not_fit(generator_dir, monkeypatch):
+    model, _ = load_generator(generator_dir)
+    ids = torch.tensor([[5, 6, 7], [7, 6, 5]])
+    rows = model.config.vocab_size
+    computed = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: computed.append(1))
+    for wrong, message in [
+        ({"labels": ids[:, :2]}, r"labels has shape \[2, 2\]; expected \[2, 3\], one per token"),
+        ({"labels": ids[0]}, r"labels has shape \[3\]; expected \[2, 3\]"),
+        ({"labels": ids + rows}, rf"labels has {rows + 5}; expected 0 to {rows - 1}, or -100"),
+        ({"labels": ids - 8}, "labels has -3; expected 0 to"),
+        ({"token_type_ids": ids[:, :2]}, r"token_type_ids has shape \[2, 2\]; expected \[2, 3\]"),
+        ({"token_type_ids": ids}, "token_type_ids has 5; expected 0 to 1"),
+        ({"token_type_ids": -(ids > 5).long()}, "token_type_ids has -1; expected 0 to 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(ids, **wrong)
+    assert not computed
+    assert model(ids, token_type_ids=(ids > 5).long(), labels=ids.masked_fill(ids == 6, -100)).loss > 0
+
+
 # Weights
 
 
@@ -344,7 +417,7 @@ def damaged(folder, into, change):
     Guard(CHECKPOINTS, 'for key in found["unexpected_keys"]', "for key in ()"),
     cause="weights are missing, of another shape, or more than the model has",
     place="loading an extractor, a generator, or the model that a training starts from",
-    promise="refused by name of a weight; nothing answers or trains with random numbers",
+    promise="refused with the name of a weight; nothing answers or trains with random numbers",
 )
 def test_weights_of_another_model(tmp_path, generator_dir, small_extractor, tiny_encoder_dir):
     head, layer = "cause_head.weight", "transformer.h.1.mlp.c_fc.weight"
@@ -480,7 +553,7 @@ def test_tokenizer_of_another_model(tokenizer, small_extractor):
     Guard("empcause/data/sequences.py", "cut_turn = True", "pass"),
     cause="a text, a turn or a response is longer than the model reads",
     place="finding causes, encoding dialogues",
-    promise="it is cut and that is said; words beyond have probability 0",
+    promise="it is cut, which is said; words beyond have probability 0",
 )
 def test_texts_that_are_too_long(tokenizer, small_extractor, caplog, monkeypatch):
     said = []
@@ -517,7 +590,7 @@ def same(found, expected):
 @fault(
     Guard(CAUSES, "digest.update(self.tokenizer.backend_tokenizer.to_str().encode())", "pass"),
     Guard(CAUSES, "digest.update(str(longest_input(self.model, self.tokenizer)).encode())", "pass"),
-    cause="the extractor's tokenizer is another than when causes were kept",
+    cause="the extractor's tokenizer has changed since causes were kept",
     place="the cache of causes",
     promise="its causes are found anew",
 )
@@ -558,7 +631,7 @@ def test_kept_causes_that_are_damaged(tmp_path, small_extractor, causes):
     Guard(CAUSES, "except OSError as error:", "except ZeroDivisionError as error:"),
     cause="the cache folder cannot be written, or the disk is full",
     place="the cache of causes",
-    promise="the work goes on without it, with a word and the right values",
+    promise="the work goes on without it and says so; the values are right",
 )
 def test_kept_causes_that_cannot_be_written(tmp_path, small_extractor, causes, monkeypatch):
     (tmp_path / "file").write_text("in the way")
