@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,12 +116,15 @@ def load_pretrained(
     return load_whole(model_class, path)
 
 
-def load_own_tokenizer(model: PreTrainedModel, path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+def load_own_tokenizer(
+    model: PreTrainedModel, path: str | os.PathLike[str], needed: Sequence[str]
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved with a finished model.
 
     Args:
         model: the model.
         path: its folder.
+        needed: attributes with the special tokens that the model is used with, for example "pad_token".
 
     Raises:
         UserError: there is no tokenizer, it is damaged, or it belongs to another model.
@@ -130,7 +134,6 @@ def load_own_tokenizer(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # tokenizers raises no class of its own
         raise UserError(f"The tokenizer in {path} is missing or damaged: {one_line(error)}") from error
-    needed = ("pad_token", "eos_token", "sep_token")
     lacks = next((name for name in needed if getattr(tokenizer, name) is None), None)
     if lacks or not tokenizer.is_fast or largest >= model.get_input_embeddings().num_embeddings:
         reason = f"it has no {lacks}" if lacks else "it has tokens that the model does not know"

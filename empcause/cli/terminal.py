@@ -59,7 +59,7 @@ def highlight(reply: "Reply") -> Text:
 def print_reply(reply: "Reply") -> None:
     """Print emotion with probability, the dialogue with its causes, the causes by probability, and the response."""
     console.print(
-        Text("emotion   ", style="dim"), Text(reply.emotion, style="bold"), f"({reply.probability:.0%})", sep=""
+        Text("emotion   ", style="dim"), Text(reply.emotion, style="bold"), f" ({reply.probability:.0%})", sep=""
     )
     console.print(Text("dialogue  ", style="dim"), highlight(reply), sep="")
     ranked = sorted(reply.causes, key=lambda cause: -cause[1])

@@ -51,7 +51,7 @@ def load_extractor(path: str | os.PathLike[str]) -> tuple[CauseExtractor, PreTra
     model = load_pretrained(
         CauseExtractor, path, "extractor", "empcause train extractor", CauseExtractorConfig.model_type
     )
-    return model.eval(), load_own_tokenizer(model, path)
+    return model.eval(), load_own_tokenizer(model, path, needed=["pad_token"])
 
 
 @torch.inference_mode()

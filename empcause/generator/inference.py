@@ -57,7 +57,7 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
         raise UserError(f"{path} holds a model of type {found!r}, not a generator ({', '.join(known)}).")
     model = load_pretrained(known[found], path, "generator", "empcause train generator", found)
     model.set_attn_implementation("empcause")
-    return model.eval(), load_own_tokenizer(model, path)
+    return model.eval(), load_own_tokenizer(model, path, needed=["pad_token", "eos_token", "sep_token"])
 
 
 def longest_sequence(model: PreTrainedModel) -> int:

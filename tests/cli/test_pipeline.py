@@ -42,7 +42,7 @@ def test_respond_names_emotion_causes_and_response(demo, capsys):
     shown = capsys.readouterr().out
     for part in ("emotion", "causes", "response", "Norway"):
         assert part in shown
-    assert re.search(r"\d+%", shown)
+    assert re.search(r"^emotion   \w+ \(\d+%\)$", shown, re.M)
 
 
 def test_chat_keeps_the_dialogue_until_reset(demo, monkeypatch, capsys):

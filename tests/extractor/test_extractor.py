@@ -1,5 +1,7 @@
 """The extractor's attention row, labels, losses, and what it reads out of a text."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,20 @@ def test_save_and_load(extractor, tmp_path):
     before, after = extract(model, tokenizer, text)[0], extract(loaded, loaded_tokenizer, text)[0]
     assert np.array_equal(before.word_probs, after.word_probs)
     assert loaded.config.id2label[3] == EMPATHETIC_DIALOGUES.emotions[3]
+
+
+def test_a_tokenizer_without_first_and_end_token(extractor, tmp_path):
+    """BERT's has a class token, a separator and padding alone."""
+    model, tokenizer = copy.deepcopy(extractor)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    _, loaded = load_extractor(tmp_path)
+    assert loaded.eos_token is None
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="it has no pad_token"):
+        load_extractor(tmp_path)
 
 
 def test_folders_that_cannot_be_loaded(extractor, tmp_path, tiny_gpt2_dir):
