@@ -12,6 +12,7 @@ import zipfile
 import pybind11
 import pytest
 import torch
+
 from csrc.building import ROOT
 
 OLDEST = 10  # minor version of torch 2; pyproject.toml, CMakeLists.txt and torch_2_10_symbols.txt name it too

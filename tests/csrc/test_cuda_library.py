@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from csrc.building import ROOT
 
 TORCH = Path(torch.__file__).parent

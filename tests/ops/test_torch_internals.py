@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.without_private_names import COMPILED, NAMES, ROADS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import empcause
 from empcause.integration.masks import biased_attention_mask
 from empcause.ops import torch_internals
+from ops.without_private_names import COMPILED, NAMES, ROADS
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "empcause/ops/torch_internals.py"
