@@ -1,4 +1,4 @@
-"""What torch and transformers must know of this package, told to them as soon as they are imported, and not before.
+"""Registers parts of this package with torch and transformers as soon as they are imported, and not before.
 
 Importing torch and transformers takes seconds, so `import empcause` does without. The parts of this package that register
 something with them are imported when they are, whoever imports them, before or after `import empcause`.
@@ -26,7 +26,7 @@ _waiting: dict[str, tuple[str, ...]] = {
 
 
 class _Thread(threading.local):
-    """What one thread does.
+    """The imports that one thread is in the middle of.
 
     Attributes:
         importing: how many modules it is importing, one within the other.

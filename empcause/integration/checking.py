@@ -25,7 +25,7 @@ from empcause.integration.attention import layer_strength
 from empcause.integration.classes import admit, collecting
 from empcause.integration.steering import steer
 
-# A model of at most so many parameters is small enough to be checked with its own configuration.
+# A model with at most this number of parameters is checked with its own configuration.
 SMALL = 20_000_000
 VOCABULARY, TOKENS = 99, 11
 # Rounding differs between two ways to the same numbers; relative to the largest of them.

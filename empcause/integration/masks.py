@@ -28,16 +28,17 @@ from empcause.errors import UserError
 from empcause.integration.classes import require
 from empcause.ops.torch_internals import is_fake
 
-# A key that is never seen; far from any row, yet safe to subtract.
+# Stands for a key that no query sees: larger than any row, and small enough to be subtracted without overflow.
 HIDDEN = 1 << 40
-# Offset of a query that sees every key: attention that is not causal.
+# Offset at which every query sees every key: attention that is not causal.
 EVERYTHING = 1 << 30
 
 # transformers composes mask functions as closures; the code of each, by which it is known.
 _AND = and_masks(causal_mask_function).__code__
 _REMAP = remap_positions_for_packed_sequence(causal_mask_function, None).__code__
 _PACKED = packed_sequence_mask_function(None).__code__
-# Patterns that leave out nothing while the keys are at most so many: the closure's variable, what is added, its name.
+# Patterns that leave out no key while there are few enough keys. Values: the closure's variable that holds the limit, what is added
+# to it, and the name of the pattern.
 _LIMITS = {
     sliding_window_overlay(1).__code__: ("sliding_window", 0, "a sliding window"),
     sliding_window_bidirectional_overlay(1).__code__: ("sliding_window", 1, "a sliding window to both sides"),
@@ -61,7 +62,7 @@ class KeyMask(Tensor):
     refused: whatever makes another dtype of it raises a UserError.
 
     Attributes:
-        visible: what it says, once it has been read: all layers ask the same.
+        visible: its contents, once it has been read, since all layers read the same mask.
     """
 
     visible: "Visible | None" = None
@@ -83,7 +84,7 @@ class KeyMask(Tensor):
 
 
 class Visible(NamedTuple):
-    """What a `KeyMask` says; None where it says nothing."""
+    """What a `KeyMask` says about visible keys; None where it says nothing."""
 
     key_mask: Tensor | None = None  # [B, K] bool
     query_offset: Tensor | None = None  # 0-d int64

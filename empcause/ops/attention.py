@@ -138,7 +138,7 @@ def _attention(
     query_offset: int | Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Both functions: `packing` has the prefix sums of packed sequences and the bounds of their lengths."""
+    """Computes both public functions. `packing` has the prefix sums and the longest lengths of packed sequences, or is None."""
     packed = packing is not None
     shape, key_shape, dtype, device = _check_tensors(query, key, value, packed)
     # Packed sequences have one axis of rows in the place of two.
@@ -162,14 +162,14 @@ def _attention(
     if cu_q is not None and cu_k is not None:
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     others = (strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset)
-    # Eager mode goes through `torch.autograd.Function`, which costs a third of a registered formula; a compiler, `torch.func` and
+    # Eager mode uses a `torch.autograd.Function`, which takes a third of a registered formula's time; a compiler, `torch.func` and
     # forward mode need the registered one (`registration.py`).
     if torch.compiler.is_compiling() or transforms_active() or forward_mode_active():
         operator = getattr(torch.ops, f"empcause_{backend}").attention.default
         return operator(query, key, value, cause, *others, torch.is_grad_enabled())[0]
     operators = _operators(backend)
     if torch.is_grad_enabled() and _needs_grad(query, key, value, cause):
-        # torch looks at each argument, but not into a tuple
+        # torch inspects each argument, but not what is in a tuple, which saves time.
         return _Attention.apply(operators, query, key, value, cause, others)
     with below_autograd():
         return operators[0](query, key, value, cause, *others, False)[0]
@@ -213,7 +213,12 @@ def _reference(
 def check_key_weights(cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None) -> None:
     """Refuse a cause that is not finite or makes a weight negative where a key may be attended.
 
-    On CPU the values are looked at here; elsewhere the check runs on the device without waiting for it.
+    On the CPU the values are read here; elsewhere the check runs on the device, and nothing waits for it.
+
+    Args:
+        cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, floating; None passes.
+        strength: a number, or `[H]`.
+        key_mask: `[B, K]` bool, or None.
 
     Raises:
         RuntimeError: a forbidden value; on a GPU it surfaces as a device-side assertion.
@@ -245,7 +250,7 @@ def check_key_weights(cause: Tensor | None, strength: float | Tensor, key_mask: 
 def _check_tensors(
     query: Tensor, key: Tensor, value: Tensor, packed: bool
 ) -> tuple[torch.Size, torch.Size, torch.dtype, torch.device]:
-    """Shapes of query and key, and what all three share: looked up once, as a small call feels it."""
+    """Returns the shapes of query and key, and the dtype and device of all three: looked up once, as a small call feels it."""
     dims = 3 if packed else 4
     try:
         shape, key_shape, dtype, device = query.shape, key.shape, query.dtype, query.device
@@ -275,7 +280,7 @@ def _kind(value: Any) -> str:
 
 
 def _refuse_tensors(query: Tensor, key: Tensor, value: Tensor, dims: int) -> None:
-    """Say which of the tensors is unlike the others, or has another number of dimensions than `dims`."""
+    """Raises a ValueError that names the tensor that differs from the others or does not have `dims` dimensions."""
     form, key_form = ("[N, H, D]", "[M, Hkv, D]") if dims == 3 else ("[B, H, Q, D]", "[B, Hkv, K, D]")
     for name, tensor, expected in (("query", query, form), ("key", key, key_form), ("value", value, key_form)):
         if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not DENSE:
@@ -309,7 +314,7 @@ def _check_options(
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one; most are floats, and who asks looks at that first: a small call would feel this."""
+    """Whether it is a real number. Callers test for a float first, as this look-up is felt in a small call."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -323,7 +328,7 @@ def _check_cause(cause: Tensor | None, batch: tuple[int, ...], heads: int, keys:
     if not isinstance(cause, Tensor) or cause.layout is not DENSE:
         raise ValueError(f"cause must be a dense tensor or None, not {_kind(cause)}.")
     shape = cause.shape
-    if shape != (*batch, keys):  # which most are: the others are put together where there is need
+    if shape != (*batch, keys):  # most causes have this shape; the others are listed only where needed
         outer = (batch, (1,) * len(batch))
         if shape not in [(*b, *h, keys) for b in outer for h in ((), (1,), (heads,))]:
             expected = "[B or 1, K] or [B or 1, H or 1, K]" if batch else "[M] or [H or 1, M]"
@@ -383,7 +388,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
 
 
 def _kernel_strength(strength: float | Tensor) -> tuple[float, Tensor | None]:
-    """Strength as the raw operators take it: a number, or one per head in fp32."""
+    """Returns strength as the raw operators take it: a number, and None or one number per head `[H]` in fp32."""
     if not isinstance(strength, Tensor):
         return float(strength), None
     if strength.requires_grad and torch.is_grad_enabled():
@@ -395,7 +400,7 @@ def _kernel_strength(strength: float | Tensor) -> tuple[float, Tensor | None]:
 
 @cache
 def _operators(backend: str) -> tuple[Callable, Callable]:
-    """The raw operators as eager mode calls them: looked up once, without the overloads' own wrappers."""
+    """Returns the raw operators, forward and backward, as eager mode calls them: without the wrappers of torch."""
     operators = getattr(torch.ops, f"empcause_{backend}")
     return without_wrapper(operators.attention.default), without_wrapper(operators.attention_backward.default)
 
@@ -406,7 +411,7 @@ def _needs_grad(query: Tensor, key: Tensor, value: Tensor, cause: Tensor | None)
 
 
 def _guard() -> AbstractContextManager:
-    """Straight to the kernels, except where a second derivative could be asked for: the registered formula refuses it."""
+    """A context for the backward pass: the kernels run at once, unless a second derivative is recorded, which is then refused."""
     return nullcontext() if torch.is_grad_enabled() else below_autograd()
 
 
@@ -430,7 +435,7 @@ class _Attention(torch.autograd.Function):
         )
         backward, strength, max_q, max_k, causal, scale, dropout_p = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
-        # Each by its name: putting 20 arguments together from parts is felt in a small call.
+        # All arguments are written out: putting 20 together from parts is felt in a small call.
         with _guard():
             grad_query, grad_key, grad_value, grad_cause = backward(
                 grad_output,

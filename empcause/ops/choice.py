@@ -1,4 +1,4 @@
-"""Which backend a call gets: the one that it names, else that of `use_backend`, else the best one for its tensors."""
+"""Chooses the backend of a call: the one that it names, else that of `use_backend`, else the best one for its tensors."""
 
 import threading
 from collections import deque
@@ -10,11 +10,11 @@ import torch
 from empcause.ops.backends import BACKENDS, find, why_not_loaded
 from empcause.ops.torch_internals import HAS_NODES, current_node, next_node_number, node_number
 
-_REMEMBERED = 10_000  # changes of the choice
+_REMEMBERED = 10_000  # how many changes of the choice a thread remembers
 
 
 class _Context:
-    """A `use_backend` that has been entered; `again` in a backward pass, by a checkpointed function that is run again."""
+    """A `use_backend` that has been entered; `again` if a checkpointed function did so, run again by a backward pass."""
 
     def __init__(self, name: str) -> None:
         self.name, self.thread = name, threading.get_ident()
@@ -22,10 +22,10 @@ class _Context:
 
 
 class _Thread(threading.local):
-    """What a thread remembers of the changes of the choice."""
+    """The changes of the choice that one thread remembers."""
 
     def __init__(self) -> None:
-        self.seen = 0  # of the changes
+        self.seen = 0  # how many changes of the choice the thread knows
         # The number of the thread's first autograd node under each choice, and the choice.
         self.history: deque[tuple[int, str | None]] = deque(maxlen=_REMEMBERED)
 
@@ -65,7 +65,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         RuntimeError: the backend is unknown or not there; another thread is within a `use_backend`; contexts are not left in the
             reverse order of being entered; a call's tensors are not for the backend; a checkpointed call is computed again in a
-            thread that cannot know under which choice it was made.
+            thread that cannot know under which choice it was made; the installed torch does not tell when that happens.
     """
     global _chosen, _used
     _require_known(name)
@@ -108,7 +108,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _change(context: _Context) -> None:
-    """The choice follows from the contexts that are open."""
+    """Makes the innermost open context the choice, and remembers since which autograd node it holds."""
     global _chosen, _changes, _used, _latest
     _chosen, _used = _open[-1].name if _open else None, True
     if not context.again:
@@ -118,7 +118,12 @@ def _change(context: _Context) -> None:
 
 
 def choose_backend(wanted: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The backend for tensors of a device and dtype.
+    """Returns the name of the backend for tensors of a device and dtype.
+
+    Args:
+        wanted: name of the backend that the call asks for, or None.
+        device_type: type of the tensors' device, "cpu" or "cuda" for example.
+        dtype: of query, key and value.
 
     Raises:
         RuntimeError: the wanted one is unknown, not built, or cannot take these tensors; or see `use_backend`.
@@ -133,7 +138,7 @@ def choose_backend(wanted: str | None, device_type: str, dtype: torch.dtype) -> 
     return chosen
 
 
-# A compiler takes the answer as it is: loading a backend is not for it to trace.
+# A compiler takes the result as a constant, as it cannot trace how a backend is loaded.
 @torch.compiler.assume_constant_result
 def _find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
     return find(wanted, device_type, dtype)
@@ -145,8 +150,11 @@ def _require_known(name: str) -> None:
 
 
 def _choice() -> str | None:
-    """What `use_backend` has chosen. Within a backward pass, which computes checkpointed calls again, that is what it had chosen
-    when the node was made for which it does; nodes have numbers, in the order in which their thread made them."""
+    """Returns what `use_backend` has chosen.
+
+    A backward pass computes checkpointed calls again. There the choice is the one that held when the node was made whose backward
+    pass runs. It is found by the node's number: nodes are numbered in the order in which their thread made them.
+    """
     node = current_node()
     if node is None:
         if _thread.seen != _changes:

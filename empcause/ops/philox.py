@@ -20,7 +20,7 @@ def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
 ) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32.
+    """Returns random bits from ten rounds of Philox4x32.
 
     Args:
         counter: four int64 tensors of one shape, each holding 32-bit values.
@@ -42,7 +42,7 @@ def philox4x32(
 def dropout_keep_mask(
     seed: int | Tensor, p: float, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Which probabilities survive dropout.
+    """Returns which probabilities survive dropout.
 
     Args:
         seed: 64-bit seed.

@@ -1,4 +1,4 @@
-"""The paper's equations in plain torch: the oracle of all tests, and what runs where no kernel does.
+"""The paper's equations in plain torch: the baseline of all tests, and the backend where no kernel runs.
 
     x_ij = scale * q_i . k_j                                            for j <= i + query_offset (causal)
     p_ij = softmax_j(x_ij)
@@ -21,16 +21,16 @@ from empcause.ops.philox import dropout_keep_mask
 
 # Rounding may leave a weight that is meant to be 0 slightly below it.
 SMALLEST_WEIGHT = -1e-6
-# From here on a weight's power of two is kept apart.
+# The power of two of larger weights is kept apart.
 LARGE_WEIGHT = 2.0**32
-# Of x - LSE where the weight is 0.
+# The largest x - LSE that counts where the weight is 0.
 LARGEST_EXPONENT = 80.0
 
 
 def key_weights(
     cause: Tensor | None, strength: float | Tensor, key_mask: Tensor | None, batch: int, keys: int, like: Tensor
 ) -> Tensor:
-    """Weight of every key: `key_mask * (1 + strength * cause)`, values in [-1e-6, 0) counting as 0.
+    """Returns the weight of every key: `key_mask * (1 + strength * cause)`, values in [-1e-6, 0) counting as 0.
 
     Args:
         cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, or None.
@@ -47,7 +47,7 @@ def key_weights(
         cause = cause.to(like.dtype)
         cause = cause[:, None] if cause.dim() == 2 else cause
         factor = strength.to(like.dtype)[:, None] if isinstance(strength, Tensor) else strength
-        # What stands in a masked key, NaN included, is not looked at.
+        # The cause of a masked key, NaN included, has no effect.
         product = factor * (cause if key_mask is None else torch.where(key_mask[:, None], cause, 0.0))
         weight = 1 + product
         weight = torch.where((weight < 0) & (weight >= SMALLEST_WEIGHT), weight - weight.detach(), weight)
@@ -71,7 +71,7 @@ def biased_attention_reference(
     query_offset: int | Tensor | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Literal biased attention, differentiable by autograd, on any device, in fp64 too.
+    """Computes biased attention as the equations say, differentiable by autograd, on any device, in fp64 too.
 
     Args:
         query: `[B, H, Q, D]`.
@@ -102,7 +102,7 @@ def biased_attention_reference(
         allowed, counted = allowed & past, counted & past
 
     def sanitised(x: Tensor) -> Tensor:
-        """What stands in a masked key is not looked at, and NaN in a key of weight 0 reaches no result."""
+        """Returns keys or values in which neither a masked key nor NaN in a key of weight 0 can reach a result."""
         x = x.to(compute).repeat_interleave(group, 1)
         x = torch.where(present[:, :, 0, :, None], x, 0.0)
         return torch.where(weight[:, :, 0, :, None] > 0, x, torch.nan_to_num(x, 0.0, 0.0, 0.0))

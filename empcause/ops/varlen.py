@@ -25,7 +25,7 @@ def biased_attention_varlen_reference(
     seed: int | Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """See `empcause.biased_attention_varlen`; `options` are strength, causal, scale.
+    """Computes `empcause.biased_attention_varlen`, whose arguments these are; `options` are strength, causal and scale.
 
     Returns:
         Output `[N, H, D]`, and the log-sum-exp `[H, N]`.

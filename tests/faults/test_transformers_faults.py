@@ -264,7 +264,7 @@ def test_weights_that_are_never_formed(tokens):
 
 
 @fault(
-    Guard(MASKS, "    if not isinstance(mask, KeyMask | FakeTensor):", "    if False:"),
+    Guard(MASKS, "    if not isinstance(mask, KeyMask):", "    if False:"),
     cause="a mask of the user's own: integers per key, as ours are, or a square one",
     place="the forward pass",
     promise="refused, never read as ours; the same mask in two dimensions gives eager attention's logits",
