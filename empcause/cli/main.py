@@ -30,7 +30,7 @@ A first run, from nothing:
   empcause data check                                          is the data complete?
 {_TRAININGS}
   empcause evaluate generator --model runs/generator
-  empcause respond "I feel so lonely, all my friends live abroad."
+  empcause respond "My dog has been ill for a week, and the vet has no idea why."
 """
 
 

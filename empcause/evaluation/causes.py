@@ -47,7 +47,7 @@ class EvaluateCausesOptions:
         default="test", metadata={"help": "split of the annotated situations", "choices": ["valid", "test"]}
     )
     output_dir: str = field(
-        default="runs/evaluation/extractor", metadata={"help": "folder for the report and the figures"}
+        default="runs/evaluation/extractor", metadata={"help": "folder for the report and the plots"}
     )
     batch_size: int = field(default=64, metadata={"help": "texts per batch"})
     overwrite_output_dir: bool = field(
@@ -59,7 +59,7 @@ class EvaluateCausesOptions:
 
 
 def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
-    """Measure what a system finds in annotated situations, and write `metrics.json`, `items.json`, `report.md` and figures.
+    """Measure what a system finds in annotated situations, and write `metrics.json`, `items.json`, `report.md` and plots.
 
     What is found in a text is saved at once, so that an evaluation that was cut short continues from there when it is repeated.
 

@@ -58,7 +58,7 @@ class EvaluateResponsesOptions:
     )
     split: str = field(default="test", metadata={"help": "split of the dialogues", "choices": ["valid", "test"]})
     output_dir: str = field(
-        default="runs/evaluation/generator", metadata={"help": "folder for the report and the figures"}
+        default="runs/evaluation/generator", metadata={"help": "folder for the report and the plots"}
     )
     max_samples: int | None = field(
         default=None, metadata={"help": "score this many responses, drawn by the seed; default: all"}

@@ -232,8 +232,7 @@ def _why_not(backend: Backend, device_type: str, dtype: torch.dtype) -> str | No
         takes = "the CPU" if _has_kernels(backend.name, "cpu") else "CUDA devices"
         return f"it takes tensors on {takes}, not on {device_type}"
     if dtype not in backend.dtypes:
-        *most, last = (DTYPES[taken] for taken in backend.dtypes)
-        return f"it takes {', '.join(most)} and {last}, not {dtype}"
+        return f"it takes {', '.join(DTYPES[taken] for taken in backend.dtypes)}, not {dtype}"
     return None
 
 

@@ -63,8 +63,8 @@ def test_what_limits_count():
 
     assert _C.multiply_adds(10, 3) == 3 * _C.multiply_adds(10, 1) > 0
     # Pairs are multiplied twice as many at once, where there are any.
-    in_pairs = _C.build_info()["isa_selected"] == "avx512_bf16"
-    assert _C.multiply_adds(10, 1, bfloat16=True) == (2 if in_pairs else 1) * _C.multiply_adds(10, 1)
+    two_at_once = _C.build_info()["isa_selected"] == "avx512_bf16"
+    assert _C.multiply_adds(10, 1, bfloat16=True) == (2 if two_at_once else 1) * _C.multiply_adds(10, 1)
     values = torch.arange(1001, dtype=torch.float32)
     assert _C.read_all(values.data_ptr(), values.numel(), 3) == 1000 * 1001 / 2
 
