@@ -37,8 +37,8 @@ EVERYTHING = 1 << 30
 _AND = and_masks(causal_mask_function).__code__
 _REMAP = remap_positions_for_packed_sequence(causal_mask_function, None).__code__
 _PACKED = packed_sequence_mask_function(None).__code__
-# Patterns that leave out no key while there are few enough keys. Values: the closure's variable that holds the limit, what is added
-# to it, and the name of the pattern.
+# Patterns that leave out no key while there are few enough keys. Values: the closure's variable that holds the limit, what is
+# added to it, and the name of the pattern.
 _LIMITS = {
     sliding_window_overlay(1).__code__: ("sliding_window", 0, "a sliding window"),
     sliding_window_bidirectional_overlay(1).__code__: ("sliding_window", 1, "a sliding window to both sides"),

@@ -162,7 +162,7 @@ def _attention(
     if cu_q is not None and cu_k is not None:
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     others = (strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset)
-    # Eager mode uses a `torch.autograd.Function`, which takes a third of a registered formula's time; a compiler, `torch.func` and
+    # Eager mode uses a `torch.autograd.Function`, which takes a third of a registered formula's time; compilers, `torch.func` and
     # forward mode need the registered one (`registration.py`).
     if torch.compiler.is_compiling() or transforms_active() or forward_mode_active():
         operator = getattr(torch.ops, f"empcause_{backend}").attention.default
