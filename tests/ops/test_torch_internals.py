@@ -242,7 +242,7 @@ REFUSED = {
     "torch._C._current_autograd_node": IN_CHECKPOINT,
     "torch._C._autograd._get_sequence_nr": IN_CHECKPOINT,
     "torch._C._FunctionBase": IN_CHECKPOINT,
-    "all": {"compiled_reference": "data-dependent", **IN_FUNC, **IN_VMAP, **IN_CHECKPOINT},
+    "all": {"compiled_reference": "data-dependent|Failed to trace", **IN_FUNC, **IN_VMAP, **IN_CHECKPOINT},
 }
 
 
