@@ -25,7 +25,7 @@ from empcause.ops.reference import biased_attention_reference, key_weights
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
 # A case needs as many query rows, and elements of query and of key, for its root mean square error to be judged alone: few errors
 # have no typical size, and all errors of a row go together. Otherwise a batch at most LARGEST_FACTOR times as large is added.
-JUDGED_ROWS, JUDGED_ELEMENTS, LARGEST_FACTOR = 128, 512, 64
+JUDGED_ROWS, JUDGED_ELEMENTS, LARGEST_FACTOR = 64, 512, 16
 # With fewer columns a few extreme elements make the root mean square; where rows see fewer keys, torch subtracts equal terms
 # without an error, and its own root mean square is no measure.
 JUDGED_COLUMNS = JUDGED_KEYS = 8
