@@ -118,7 +118,7 @@ def at_one_level(name: str, formulas: dict[str, Callable]) -> Callable:
         name: of the function, which torch shows in the graph.
         formulas: "forward", "backward" and "jvp".
     """
-    function = type(
+    function: Any = type(
         name, (_single_level_function,), {name: staticmethod(formula) for name, formula in formulas.items()}
     )
 
