@@ -119,7 +119,7 @@ def at_one_level(name: str, formulas: dict[str, Callable]) -> Callable:
         formulas: "forward", "backward" and "jvp".
     """
     function: Any = type(
-        name, (_single_level_function,), {name: staticmethod(formula) for name, formula in formulas.items()}
+        name, (_single_level_function,), {kind: staticmethod(formula) for kind, formula in formulas.items()}
     )
 
     def applied(*inputs: Any) -> Any:
