@@ -118,8 +118,7 @@ def _differentiable(name: str, operator: Callable, setup_context: Callable, back
         return output
 
     formulas = {"forward": forward, "backward": backward, "jvp": _refuse_forward_mode(name)}
-    function: Any = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in formulas.items()})
-    apply = at_one_level(function)
+    apply = at_one_level(name, formulas)
 
     def kernel(*inputs: Any) -> Any:
         recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)

@@ -66,6 +66,7 @@ _NOTHING = torch.empty(0, device="cpu")
 
 _has_level = _find("torch.autograd.forward_ad._current_level", lambda level: type(level) is int) is not None
 _single_level = _find("torch._functorch.autograd_function.enable_single_level_autograd_function", _opens())
+_single_level_function = _find("torch.autograd.function._SingleLevelFunction", lambda base: callable(base.apply))
 _set_forward_mode = _find("torch.autograd.forward_ad._set_fwd_grad_enabled", _opens(True))
 _is_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor", _gives(bool, _NOTHING))
 _unwrap = _find("torch._C._functorch.get_unwrapped", callable)
@@ -107,17 +108,23 @@ def forward_mode_active() -> bool:
     return True
 
 
-def at_one_level(function: type[torch.autograd.Function]) -> Callable:
-    """Returns `function.apply` for use in a kernel of the dispatcher.
+def at_one_level(name: str, formulas: dict[str, Callable]) -> Callable:
+    """Returns what a kernel of the dispatcher calls to give an operator derivatives of its own.
 
-    The dispatcher has decided which transformation of `torch.func` comes first; `apply` itself would ask that anew, and not end.
-    To be called where `HAS_FORMULAS`.
+    It is `apply` of a `torch.autograd.Function` that does not look for transformations of `torch.func`, as the dispatcher has
+    decided which of them comes first. To be called where `HAS_FORMULAS`.
+
+    Args:
+        name: of the function, which torch shows in the graph.
+        formulas: "forward", "backward" and "jvp".
     """
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    function: Any = type(
+        name, (_single_level_function,), {kind: staticmethod(formula) for kind, formula in formulas.items()}
+    )
 
     def applied(*inputs: Any) -> Any:
         with _single_level():
-            return apply(*inputs)
+            return function.apply(*inputs)
 
     return applied
 
@@ -228,6 +235,7 @@ HAS_FORMULAS = missing.isdisjoint(
         "torch._C._AutoDispatchBelowAutograd",
         "torch._functorch.autograd_function.enable_single_level_autograd_function",
         "torch.autograd.forward_ad._set_fwd_grad_enabled",
+        "torch.autograd.function._SingleLevelFunction",
     }
 )
 # Whether `current_node`, `next_node_number` and `node_number` can be called; there is no documented way to know what they tell.

@@ -93,7 +93,8 @@ class TestMeaning:
             def backward(ctx, grad):
                 return 2 * ctx.saved_tensors[0] * grad
 
-        chosen = [torch_internals.at_one_level(Square)]
+        formulas = {"forward": Square.forward, "backward": Square.backward}
+        chosen = [torch_internals.at_one_level("Square", formulas)]
         library.impl("square", lambda x: chosen[0](x), "Autograd")
         x = torch.tensor(3.0)
         assert torch.func.grad(square)(x) == 6
@@ -237,6 +238,7 @@ REFUSED = {
     "torch._C._AutoDispatchBelowAutograd": IN_FUNC,
     "torch._functorch.autograd_function.enable_single_level_autograd_function": IN_FUNC,
     "torch.autograd.forward_ad._set_fwd_grad_enabled": IN_FUNC,
+    "torch.autograd.function._SingleLevelFunction": IN_FUNC,
     "torch._C._functorch.is_functorch_wrapped_tensor": IN_VMAP,
     "torch._C._functorch.get_unwrapped": IN_VMAP,
     "torch._C._current_autograd_node": IN_CHECKPOINT,
