@@ -23,8 +23,8 @@ from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference, key_weights
 
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
-# A case needs as many query rows, and elements of query and of key, for its root mean square error to be judged alone: few errors
-# have no typical size, and all errors of a row go together. Otherwise a batch at most LARGEST_FACTOR times as large is added.
+# The root mean square of a case is judged alone if it has this many query rows and keys, and elements of query and of key: few
+# errors have no typical size, and all errors of a row go together. Otherwise a batch is added, at most LARGEST_FACTOR times as large.
 JUDGED_ROWS, JUDGED_ELEMENTS, LARGEST_FACTOR = 64, 512, 16
 # With fewer columns a few extreme elements make the root mean square; where rows see fewer keys, torch subtracts equal terms
 # without an error, and its own root mean square is no measure.
@@ -264,15 +264,15 @@ def verdict(case: Case, backend: str, device: str = "cpu") -> str | None:
     """Say what is wrong with a backend on a case, by `disagreement`; None if nothing is.
 
     The root mean square of a small case is judged together with that of a larger batch, so that there are JUDGED_ROWS query rows
-    and JUDGED_ELEMENTS elements of query and of key. It is not judged with fewer than JUDGED_COLUMNS columns, nor where no row
-    sees JUDGED_KEYS keys. A case with `extra` options, which fit its own batch, is judged alone.
+    and keys, and JUDGED_ELEMENTS elements of query and of key. It is not judged with fewer than JUDGED_COLUMNS columns, nor where
+    no row sees JUDGED_KEYS keys. A case with `extra` options, which fit its own batch, is judged alone.
     """
 
     def results(case: Case) -> tuple[list[Tensor], ...]:
         return exact(case), measured(case, backend, device), plain_torch(case)
 
     rows, key_rows = case.batch * case.heads * case.queries, case.batch * case.key_heads * case.keys
-    share = min(rows / JUDGED_ROWS, min(rows, key_rows) * case.dim / JUDGED_ELEMENTS)
+    share = min(min(rows, case.batch * case.keys) / JUDGED_ROWS, min(rows, key_rows) * case.dim / JUDGED_ELEMENTS)
     offset = case.keys - case.queries if case.query_offset is None else case.query_offset
     seen = min(case.keys, case.queries + offset) if case.causal else case.keys
     few = case.dim < JUDGED_COLUMNS or seen < JUDGED_KEYS
