@@ -17,6 +17,10 @@ from empcause.text import visible
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_LIBRARY = Path(__file__).parents[1] / "libempcause_cuda.so"
+_BUILD_CUDA = (
+    "build it from the sources, where nvcc is installed: "
+    "pip install --no-build-isolation --config-settings=cmake.define.EMPCAUSE_CUDA=ON ."
+)
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,11 @@ def _load_triton() -> str | None:
 
 def _load_cuda() -> str | None:
     if not _CUDA_LIBRARY.exists():
-        return "built where asked for, with -DEMPCAUSE_CUDA=ON"
+        return f"this installation has no CUDA library; {_BUILD_CUDA}"
     try:
         torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
-        return f"{_CUDA_LIBRARY.name} does not fit the installed torch ({error})"
+        return f"{_CUDA_LIBRARY.name} cannot be loaded ({error.__cause__ or error}); {_BUILD_CUDA}"
     register("empcause_cuda")
     return None
 

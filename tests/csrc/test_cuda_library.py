@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from csrc.building import ROOT
+from empcause.ops import backends
 
 TORCH = Path(torch.__file__).parent
 HERE = Path(__file__).parent
@@ -72,6 +73,16 @@ print(torch.ops.stub_cuda.first(output))
 """
     torch_libraries = [TORCH / "lib" / name for name in ("libc10.so", "libtorch_cpu.so")]
     assert run(program, cuda_library, *torch_libraries, libtorch_cuda) == ["1000.0"]
+
+
+def test_one_that_does_not_load_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_CUDA_LIBRARY", tmp_path / "libempcause_cuda.so")
+    assert "has no CUDA library; build it from the sources" in backends.BACKENDS["cuda"].load()
+    (tmp_path / "libempcause_cuda.so").write_text("no library")
+    reason = backends.BACKENDS["cuda"].load()
+    assert "libempcause_cuda.so cannot be loaded" in reason
+    assert "invalid ELF header" in reason or "file too short" in reason
+    assert "EMPCAUSE_CUDA=ON" in reason
 
 
 def needed_symbols(library):
