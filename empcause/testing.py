@@ -23,9 +23,9 @@ from empcause.ops.philox import dropout_keep_mask
 from empcause.ops.reference import biased_attention_reference, key_weights
 
 NAMES = ("output", "grad query", "grad key", "grad value", "grad cause")
-# The root mean square of a case is judged alone if it has this many query rows and keys, and elements of query and of key: few
-# errors have no typical size, and all errors of a row go together. Otherwise a batch is added, at most LARGEST_FACTOR times as
-# large.
+# The root mean square of a case is judged alone if it has this many query rows and keys, and elements of query and of key,
+# since few errors have no typical size, and all errors of a row go together. Otherwise a batch is added, at most
+# LARGEST_FACTOR times as large.
 JUDGED_ROWS, JUDGED_ELEMENTS, LARGEST_FACTOR = 64, 512, 16
 # With fewer columns a few extreme elements make the root mean square; where rows see fewer keys, torch subtracts equal terms
 # without an error, and its own root mean square is no measure.
