@@ -805,7 +805,7 @@ def test_resumed_as_another_training(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the model's n_embd 8, this run has 16"):
         train(arguments(folder, resume_from_checkpoint="true"), width=16)
     with monkeypatch.context() as patch:
-        patch.setattr("small_training.ITEMS", ITEMS[::-1])
+        patch.setattr("faults.small_training.ITEMS", ITEMS[::-1])
         with pytest.raises(UserError, match="was trained with another set of training data"):
             train(arguments(folder, resume_from_checkpoint="true"))
     with monkeypatch.context() as patch:
