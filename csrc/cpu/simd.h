@@ -66,7 +66,10 @@ inline float sum(Vec v) {
   return total;
 }
 
-// Returns 2^x for x < 128, relative error below 1.1e-7; exactly 0 for x < -126 and so for -infinity; NaN for NaN.
+// Bounds of the relative errors of exp2 and log2.
+constexpr double kExp2Error = 1.1e-7, kLog2Error = 2.5e-7;
+
+// Returns 2^x for x < 128, relative error below kExp2Error; exactly 0 for x < -126 and so for -infinity; NaN for NaN.
 inline Vec exp2(Vec x) {
   // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to the nearest integer n. The polynomial is the minimax
   // approximation of 2^r on this interval; its own error is 2e-9, and the rest of the stated bound is rounding.
@@ -85,7 +88,7 @@ inline Vec exp2(Vec x) {
   return x < splat(-126.0f) ? Vec{} : power;
 }
 
-// Returns log2(x) for x >= 0, relative error below 2.5e-7; -infinity for 0, infinity for infinity, NaN for NaN.
+// Returns log2(x) for x >= 0, relative error below kLog2Error; -infinity for 0, infinity for infinity, NaN for NaN.
 inline Vec log2(Vec x) {
   // Subnormal numbers have no exponent of their own, so they are multiplied by 2^24 first.
   const IntVec small = x < splat(1.17549435e-38f);

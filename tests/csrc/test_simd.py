@@ -1,7 +1,6 @@
 """The errors of exp2 and log2 of the CPU's kernels are below the bounds in csrc/cpu/simd.h, on all instruction sets."""
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,9 +27,7 @@ def test_errors_are_below_the_stated_bounds(isa, tmp_path):
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
     if done.returncode == 77:
         pytest.skip(f"this processor does not run {isa}")
-    exp2_error, log2_error, special_values = map(float, done.stdout.split())
-    stated = [
-        float(bound) for bound in re.findall(r"relative error below (\S+)[;,]", (CSRC / "cpu" / "simd.h").read_text())
-    ]
-    assert [0 < error < bound for error, bound in zip((exp2_error, log2_error), stated, strict=True)] == [True, True]
+    exp2_error, exp2_bound, log2_error, log2_bound, special_values = map(float, done.stdout.split())
+    assert 0 < exp2_error < exp2_bound
+    assert 0 < log2_error < log2_bound
     assert special_values == 1
