@@ -1,4 +1,4 @@
-"""The attention function that transformers' models call under the name "empcause"."""
+"""The attention function that transformers models call when they run with attn_implementation="empcause"."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +13,13 @@ from empcause.integration.classes import require
 from empcause.integration.masks import Visible, read_mask
 from empcause.ops import biased_attention, biased_attention_varlen
 
-# What transformers hands to every attention function though it does not concern the result: read elsewhere, or looked at below.
+# Keyword arguments that transformers passes to every attention function and that are safe to ignore: they do not change the
+# result, or they are checked below or in the mask.
 _HARMLESS = frozenset(
     "position_ids position_embeddings use_cache cache cache_position past_key_values output_hidden_states "
     "output_router_logits return_dict logits_to_keep num_items_in_batch labels token_type_ids sliding_window seq_idx".split()
 )
-# Names that say little; others speak for themselves.
+# Descriptions of arguments for error messages, where the name alone does not say what the feature is.
 _FEATURES = {
     "softcap": "soft-capped logits",
     "s_aux": "attention sinks",
@@ -30,31 +31,36 @@ _FEATURES = {
 
 @dataclass(eq=False)
 class Witness:
-    """What the attention layers tell `steer` of one call of a model.
+    """The record that the attention layers make of one call of a model, for `steer` to check.
 
     Attributes:
-        keys: by layer, the number of keys that it weighed by their causes.
+        keys: by index of the layer, the number of keys to which the layer applied the causes.
     """
 
     keys: dict[int, int] = field(default_factory=dict)
 
 
 def layer_strength(module: nn.Module, gamma: float) -> float:
-    """Strength of the bias in a layer: `gamma * l / L`, l counted from 1 (section 3.3 of the paper).
+    """Return the strength of the bias in a layer: `gamma * l / L`, with l counted from 1 (section 3.3 of the paper).
+
+    Args:
+        module: the attention module of the layer.
+        gamma: the factor of the strength in all layers.
 
     Raises:
-        UserError: the attention module does not know its place among the layers.
+        UserError: the module has no `layer_idx` or no `config`, so its place among the layers is not known.
     """
     layer_idx = getattr(module, "layer_idx", None)
     config = getattr(module, "config", None)
     if layer_idx is None or config is None:
         raise UserError(
-            f"{type(module).__name__} has no layer_idx and config, which the strength of a layer depends on."
+            f"{type(module).__name__} lacks layer_idx or config, on which the strength of the bias depends."
         )
     return gamma * (layer_idx + 1) / config.num_hidden_layers
 
 
 def _refusal(name: str, module: nn.Module) -> UserError:
+    """Return the error for an argument of the attention function that is not supported."""
     what = f"{_FEATURES[name]} ({name})" if name in _FEATURES else name
     return UserError(
         f'attn_implementation="empcause" does not do {what}, which {type(module).__name__} asks for; "eager" does.'
@@ -79,44 +85,48 @@ def empcause_attention(
     max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Biased attention of one layer.
+    """Compute the biased attention of one layer.
+
+    Under autocast query, key and value are converted to the autocast dtype first.
 
     Args:
-        module: the attention module, of a class that has been checked; its `layer_idx` and `config.num_hidden_layers` decide
-            the strength.
+        module: the attention module, of a class that has been checked; its `layer_idx` and `config.num_hidden_layers`
+            determine the strength.
         query: `[B, H, Q, D]`.
-        key, value: `[B, Hkv, K, D]`.
-        attention_mask: what `biased_attention_mask` made, or None.
-        dropout: probability of dropping an attention probability.
-        scaling: factor of the logits; default `D ** -0.5`.
-        is_causal: overrides the module's own.
-        cause_probs: `[B or 1, n]` cause probability of the first n <= K keys; later keys have 0.
-        cause_gamma: factor of the strength.
-        cause_witness: the layer writes down in it that the causes arrived, for `steer`.
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed sequences in a batch of one row, as transformers'
-            flattening collator makes them: prefix sums `[sequences + 1]` int32, and the longest lengths. Without them packing
-            is found in the mask.
-        **kwargs: what transformers hands to every attention function.
+        key, value: `[B, Hkv, K, D]`, of the query's dtype.
+        attention_mask: the mask that `biased_attention_mask` made, or None.
+        dropout: the probability of dropping an attention probability.
+        scaling: the factor of the logits; default `D ** -0.5`.
+        is_causal: overrides `module.is_causal` (True if the module has none). With a mask it has no effect: the mask's offset
+            determines which keys are visible.
+        cause_probs: `[B or 1, n]`, cause probabilities of the first n <= K keys; later keys have 0.
+        cause_gamma: the factor of the strength.
+        cause_witness: the layer records here that the causes arrived, for `steer`.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: description of packed sequences in a batch of one row, as
+            transformers' DataCollatorWithFlattening makes it: prefix sums `[sequences + 1]` int32, and the longest lengths.
+            Without them packed sequences are read from the mask.
+        **kwargs: the other arguments that transformers passes to every attention function.
 
     Returns:
-        `[B, Q, H, D]` contiguous, and None for the attention weights, which are never formed.
+        The output `[B, Q, H, D]`, contiguous, and None for the attention weights, which are never formed.
 
     Raises:
-        UserError: a class, feature, mask or shape that is not supported.
+        UserError: the module's class, a feature, the mask or a shape is not supported.
     """
     require(module)
     for name, given in kwargs.items():
         if given is not None and name not in _HARMLESS and not (given is False and name == "output_attentions"):
             raise _refusal(name, module)
-    # Most models do not hand output_attentions to their attention: transformers collects what it returns, and would find nothing.
-    # (A compiler sees a variable without context.)
+    # Most models do not pass output_attentions on to their attention. Instead transformers collects the weights that the
+    # attention modules return, and would collect nothing here. A ContextVar cannot be traced, so compiled code reads the
+    # collector's plain variable.
     collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
     if any(name.endswith("attentions") for name in collected or ()):
         raise _refusal("output_attentions", module)
     if key.shape[-1] != value.shape[-1]:
         raise UserError(
             f'attn_implementation="empcause" needs keys and values of one head size; those of {type(module).__name__} are '
-            f'{key.shape[-1]} and {value.shape[-1]} ("eager" and "sdpa" do that).'
+            f'{key.shape[-1]} and {value.shape[-1]} ("eager" and "sdpa" support that).'
         )
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
@@ -127,7 +137,7 @@ def empcause_attention(
     visible = Visible() if attention_mask is None else read_mask(attention_mask)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) or attention_mask is not None  # with a mask, its offset says what may be seen
+    causal = bool(is_causal) or attention_mask is not None  # the mask's offset determines which keys are visible
     _check_order(module, query, key, attention_mask, causal, visible, cu_seq_lens_q, kwargs)
     cause, strength = None, 0.0
     if cause_probs is not None:
@@ -139,7 +149,7 @@ def empcause_attention(
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1 or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
             raise UserError(
-                "Packed sequences are one row of a batch with cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k; "
+                "Packed sequences need a batch of one row with cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k; "
                 f"the batch has {query.shape[0]} rows, or one of these is missing."
             )
     elif visible.cu_seqlens is not None:
@@ -182,10 +192,11 @@ def _check_order(
     cu_seq_lens: Tensor | None,
     kwargs: dict[str, Any],
 ) -> None:
-    """Refuse what would let a query see keys that it should not: there the mask says less than the other arguments.
+    """Refuse arguments with which a query would see keys that it must not see, because the mask does not hide them.
 
     Raises:
-        UserError: see above.
+        UserError: there is a sliding window shorter than the keys, no mask for fewer queries than keys, or packed sequences that
+            only `seq_idx` or `position_ids` show.
     """
     rows, keys = query.shape[2], key.shape[2]
     if rows == 1:
@@ -212,22 +223,26 @@ def _check_order(
     position_ids = kwargs.get("position_ids")
     if (
         position_ids is not None
-        and getattr(module, "layer_idx", 0) == 0  # once per call
+        and getattr(module, "layer_idx", 0) == 0  # one check per call of the model is enough
         and visible.key_mask is None
         and rows == keys
         and position_ids.dim() == 2
         and not torch.compiler.is_compiling()
         and find_packed_sequence_indices(position_ids) is not None
     ):
-        # With a cache transformers takes no notice of it, and the sequences would attend to one another.
+        # With a cache transformers does not look for packed sequences, so they would attend to one another.
         raise UserError(
-            "position_ids hold several packed sequences, which transformers does not look for where there is a cache: pass "
+            "position_ids hold several packed sequences, which transformers does not detect when there is a cache: pass "
             "use_cache=False, or an attention_mask if they are not packed."
         )
 
 
 def _fit(cause_probs: Tensor, batch: int, keys: int) -> Tensor:
-    """Extend causes of the prompt with 0 for keys that came later."""
+    """Return the causes `[batch or 1, keys]`, extended with 0 for the keys after those that have a cause.
+
+    Raises:
+        UserError: they have another shape.
+    """
     if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or cause_probs.shape[1] > keys:
         raise UserError(
             f"cause_probs must be [batch, tokens] = [{batch}, at most {keys}], not {list(cause_probs.shape)}."

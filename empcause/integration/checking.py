@@ -1,6 +1,7 @@
-"""The check that decides which models run with attn_implementation="empcause": a small one of the class, against eager attention.
+"""The check that decides which models run with attn_implementation="empcause".
 
-`python -m empcause.integration` runs it on every causal language model of transformers and writes the table of `classes`.
+It compares a small random model of the class with the same model on eager attention. `python -m empcause.integration` runs the
+check on every causal language model of transformers and writes the table that `classes` reads.
 """
 
 import copy
@@ -25,14 +26,14 @@ from empcause.integration.attention import layer_strength
 from empcause.integration.classes import admit, collecting
 from empcause.integration.steering import steer
 
-# A model with at most this number of parameters is checked with its own configuration.
+# A model with at most this number of parameters is checked with its own configuration, a larger one with a reduced one.
 SMALL = 20_000_000
 VOCABULARY, TOKENS = 99, 11
-# Rounding differs between two ways to the same numbers; relative to the largest of them.
+# Tolerance for rounding differences between two implementations, relative to the largest absolute value.
 TOLERANCE = 2e-4
 
 _OWN_CODE = "does not reach its attention, which is code of its own"
-# What makes a configuration small, by the names that families give it.
+# Sizes of a small configuration, by the names that the model families use for them.
 _SIZES: dict[str, int] = {
     name: size
     for names, size in (
@@ -56,7 +57,7 @@ _SIZES: dict[str, int] = {
     )
     for name in names.split()
 }
-# What some families need besides.
+# Additional settings that some families need, by model type.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "nemotron": {"num_key_value_heads": 2},
@@ -66,16 +67,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 def check_model(model: PreTrainedModel | type[PreTrainedModel]) -> None:
     """Check that models of a class run with attn_implementation="empcause", and admit the class in this process.
 
-    A small random model with the same options must give eager attention's logits and gradients with padding on either side,
-    and its scores in `generate`; later tokens must not change the logits of earlier ones; and causes must reach all
-    attention layers and do what the formula says there.
+    A small random model with the same options must have the logits and gradients of eager attention with padding on either
+    side, and its scores in `generate`. Later tokens must not change the logits of earlier ones. Causes must reach all attention
+    layers and have the effect there that the paper's formula gives.
 
     Args:
-        model: a causal language model, or its class. Only its class and configuration are looked at, so it may have been
+        model: a causal language model, or its class. Only the class and the configuration are used, so the model may have been
             loaded with any attention implementation; `set_attn_implementation("empcause")` works afterwards.
 
     Raises:
-        UserError: it differs, and how; or no small model of this class can be made.
+        UserError: the model does not run, and how it differs; or no small model of this class can be made.
     """
     cls: Any = model if isinstance(model, type) else type(model)
     if not issubclass(cls, PreTrainedModel) or not cls.can_generate() or cls.config_class is None:
@@ -94,21 +95,21 @@ def check_model(model: PreTrainedModel | type[PreTrainedModel]) -> None:
 
 
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A configuration with the same options and small sizes: a few layers, each kind of them once."""
+    """Return a configuration with the same options but small sizes and few layers: two, or one of each layer type."""
     given = {
         name: value for name, value in config.to_diff_dict().items() if name not in ("transformers_version", "dtype")
     }
     layers = getattr(config, "num_hidden_layers", None)
     for name, value in list(given.items()):
         if isinstance(value, list) and len(value) == layers:
-            del given[name]  # one entry per layer: made anew
+            del given[name]  # The list has one entry per layer; the new configuration makes its own.
     sizes: dict[str, Any] = {name: size for name, size in _SIZES.items() if isinstance(_get(config, name), int)}
     if isinstance(getattr(type(config), "head_dim", None), property):
         sizes.pop("head_dim", None)
     elif hasattr(config, "head_dim"):
-        sizes["head_dim"] = _SIZES["head_dim"]  # None by default: hidden_size divided by the heads, all the same
+        sizes["head_dim"] = _SIZES["head_dim"]  # Its default None means hidden_size / num_heads, the same size.
     if "qk_rope_head_dim" in sizes:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # latent attention has no groups
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # Multi-head latent attention has no groups.
     sizes |= _SPECIAL.get(config.model_type, {})
     kinds = list(dict.fromkeys(_get(config, "layer_types") or ()))
     if len(kinds) > 1:
@@ -122,7 +123,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _get(config: PreTrainedConfig, name: str) -> Any:
-    """An attribute, None where there is none or each layer has its own."""
+    """Return an attribute, or None where it is missing or cannot be read because it differs between layers."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -130,7 +131,9 @@ def _get(config: PreTrainedConfig, name: str) -> Any:
 
 
 def find_fault(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
-    """What attn_implementation="empcause" does wrong with a model of this class, as a clause about it; None if nothing.
+    """Return how a model of this class differs with attn_implementation="empcause", or None if it runs as it should.
+
+    The answer is a clause whose subject is the implementation, for example "reaches 1 of its 2 layers".
 
     Raises:
         UserError: the model does not work with eager attention either.
@@ -165,6 +168,15 @@ def _fault_in_calls(
     scores: Tensor,
     calls: list[Any],
 ) -> str | None:
+    """Return the first fault in logits, gradients, generation, causality or steering, as `find_fault` words it.
+
+    Args:
+        eager, ours: models with the same parameters on eager attention and on "empcause".
+        inputs: batches by name, from `_inputs`.
+        expected: by name of the batch, the eager model's logits and gradients.
+        scores: the eager model's scores in `generate`.
+        calls: the attention modules that have called the attention function; it grows with every call.
+    """
     for name, batch in inputs.items():
         made = _logits_and_gradients(ours, batch)
         if not calls:
@@ -190,6 +202,7 @@ def _fault_in_calls(
 def _fault_in_steering(
     eager: PreTrainedModel, ours: PreTrainedModel, inputs: dict[str, dict[str, Tensor]], plain: Tensor
 ) -> str | None:
+    """Return how steered logits differ from the paper's formula; `plain` are the logits `[N, vocabulary]` without causes."""
     for name, batch in inputs.items():
         causes = torch.rand(batch["input_ids"].shape)
         with torch.no_grad(), steer(ours, causes, gamma=2.0):
@@ -204,7 +217,11 @@ def _fault_in_steering(
 
 
 def _make(cls: type[PreTrainedModel], config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
-    """A random model whose attention is far from uniform."""
+    """Return a random fp32 model in evaluation mode, with weights large enough that its attention is far from uniform.
+
+    Raises:
+        ValueError: it would have more than `SMALL` parameters.
+    """
     set_seed(0)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls._from_config(copy.deepcopy(config)).parameters())
@@ -220,6 +237,7 @@ def _make(cls: type[PreTrainedModel], config: PreTrainedConfig, implementation: 
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+    """Return the batches that are compared, by name: without padding, left-padded and right-padded."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(3, min(vocabulary, VOCABULARY) - 1, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     masks = {name: torch.ones_like(tokens) for name in ("left-padded", "right-padded")}
@@ -230,12 +248,16 @@ def _inputs(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
 
 
 def _real(states: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """States `[N, ...]` of the tokens that are not padding."""
+    """Return the states `[N, ...]` of the tokens that are not padding."""
     return states[batch["attention_mask"].bool()] if "attention_mask" in batch else states.flatten(0, 1)
 
 
 def _logits_and_gradients(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits `[N, vocabulary]` of the real tokens, and the gradients of all parameters `[P]`, each relative to its largest."""
+    """Return the logits `[N, vocabulary]` of the tokens that are not padding, and the gradients of all parameters `[P]`.
+
+    The gradient of each parameter is divided by its largest absolute value, so that small gradients count, too; those below a
+    thousandth of the largest gradient of all are divided by that thousandth, because they may be rounding errors.
+    """
     logits = _real(model(**batch).logits, batch)
     model.zero_grad()
     logits.square().mean().backward()
@@ -246,7 +268,7 @@ def _logits_and_gradients(model: PreTrainedModel, batch: dict[str, Tensor]) -> t
 
 
 def _scores(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """What a greedy generation of three tokens chose among, `[3, B, vocabulary]`."""
+    """Return the logits of three steps of greedy generation, `[3, B, vocabulary]`."""
     model.generation_config.eos_token_id = None
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     made = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)
@@ -254,7 +276,7 @@ def _scores(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _differ(ours: Tensor, expected: Tensor) -> str | None:
-    """How far two tensors are apart, None if no further than rounding takes them."""
+    """Return in words how two tensors differ, or None if they are equal within `TOLERANCE`."""
     if ours.shape != expected.shape:
         return f"{list(ours.shape)} instead of {list(expected.shape)}"
     apart, scale = float((ours - expected).abs().max()), float(expected.abs().max())
@@ -262,13 +284,13 @@ def _differ(ours: Tensor, expected: Tensor) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one short line."""
+    """Return an exception's type and message as one line of at most 160 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 160)
 
 
 @contextmanager
 def _witnessed(calls: list[Any]) -> Iterator[None]:
-    """Collect the modules that call the attention function "empcause"."""
+    """Append each module that calls the attention function "empcause" to `calls` while the context lasts."""
     attention: Callable = AttentionInterface._global_mapping["empcause"]
 
     def witness(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -284,7 +306,7 @@ def _witnessed(calls: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def _formula(model: PreTrainedModel, causes: Tensor, gamma: float) -> Iterator[None]:
-    """Make a model's attention the paper's equations 14 to 18, written out."""
+    """Replace a model's attention by the paper's equations 14 to 18, written out, while the context lasts."""
 
     def formula(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any

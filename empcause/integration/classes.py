@@ -1,7 +1,7 @@
-"""Which models run with attn_implementation="empcause": those of a table made by `check_model`, and those it admits later.
+"""Which models run with attn_implementation="empcause": those in a committed table, and those that `check_model` admits.
 
-Two things of a model are looked up, both as transformers hands them over: the class of its configuration, where the
-implementation is chosen and where masks are made, and the class of its attention modules, where attention is computed.
+Two classes of a model are looked up: that of its configuration, when the implementation is chosen and when masks are made, and
+that of its attention modules, when attention is computed.
 """
 
 import json
@@ -26,13 +26,13 @@ _reasons: dict[str, str] = {
     for model, entry in _table["refused"].items()
     for name in entry["configs"]
 }
-# Classes that were found in the table, or admitted: looked up once, for attention asks in every layer.
+# Classes that were found in the table or admitted by `check_model`. They are kept because every attention layer asks.
 _admitted: set[type] = set()
 _checking: ContextVar[set[type] | None] = ContextVar("checking", default=None)
 
 
 def name_of(cls: type) -> str:
-    """A class as the table names it: its module and its own name."""
+    """Return a class's name in the table: its module and its qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -43,7 +43,7 @@ def admit(classes: Iterable[type]) -> None:
 
 @contextmanager
 def collecting() -> Iterator[set[type]]:
-    """Let every class run while the context lasts (in this thread), and collect the classes that were asked for."""
+    """Let every class run in this thread while the context lasts, and yield the set of the classes that `require` was given."""
     seen: set[type] = set()
     token = _checking.set(seen)
     try:
@@ -57,18 +57,20 @@ def require(asked: object, derived: bool = False) -> None:
 
     Args:
         asked: the configuration or module.
-        derived: whether a class that inherits from a checked one will do.
+        derived: whether a class that inherits from a checked class is accepted.
 
     Raises:
-        UserError: with the reason where the table knows one, otherwise with the call that checks the class.
+        UserError: the class is not admitted. The message gives the reason if the table has one, otherwise what to do instead,
+            for example the call that checks the class.
     """
     cls = type(asked)
-    # A compiler cannot follow the look-up; in a model's first call it meets the attention modules before anything admitted them.
+    # The compiler cannot trace `_look_up`. If a model's first call is compiled, its attention modules are not in `_admitted` yet.
     if cls not in _admitted and not (torch.compiler.is_compiling() and name_of(cls) in _runs):
         _look_up(asked, derived)
 
 
 def _look_up(asked: object, derived: bool) -> None:
+    """Admit the class of `asked` if the table or `collecting` allows it, otherwise raise as `require` describes."""
     cls = type(asked)
     seen = _checking.get()
     if seen is not None:
@@ -84,7 +86,7 @@ def _look_up(asked: object, derived: bool) -> None:
     if getattr(asked, "is_encoder_decoder", False):
         raise UserError(
             f'attn_implementation="empcause" has not been checked with models of {cls.__name__}, which have an encoder and a '
-            'decoder, and the check takes causal LMs alone; load it with "eager" or "sdpa".'
+            'decoder, and the check takes only causal LMs; load it with "eager" or "sdpa".'
         )
     if "text_config" in getattr(cls, "sub_configs", ()):
         raise UserError(
@@ -99,7 +101,7 @@ def _look_up(asked: object, derived: bool) -> None:
 
 
 def refuse_unchecked_models() -> None:
-    """Make transformers ask `require` when a model takes the name "empcause", before any of it is built or loaded."""
+    """Make transformers call `require` when "empcause" is chosen for a model, before the model is built or loaded."""
     original: Callable[..., str] = PreTrainedModel.get_correct_attn_implementation
 
     @wraps(original)

@@ -1,9 +1,9 @@
-"""Steering any model of transformers that runs with attn_implementation="empcause".
+"""Steering: `steer` biases the attention of any transformers model that runs with attn_implementation="empcause".
 
-While a model is steered, a few of its methods are replaced, on this one model. Its decoder's `forward` hands the causes on to
-the attention layers: every call passes there, whoever makes it (a LoRA adapter, DistributedDataParallel, a compiled model).
-`generate` and two methods that it calls say which rows it repeats for beams, how much of the prompt has been read, and which
-calls of the model are its own.
+While a model is steered, a few methods of this one object are replaced. The decoder's `forward` passes the causes on to the
+attention layers. It is replaced because every call goes through it, whoever makes the call: a LoRA adapter,
+DistributedDataParallel, a compiled model. `generate` and two methods that it calls are replaced because they alone know how
+`generate` repeats rows for beams, how much of the prompt has been read, and which calls of the model belong to the prompt.
 """
 
 import functools
@@ -31,29 +31,33 @@ from empcause.integration.attention import Witness
 def steer(model: nn.Module, cause_probs: Tensor | ArrayLike, gamma: float = 1.0) -> Iterator[None]:
     """Make a model attend more to some tokens while the context lasts, without subclassing it.
 
-    Every attention layer l of L multiplies its probabilities by `1 + gamma * (l / L) * cause_probs` and renormalises. The causes
-    belong to the tokens of the input: the tokens that a call of the model or of `generate` is given, padding included. Keys
-    that are in the cache before have 0, and so have tokens that are read through the same cache later, generated ones among
-    them. Beams and several answers per prompt repeat their prompt's causes; gradient checkpointing recomputes with the same.
+    Attention layer l of L multiplies its probabilities by `1 + gamma * (l / L) * cause_probs` and renormalises them. The causes
+    belong to the tokens of the input, that is, of a call of the model or of `generate`, padding included. Keys that were in the
+    cache before the input have cause 0, and so have tokens that are read later through the same cache, generated ones included.
+    `generate` repeats a prompt's causes for its beams and returned sequences; gradient checkpointing recomputes with the same
+    causes.
 
-    It holds for calls made in this thread or task, and in those that inherit its context: tasks started inside, and
-    `Thread(target=contextvars.copy_context().run, args=(model.generate, ...))`. Others may steer the same model with causes of
-    their own at the same time; a call of theirs that is not steered raises. A call of `generate` that began inside is steered to
-    its end. What is called for other inputs during `generate` is not steered: an assistant model, the other prompt of
-    guidance_scale, a logits processor's own calls.
+    Steering applies to calls made in this thread or asyncio task and in those that inherit its context: tasks started inside,
+    and `Thread(target=contextvars.copy_context().run, args=(model.generate, ...))`. Other threads and tasks may steer the same
+    model with their own causes at the same time; if they call it without steering it, the call raises. A call of `generate` that
+    began inside the context is steered to its end. Calls for other inputs during `generate` are not steered: those of an
+    assistant model, of the negative prompt of guidance_scale, and of a logits processor.
 
     Args:
-        model: runs with `attn_implementation="empcause"`, or wraps such a model (PEFT, `torch.compile`, accelerate, `.module`).
-        cause_probs: `[batch or 1, tokens]` of numbers, one per token of the input; above 0 attends more, below 0 less, -1 with
-            strength 1 removes the token. Finite, `1 + gamma * cause_probs >= 0`. A tensor or array holds floating-point
-            numbers or booleans (whole numbers look like token ids); gradients flow into a tensor. It is copied.
-        gamma: factor of the strength; 0 changes nothing.
+        model: a model that runs with `attn_implementation="empcause"`, or a wrapper of one (PEFT, `torch.compile`, accelerate,
+            `.module`).
+        cause_probs: `[batch or 1, tokens]`, one finite number per token of the input, with `1 + gamma * cause_probs >= 0`. A
+            token with a number above 0 is attended to more, one below 0 less; -1 removes it in a layer of strength 1. A tensor
+            or array must have a floating-point dtype or bool (integers are refused because they look like token ids). It is
+            copied; gradients flow into a tensor.
+        gamma: the factor of the strength, finite; 0 changes nothing.
 
     Raises:
-        ValueError: another attention implementation, an encoder-decoder, wrong shape or values, or steering inside steering; in
-            calls inside, rows or tokens that the causes do not match, and ways to generate that cannot be steered.
-        RuntimeError: a call from a thread or task outside; the model did not hand the causes to all of its attention layers; at
-            the end, nothing has been steered.
+        ValueError: on entry, if the model has another attention implementation or is an encoder-decoder, if the causes or gamma
+            have a wrong shape or value, or if the model is steered already; in calls inside, if the causes do not match the rows
+            or tokens of the input, or if this way to generate cannot be steered.
+        RuntimeError: in a call from a thread or task that does not inherit the context; in a call inside, if the model did not
+            pass the causes on to all of its attention layers; at the end of the context, if no call was steered.
     """
     steering = _Steering(_owner(model), cause_probs, gamma)
     if any(other.open and other.decoder is steering.decoder for other in _STEERINGS.get()):
@@ -73,15 +77,15 @@ def steer(model: nn.Module, cause_probs: Tensor | ArrayLike, gamma: float = 1.0)
 
 
 class _Steering:
-    """One use of `steer`.
+    """The state of one `with steer(...)` context.
 
     Attributes:
-        model: whose `generate` is steered.
-        decoder: whose calls are steered; it is the model, or part of it.
-        causes: `[rows, tokens]`.
-        open: inside the context.
-        called: a call has come.
-        starts: for every cache that this steering has filled, the number of keys before the input that has the causes.
+        model: the model whose `generate` is steered.
+        decoder: the module whose `forward` is steered: the model itself or a part of it.
+        causes: `[batch or 1, tokens]`, floating.
+        open: whether the context has not ended yet.
+        called: whether a call of the model or of `generate` has been made inside the context.
+        starts: for every cache that a steered call has filled, the index of the first key that belongs to the input.
     """
 
     def __init__(self, model: PreTrainedModel, cause_probs: Tensor | ArrayLike, gamma: float) -> None:
@@ -91,7 +95,7 @@ class _Steering:
         self.starts: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()
         if model.config.is_encoder_decoder or decoder.config.is_encoder_decoder:
             raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder: causes would weigh the decoder's own tokens, not the input; "
+                f"{type(model).__name__} is an encoder-decoder: causes would weight the decoder's own tokens, not the input; "
                 "steer a decoder-only model."
             )
         self.check_implementation()
@@ -104,7 +108,10 @@ class _Steering:
             self.check_values()
 
     def check_implementation(self) -> None:
-        """At the beginning and at every call: it can be set anew."""
+        """Refuse another attention implementation.
+
+        It is checked on entry and in every call, because `set_attn_implementation` can change it in between.
+        """
         found = self.decoder.config._attn_implementation
         if found != "empcause":
             raise ValueError(
@@ -113,12 +120,15 @@ class _Steering:
             )
 
     def check_values(self) -> None:
-        """On a GPU at the end of the context alone, since it waits for the device."""
+        """Refuse causes that are not finite or make a weight negative.
+
+        For causes on a GPU this is called at the end of the context only, because reading the result waits for the device.
+        """
         if not self._right:
             raise ValueError("cause_probs must be finite with 1 + gamma * cause_probs >= 0.")
 
     def check_input(self, rows: int, tokens: int) -> None:
-        """Refuse causes of another shape than the input that they belong to."""
+        """Refuse causes that do not have one row (or one in all) per row of the input and one column per token."""
         if self.causes.shape[0] not in (1, rows) or self.causes.shape[1] != tokens:
             raise ValueError(
                 f"cause_probs is {list(self.causes.shape)} [batch or 1, tokens], but the input is {[rows, tokens]}: every row "
@@ -126,11 +136,15 @@ class _Steering:
             )
 
     def keywords(self, causes: Tensor) -> dict[str, Any]:
-        """What the attention layers are given."""
+        """Return the keyword arguments that the model passes on to its attention layers, with a fresh witness."""
         return {"cause_probs": causes, "cause_gamma": self.gamma, "cause_witness": _Witness(self.decoder)}
 
     def in_direct_call(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What to add to a call of the decoder that is no part of `generate`."""
+        """Return the keyword arguments to add to a call of the decoder that is made outside of `generate`.
+
+        Args:
+            args, kwargs: the arguments of the call.
+        """
         self.called = True
         self.check_implementation()
         names = inspect.signature(self.decoder.forward).parameters if args else ()
@@ -153,7 +167,7 @@ class _Steering:
         return keywords
 
     def after_direct_call(self, witness: "_Witness", output: Any) -> None:
-        """Check that the causes arrived, and know a cache that the model has made itself."""
+        """Check that the causes arrived at all layers, and remember a cache that the model created in this call."""
         witness.check()
         for part in output.values() if isinstance(output, Mapping) else output:
             if isinstance(part, Cache):
@@ -162,15 +176,16 @@ class _Steering:
 
 @dataclass(eq=False)
 class _Generation:
-    """One call of `generate` of a steered model.
+    """The state of one call of `generate` of a steered model.
 
     Attributes:
-        steering: what it is steered by.
-        causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats them; later with the keys before the prompt.
-        rows: in every call of the model.
-        tokens: of the prompt.
-        read: how many of them have been read.
-        witness: of the last call of the model.
+        steering: the steering that applies to the call.
+        causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats those of the prompt; once the prompt is read into
+            a filled cache, with zeros in front for the keys that were there before.
+        rows: the number of rows of every call of the model: the batch times beams or returned sequences.
+        tokens: the number of tokens of the prompt.
+        read: the number of the prompt's tokens that the model has read.
+        witness: the witness of the last call of the model, None before the first.
     """
 
     steering: _Steering
@@ -181,8 +196,8 @@ class _Generation:
     witness: "_Witness | None" = None
 
     def expand(self, size: int, prompt: Tensor) -> None:
-        """Take the prompt `[batch, tokens]` and how often its rows are repeated."""
-        if self.causes is not None:  # a draft
+        """Set the causes from the prompt `[batch, tokens, ...]`, each of whose rows `generate` repeats `size` times."""
+        if self.causes is not None:  # This is the inner `generate` of a draft.
             return
         rows, self.tokens = prompt.shape[:2]
         self.steering.check_input(rows, self.tokens)
@@ -191,7 +206,12 @@ class _Generation:
         self.causes = causes.repeat_interleave(size, dim=0) if causes.shape[0] > 1 else causes
 
     def step(self, input_length: int, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What to add to the inputs of the next call of the model."""
+        """Return the keyword arguments to add to the next call of the model.
+
+        Args:
+            input_length: the number of tokens that `generate` has so far.
+            inputs: the inputs that `generate` has prepared for the call.
+        """
         self.check()
         steering = self.steering
         steering.check_implementation()
@@ -209,7 +229,7 @@ class _Generation:
             length = tokens.shape[1]
             cache, past = _cache(inputs)
             if past and not self.read:
-                # The prompt is all that the cache and the input hold, or the input alone.
+                # The prompt is either all that the cache and the input hold together, or the input alone.
                 start = past + length - self.tokens
                 if input_length != self.tokens or start not in (0, past):
                     raise ValueError("prefill_chunk_size with a filled cache cannot be steered; leave it out.")
@@ -226,7 +246,7 @@ class _Generation:
 
     @contextmanager
     def draft(self) -> Iterator[None]:
-        """What is generated inside reads the prompt anew, and does not count."""
+        """Steer the calls of an inner `generate` that drafts tokens, without counting them as reading the prompt."""
         read, self.read = self.read, self.tokens
         try:
             yield
@@ -234,13 +254,13 @@ class _Generation:
             self.read = read
 
     def check(self) -> None:
-        """Whether the causes arrived in the last call of the model."""
+        """Check that the causes arrived at all layers in the last call of the model, if there was one."""
         if self.witness is not None:
             self.witness.check()
 
 
 class _Witness(Witness):
-    """Whether the causes arrived at all layers of one call, and at the keys that they belong to."""
+    """Checks that the causes of one call arrived at all layers and apply to the keys that they belong to."""
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         super().__init__()
@@ -248,18 +268,23 @@ class _Witness(Witness):
         self.expected: int | None = None
 
     def expect(self, cache: Cache | None, keys: int) -> None:
-        """Take how many keys there must be; a static cache has more than are filled."""
+        """Set the number of keys that every layer must see, unless the cache is static and has more slots than are filled."""
         self.expected = None if cache is not None and cache.is_compileable else keys
 
     def check(self) -> None:
+        """Check what the layers have recorded.
+
+        Raises:
+            RuntimeError: the causes did not arrive at all layers, or a layer saw another number of keys than expected.
+        """
         if len(self.keys) != self.layers:
             raise RuntimeError(
                 f"{self.model} handed cause_probs to {len(self.keys)} of its {self.layers} layers: it cannot be steered."
             )
         if self.expected is not None and (found := set(self.keys.values())) != {self.expected}:
             raise RuntimeError(
-                f"{self.model} attends to {max(found)} keys where cache and input hold {self.expected}: "
-                "which of them are the input's is not known, and it cannot be steered."
+                f"{self.model} attends to {max(found)} keys where cache and input hold {self.expected}: it cannot be "
+                "steered, because which of these keys belong to the input is not known."
             )
 
 
@@ -268,17 +293,24 @@ _GENERATION: ContextVar[_Generation | None] = ContextVar("empcause_generation", 
 
 
 class _Method:
-    """What stands on a model in place of a method while it is steered; copies and pickles of the model have the method itself."""
+    """The object that replaces a method of a module while the model is steered.
+
+    Copies and pickles of the model get the original method instead (`__reduce__`).
+
+    Attributes:
+        holders: the number of open contexts that need the replacement; with 0 the original method is called.
+        own: the attribute of this name on the instance before the replacement, None if the method is the class's.
+    """
 
     holders = 0
 
     def __init__(self, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
-        self.own = vars(module).get(name)  # accelerate replaces methods, too
+        self.own = vars(module).get(name)  # accelerate replaces methods on the instance, too.
         functools.update_wrapper(self, getattr(module, name), updated=())
         self.module, self.replacement = module, replacement
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.holders:  # something else has taken hold of it
+        if not self.holders:  # Another tool has wrapped this object and keeps it after steering has ended.
             return self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
         return self.replacement(self.module, self.__wrapped__, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -286,13 +318,14 @@ class _Method:
         return operator.itemgetter(0), ((self.__wrapped__,),)  # type: ignore[attr-defined]
 
 
-# The methods that are replaced now, and by what.
+# The replacements that are in place now, by module and name of the method.
 _REPLACED: dict[tuple[nn.Module, str], _Method] = {}
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def _replaced_methods(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    """Replace the methods that steering needs while the context lasts."""
     with ExitStack() as stack:
         stack.enter_context(_replaced(decoder, "forward", _forward))
         if isinstance(model, GenerationMixin):
@@ -303,7 +336,7 @@ def _replaced_methods(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Replace a method of one object as long as anybody wants it."""
+    """Replace a method of one module until the last of the contexts that replace it has ended."""
     with _LOCK:
         method = _REPLACED.get((module, name)) or _Method(module, name, replacement)
         if not method.holders:
@@ -324,10 +357,10 @@ def _replaced(module: nn.Module, name: str, replacement: Callable[..., Any]) -> 
 
 
 def _steering(module: nn.Module) -> _Steering:
-    """What a call of a model that somebody steers is steered by.
+    """Return the steering of a model or decoder that applies in this thread or task.
 
     Raises:
-        RuntimeError: the caller does not steer it.
+        RuntimeError: only other threads or tasks steer it.
     """
     for steering in _STEERINGS.get():
         if steering.open and (module is steering.model or module is steering.decoder):
@@ -340,7 +373,8 @@ def _steering(module: nn.Module) -> _Steering:
 
 
 def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if "cause_witness" in kwargs:  # a step of `generate`
+    """Replacement of the decoder's `forward`; `unsteered` is the original, here and in the functions below."""
+    if "cause_witness" in kwargs:  # `_prepare` has added the causes to this step of `generate`.
         return unsteered(*args, **kwargs)
     steering, keywords = _direct_call(decoder, args, kwargs)
     if steering is None:
@@ -350,16 +384,19 @@ def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kw
     return output
 
 
-# What these decide changes from call to call: compiled code leaves it to them.
+# This function and the next are not compiled, because what they decide depends on state that changes from call to call.
 @torch.compiler.disable
 def _direct_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[_Steering | None, dict[str, Any]]:
+    """Return the steering of a call that `generate` has not prepared and the keyword arguments to add; None if it has none."""
     generation = _GENERATION.get()
     if generation is not None and generation.steering.decoder is decoder:
         if generation.witness is None:
             raise RuntimeError(
-                "generate calls the model with inputs that it did not prepare itself: it cannot be steered."
+                "generate calls the model with inputs that it did not prepare with prepare_inputs_for_generation: "
+                "it cannot be steered."
             )
-        return None, {}  # for another prompt
+        # The call is for another prompt: guidance_scale's negative prompt, or a logits processor's input.
+        return None, {}
     steering = _steering(decoder)
     return steering, steering.in_direct_call(args, kwargs)
 
@@ -370,6 +407,7 @@ def _after_direct_call(steering: _Steering, keywords: dict[str, Any], output: An
 
 
 def _generate(model: PreTrainedModel, unsteered: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Replacement of `generate`."""
     generation = _GENERATION.get()
     if generation is not None and generation.steering.model is model:  # the model drafts for itself
         with generation.draft():
@@ -378,15 +416,15 @@ def _generate(model: PreTrainedModel, unsteered: Callable[..., Any], *args: Any,
         steering = _steering(model)
     except RuntimeError:
         if kwargs.get("streamer") is not None:
-            kwargs["streamer"].end()  # who reads it would wait for ever
+            kwargs["streamer"].end()  # Otherwise its reader would wait for ever.
         raise
     steering.called = True
     if type(model).generate is not GenerationMixin.generate or kwargs.get("custom_generate") is not None:
         raise ValueError(
-            f"{type(model).__name__} generates in a way of its own, which cannot be steered; call generate of transformers "
+            f"{type(model).__name__} generates in a way of its own, which cannot be steered; call transformers' generate "
             "without custom_generate, or the model itself."
         )
-    with _replaced_methods(steering.model, steering.decoder):  # to its end, if the context ends before
+    with _replaced_methods(steering.model, steering.decoder):  # to its end, even if the context ends earlier
         generation = _Generation(steering)
         token = _GENERATION.set(generation)
         try:
@@ -398,6 +436,7 @@ def _generate(model: PreTrainedModel, unsteered: Callable[..., Any], *args: Any,
 
 
 def _expand(model: PreTrainedModel, unsteered: Callable[..., Any], **kwargs: Any) -> Any:
+    """Replacement of `_expand_inputs_for_generation`, which repeats the rows of the prompt."""
     generation = _GENERATION.get()
     if generation is not None and generation.steering.model is model:
         generation.expand(kwargs["expand_size"], _tokens(kwargs))
@@ -407,6 +446,7 @@ def _expand(model: PreTrainedModel, unsteered: Callable[..., Any], **kwargs: Any
 def _prepare(
     model: PreTrainedModel, unsteered: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
+    """Replacement of `prepare_inputs_for_generation`, which makes the inputs of every step."""
     inputs = unsteered(input_ids, *args, **kwargs)
     generation = _GENERATION.get()
     if generation is None or generation.steering.model is not model:
@@ -415,12 +455,13 @@ def _prepare(
 
 
 def _refuse(model: PreTrainedModel, unsteered: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Replacement of methods that would call the model in an order that is not known here."""
     raise ValueError(
         "Continuous batching and decoding methods from the Hub cannot be steered; call generate with a batch of prompts."
     )
 
 
-# Methods of a model that generates.
+# The replacements of the methods of a model that generates.
 _GENERATING: dict[str, Callable[..., Any]] = {
     "generate": _generate,
     "_expand_inputs_for_generation": _expand,
@@ -431,7 +472,11 @@ _GENERATING: dict[str, Callable[..., Any]] = {
 
 
 def _owner(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers that is meant: itself, or the one inside a wrapper."""
+    """Return the transformers model that is meant: `model` itself, or the only one inside a wrapper.
+
+    Raises:
+        ValueError: it is not a module, or does not hold exactly one transformers model.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"steer takes a model, not {type(model).__name__}.")
     found: list[PreTrainedModel] = []
@@ -448,7 +493,11 @@ def _owner(model: nn.Module) -> PreTrainedModel:
 
 
 def _tensor(cause_probs: Tensor | ArrayLike) -> Tensor:
-    """A copy of the causes, floating."""
+    """Return a floating copy `[batch, tokens]` of the causes, through which gradients flow.
+
+    Raises:
+        ValueError: they are not numbers of this shape, or are integers in a tensor or array.
+    """
     plain = isinstance(cause_probs, list | tuple)
     try:
         causes = torch.as_tensor(cause_probs, dtype=torch.float32 if plain else None)
@@ -462,28 +511,29 @@ def _tensor(cause_probs: Tensor | ArrayLike) -> Tensor:
 
 
 def _tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """What a model reads, `[rows, tokens, ...]`."""
+    """Return the embeddings or token ids that a call reads, `[rows, tokens, ...]`."""
     found = next((inputs[name] for name in ("inputs_embeds", "input_ids") if inputs.get(name) is not None), None)
     if found is None:
-        raise ValueError("A model that is steered needs input_ids or inputs_embeds.")
+        raise ValueError("A call of a steered model needs input_ids or inputs_embeds.")
     return found
 
 
 def _cache(inputs: Mapping[str, Any]) -> tuple[Cache | None, int]:
-    """The cache of a call, and how many keys are in it."""
+    """Return the cache of a call, if it has one, and the number of keys in it."""
     cache = next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
     if cache is None:
         return None, 0
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"How many keys are in a cache of type {type(cache).__name__} is not known: it cannot be steered."
+            f"The number of keys in a cache of type {type(cache).__name__} is not known: the call cannot be steered."
         )
     return cache, int(cache.get_seq_length())
 
 
 def _check_free(inputs: Mapping[str, Any]) -> None:
+    """Refuse a call that has causes of its own or attends to an encoder's states."""
     if inputs.get("cause_probs") is not None:
-        raise ValueError("cause_probs is given by the call already; leave it out, or do without steer.")
+        raise ValueError("cause_probs is given by the call already; leave it out, or call the model outside of steer.")
     if inputs.get("encoder_hidden_states") is not None:
         raise ValueError(
             "Attention to encoder_hidden_states cannot be steered: the causes belong to the model's own tokens."

@@ -73,7 +73,7 @@ def test_what_the_check_takes():
 
 
 def test_encoder_decoders_are_not_sent_to_a_check_that_does_not_take_them():
-    with pytest.raises(UserError, match='the check takes causal LMs alone; load it with "eager" or "sdpa"'):
+    with pytest.raises(UserError, match='the check takes only causal LMs; load it with "eager" or "sdpa"'):
         T5ForConditionalGeneration._from_config(T5Config(), attn_implementation="empcause")
 
 
