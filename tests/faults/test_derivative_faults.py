@@ -1,4 +1,4 @@
-"""Derivatives of the operator by every road that torch has: right, or refused by name."""
+"""Derivatives of the operator are right, or refused by name, in every way that torch offers to compute them."""
 
 import math
 
@@ -16,7 +16,7 @@ PHILOX, BACKENDS = "empcause/ops/philox.py", ("cpu", "reference")
 
 
 def tensors(dtype=torch.float32, samples=()):
-    """Query, key, value and cause: two sequences of 5 rows in a batch of the operator without packing, of 4 and 6 with it."""
+    """Return query, key, value and cause: two sequences of 5 rows, which `attention` may pack as sequences of 4 and 6 rows."""
     generator = torch.Generator().manual_seed(0)
     shape = (*samples, 2, 2, 5, 8)
     heads = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
@@ -24,7 +24,7 @@ def tensors(dtype=torch.float32, samples=()):
 
 
 def attention(packed, backend, **options):
-    """The operator as a function of query, key, value and cause of `tensors`."""
+    """Return the operator, packed or not, as a function of the four tensors that `tensors` makes."""
     if not packed:
         return lambda *inputs: biased_attention(*inputs, backend=backend, **options)
     sums = torch.tensor([0, 4, 10], dtype=torch.int32)
@@ -39,7 +39,7 @@ def attention(packed, backend, **options):
 
 
 def linear(call):
-    """A loss that is linear in the output: its gradient at the output does not depend on the inputs."""
+    """Return a loss that is linear in the output, so that its gradient at the output does not depend on the inputs."""
     weight = torch.linspace(-1, 1, 160).view(2, 2, 5, 8)
     return lambda *inputs: (call(*inputs) * weight.to(inputs[0].dtype)).sum()
 
@@ -58,7 +58,7 @@ def assert_close(got, expected):
 
 
 def central_difference(function, inputs, tangents, step=1e-5):
-    """The derivative of a function of fp64 tensors along tangents, one tensor or several."""
+    """Return the directional derivative of a function of fp64 tensors along the tangents, for each of its outputs."""
     ahead, behind = (
         function(*(x + sign * step * t for x, t in zip(inputs, tangents, strict=True))) for sign in (1, -1)
     )

@@ -1,4 +1,4 @@
-"""Faults of the kernels: arguments that would lead outside of the tensors, numbers beyond fp32, rows that lose their digits."""
+"""Faults of the kernels: reads outside of the tensors, numbers beyond the range of fp32, and loss of accuracy."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ REFERENCE, TRITON = "empcause/ops/reference.py", "kernels/operators.py"
 
 
 def raw(name, backend="cpu", **changes):
-    """A raw operator with right arguments but for these changes."""
+    """Call a raw operator with valid arguments except for these changes, and return its results."""
     arguments = raw_arguments("empcause_cpu", name) | changes
     operator = getattr(torch.ops.empcause_cpu if backend == "cpu" else triton_operators, name)
     return operator(**arguments)

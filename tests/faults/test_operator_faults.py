@@ -1,4 +1,4 @@
-"""Arguments of the operator that mean nothing, or something else than they seem to."""
+"""Arguments of the operator that have no meaning, or another meaning than they seem to have, are refused."""
 
 import math
 
@@ -14,14 +14,14 @@ BACKENDS = ("cpu", "reference")
 
 
 def padded():
-    """Query, key, value and cause of the operator, 2 sequences of 5 rows."""
+    """Return query, key, value and cause of 2 sequences of 5 rows, as arguments of the operator."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
     return {"query": query, "key": key, "value": value, "cause": torch.rand(2, 5, generator=generator)}
 
 
 def packed(sums=(0, 4, 10), longest=6):
-    """The same rows, packed as sequences that start at `sums`."""
+    """Return the rows of `padded` as arguments of the packed operator, in sequences with these prefix sums."""
     inputs = padded()
     rows = {name: inputs[name].transpose(1, 2).flatten(0, 1) for name in ("query", "key", "value")}
     starts = torch.tensor(sums, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""steer holds for exactly the calls meant, with the right values, or raises."""
+"""`steer` applies to exactly the calls that are meant, with the right values, or raises."""
 
 import asyncio
 import contextvars
@@ -58,19 +58,19 @@ def make(config=LLAMA) -> PreTrainedModel:
 
 
 def prompts(rows=2, tokens=9):
-    """Ids, and causes that change a lot."""
+    """Return random token ids, and causes large enough to change the answers."""
     generator = torch.Generator().manual_seed(rows * tokens)
     ids = torch.randint(3, 60, (rows, tokens), generator=generator)
     return ids, torch.rand(rows, tokens, generator=generator) * 5 - 0.9
 
 
 def logits(model, ids, causes, **kwargs):
-    """Logits with the causes of the first keys handed to the attention layers by hand: no `steer`."""
+    """Return the logits with the causes of the first keys passed to the attention layers directly, without `steer`."""
     return model(ids, cause_probs=causes, **kwargs).logits
 
 
 def greedy(model, ids, causes, steps=6):
-    """A generation by hand, without a cache."""
+    """Return the ids continued by greedy generation, step by step and without a cache."""
     for _ in range(steps):
         ids = torch.cat([ids, logits(model, ids, causes)[:, -1:].argmax(-1)], 1)
     return ids
@@ -81,7 +81,7 @@ def close(actual, expected):
 
 
 class Adapter(nn.Module):
-    """A wrapper that calls the inner model past its `__call__`, as LoRA's does."""
+    """A wrapper that calls the inner model's `forward` instead of its `__call__`, as LoRA does."""
 
     def __init__(self, model):
         super().__init__()
@@ -157,7 +157,7 @@ class Letters:
 
 
 def read(model, ids, target, *leading):
-    """Generate in a thread and read what it streams."""
+    """Call `target(*leading, ids, ...)` in a thread, and return the tokens that it streams."""
     streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=20)
     thread = threading.Thread(target=target, args=(*leading, ids), kwargs={"streamer": streamer, **NEW})
     thread.start()
@@ -358,7 +358,7 @@ def test_keys_of_unknown_number(monkeypatch):
         return original(module, query, key, value, mask, **kwargs)
 
     class Opaque:
-        """A cache of another kind."""
+        """A cache that is not a transformers `Cache`."""
 
         def get_seq_length(self):
             return 0

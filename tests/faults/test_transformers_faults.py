@@ -1,4 +1,4 @@
-"""Models of transformers that run with attn_implementation="empcause": exactly, or not at all."""
+"""Models of transformers either run correctly with attn_implementation="empcause" or are refused."""
 
 from copy import deepcopy
 
@@ -75,11 +75,11 @@ def assert_close(ours, expected):
 
 
 class Attention(LlamaAttention):
-    """Attention of a user's own that is done right: it is transformers' own."""
+    """A user's own attention class that is correct: it only inherits from transformers' class."""
 
 
 class Changed(LlamaAttention):
-    """Attention that does not hand on the causes as they are."""
+    """Attention that passes on half of each cause."""
 
     def forward(self, hidden_states, cause_probs=None, **kwargs):
         return super().forward(hidden_states, cause_probs=None if cause_probs is None else cause_probs / 2, **kwargs)
@@ -94,7 +94,7 @@ class Leaking(LlamaAttention):
 
 
 class Additive(LlamaAttention):
-    """Attention code of its own that adds the mask to the logits, in a model that is otherwise Llama."""
+    """Attention that does not call the attention function but adds the mask to the logits itself."""
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         states = [
@@ -109,7 +109,7 @@ class Additive(LlamaAttention):
 
 
 def llama_with(attention):
-    """A Llama class whose layers have this attention."""
+    """Return a Llama class whose layers use this attention class."""
 
     class Model(LlamaForCausalLM):
         def __init__(self, config):
@@ -352,7 +352,8 @@ def test_sliding_windows(left_padded, tokens):
     ours, eager = make(MistralForCausalLM, config), make(MistralForCausalLM, config, "eager")
     real = left_padded["attention_mask"].bool()
     assert_close(ours(**left_padded).logits[real], eager(**left_padded).logits[real])
-    for cache in (lambda: {}, lambda: {"cache": DynamicCache()}):  # one that drops old keys, and one that keeps them
+    # The default cache drops old keys, DynamicCache() keeps them.
+    for cache in (lambda: {}, lambda: {"cache": DynamicCache()}):
         options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
         made, expected = (model.generate(**left_padded, **options, **cache()) for model in (ours, eager))
         assert_close(torch.stack(made.logits), torch.stack(expected.logits))

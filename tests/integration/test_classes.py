@@ -1,4 +1,4 @@
-"""Which classes of transformers run with attn_implementation="empcause": the committed table and the check that made it."""
+"""The committed table of classes that run with attn_implementation="empcause", and the check that makes it."""
 
 import json
 import warnings
@@ -35,7 +35,7 @@ def part_of(model):
 
 
 def test_every_class_of_the_mapping_is_in_the_table():
-    """A newer transformers may have more classes; these are refused until they are checked."""
+    """The table is complete for its version of transformers; new classes of a newer one are refused until they are checked."""
     known = set(CLASSES["runs"]) | set(CLASSES["refused"]) | set(CLASSES["unchecked"])
     if CLASSES["transformers"] == transformers.__version__:
         assert known == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -61,7 +61,7 @@ def test_families_that_are_refused(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[::6])
 def test_the_table_is_what_the_check_makes(family):
-    """A sixth of transformers' classes; `python -m empcause.integration` makes the whole table."""
+    """This runs the check on a sixth of the classes; `python -m empcause.integration` makes the whole table."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     if part_of(model) != "unchecked":
         assert judge(family, model)[0] == part_of(model)
@@ -78,7 +78,7 @@ def test_encoder_decoders_are_not_sent_to_a_check_that_does_not_take_them():
 
 
 def test_encoders_of_listed_configurations():
-    """The same modules without a causal mask: eager attention's states at the tokens that are not padding."""
+    """Encoders use the same modules without a causal mask and give eager attention's states where there is no padding."""
     config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     tokens, mask = torch.randint(3, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, 6:] = 0
@@ -125,7 +125,7 @@ def test_nothing_deprecated_is_used(config):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_compiled_models(padded, monkeypatch):
-    monkeypatch.setattr(classes, "_admitted", set())  # as in a process whose first call is a compiled one
+    monkeypatch.setattr(classes, "_admitted", set())  # as in a process whose first call is compiled
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 99}
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(
@@ -134,7 +134,7 @@ def test_compiled_models(padded, monkeypatch):
     tokens, mask = torch.randint(3, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     inputs = {"input_ids": tokens, "use_cache": False} | ({"attention_mask": mask} if padded else {})
-    # Without a mask and a cache, traced code cannot know whether position_ids hold packed sequences: one break to look.
+    # Without a mask and a cache there is one graph break, to see whether position_ids hold packed sequences.
     compiled = torch.compile(model, backend="eager", fullgraph=padded)(**inputs).logits
     torch.testing.assert_close(compiled[mask.bool()], model(**inputs).logits[mask.bool()])
 

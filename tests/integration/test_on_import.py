@@ -1,4 +1,4 @@
-"""`import empcause` is light; torch and transformers know what is ours from when they are imported, in either order."""
+"""`import empcause` loads neither torch nor transformers, yet both know its operators and models in either import order."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from empcause.generator import GENERATORS
 
 
 def run(program, *arguments):
-    """Run a program in a process of its own."""
+    """Run a Python program in a process of its own, assert that it succeeds, and return what it printed."""
     command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -22,7 +22,7 @@ def run(program, *arguments):
 
 @pytest.fixture(scope="module")
 def folders(tiny_gpt2_dir, tiny_encoder_dir, tmp_path_factory):
-    """A generator and an extractor, saved."""
+    """Return the folders of a saved generator and a saved extractor."""
     generator, extractor = tmp_path_factory.mktemp("generator"), tmp_path_factory.mktemp("extractor")
     config, model = GENERATORS["gpt2"]
     model(config.from_pretrained(tiny_gpt2_dir)).save_pretrained(generator)
@@ -61,7 +61,7 @@ def test_the_package_is_light_and_gives_its_functions_on_demand():
     run(LIGHT)
 
 
-# What a program imports from transformers first, and what it does with it.
+# By the names that a program imports from transformers: the statements that it then runs.
 USES = {
     "AutoConfig": "assert AutoConfig.from_pretrained(sys.argv[1]).model_type == 'empathetic_gpt2'",
     "AutoModel": "assert type(AutoModel.from_pretrained(sys.argv[2])).__name__ == 'CauseExtractor'",
@@ -79,7 +79,7 @@ USES = {
 
 @pytest.mark.parametrize("names", USES)
 def test_imported_before_transformers(names, folders):
-    """Modules of transformers import each other; ours must not meet one that is half made."""
+    """Modules of transformers import each other; this package must not use one that is only partly initialised."""
     run(f"import sys, empcause; from transformers import {names}\n{USES[names]}", *folders)
 
 

@@ -1,4 +1,4 @@
-"""steer in generation, training and models of several parts: what is right. What goes wrong is in tests/faults."""
+"""`steer` gives the right results in generation, training and models of several parts. Its faults are in tests/faults."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_gradients_reach_the_causes_also_after_the_context(model, ids, causes):
             loss = model(ids, labels=ids).loss
         loss.backward()
         grads.append(leaf.grad)
-    assert grads[0][:, :-1].abs().min() > 0, "of every token that another is predicted from"
+    assert grads[0][:, :-1].abs().min() > 0, "every token but the last takes part in a prediction"
     torch.testing.assert_close(*grads)
 
 
@@ -123,7 +123,7 @@ def test_training(tmp_path, ids, causes):
 
 
 def test_a_model_with_a_vision_tower(ids, causes):
-    """Layers are the text model's; the image's tokens are tokens of the input."""
+    """The layers that count are those of the text model, and the tokens of the image have causes as other tokens do."""
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )

@@ -1,4 +1,4 @@
-"""attn_implementation="empcause" in models of transformers, and the traps on the way there."""
+"""Models of transformers with attn_implementation="empcause" equal eager attention and the paper's formula."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def left_padded(inputs):
 
 
 def literal(model, inputs, cause_probs, gamma):
-    """Logits with the paper's formula: eager attention whose probabilities are reweighted and renormalised."""
+    """Return the model's output with the paper's formula: eager attention, its probabilities reweighted and renormalised."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -161,7 +161,7 @@ def test_generation_equals_eagers(config, left_padded, options):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 def test_steered_generation_equals_steering_without_cache(config, left_padded, options):
-    """During decoding causes stay with the prompt while keys grow; beams repeat them."""
+    """During decoding the causes stay with the prompt's keys while new keys are added, and every beam has them."""
     model = make(config)
     cause = torch.rand(3, 11) * 3
     with empcause.steer(model, cause, gamma=1.0):
@@ -173,7 +173,7 @@ def test_steered_generation_equals_steering_without_cache(config, left_padded, o
 
 
 def test_static_cache_prefill_does_not_see_empty_slots(config):
-    """More keys than are filled: aligned to the bottom right, the prefill would see the future."""
+    """A static cache has more keys than are filled: a causal mask aligned to its last key would show the prefill the future."""
     mask = biased_attention_mask(1, 4, 32, q_offset=0, attention_mask=torch.ones(1, 4, dtype=torch.bool))
     key_mask, offset, *_ = read_mask(mask)
     assert int(offset) == 0
@@ -182,7 +182,7 @@ def test_static_cache_prefill_does_not_see_empty_slots(config):
 
 
 def test_cache_position_reaches_the_kernel(config, left_padded):
-    """Two chunks through a cache equal one pass."""
+    """A prompt that is read through a cache in two chunks has the logits of one pass."""
     model = make(config)
     ids, mask = left_padded["input_ids"], left_padded["attention_mask"]
     position = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -200,7 +200,7 @@ def test_cache_position_reaches_the_kernel(config, left_padded):
 
 
 def test_padding_mask_arrives(config, inputs):
-    """Without a registered mask function transformers would hand on None, and padding would be seen."""
+    """Without a registered mask function transformers would pass None, and padding would be visible."""
     model = make(config)
     changed = dict(inputs, input_ids=inputs["input_ids"].clone())
     changed["input_ids"][0, :4] = 7
@@ -229,7 +229,7 @@ def test_gradient_checkpointing_with_steering(config, inputs):
 
 
 def test_bf16_autocast(config, inputs):
-    """Rotary models hand over query and key in fp32 while value is bf16."""
+    """Under autocast rotary models pass query and key in fp32 while value is bf16."""
     model = make(config)
     exact = model(**inputs).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -344,7 +344,7 @@ def test_mask_comes_through_transformers(config):
 
 
 def test_strided_views_are_read_in_place():
-    """Query, key and value come as views of one fused projection; the result is [B, S, H, D] without weights."""
+    """Query, key and value may be views of one fused projection; the result is [B, Q, H, D] without weights."""
     fused = torch.randn(2, 7, 3 * 32)
     views = [part.unflatten(-1, (4, 8)).transpose(1, 2) for part in fused.split(32, -1)]
     model = make(GPT2)
@@ -355,7 +355,7 @@ def test_strided_views_are_read_in_place():
 
 
 def test_folder_kernels_is_not_taken_for_a_package():
-    """transformers probes for a package of that name; ours must not look like one, from the repository's root either."""
+    """transformers looks for a package `kernels`; the folder of this name must not be taken for it in the repository's root."""
     root = Path(__file__).parents[2]
     code = (
         "from transformers.utils import is_kernels_available as a; before = a(); import empcause; print(before, a()); "

@@ -1,4 +1,4 @@
-"""Errors against fp64 beside those of torch's own attention with the same weights."""
+"""Errors of the operator and of torch's own attention with the same weights, both measured against fp64."""
 
 from collections.abc import Iterable
 
@@ -18,7 +18,7 @@ def errors(
     """Return root-mean-square errors of the output and all gradients for random inputs, the queries times `scale`.
 
     Args:
-        fused: whether torch runs its fused kernel, which has no gradient of a bias, or its formula, which has one.
+        fused: whether torch runs its fused kernel, which has no gradient of a bias, instead of its formula, which has one.
 
     Returns:
         Our errors and those of torch, each `[5]`, or `[4]` if fused.
@@ -49,8 +49,9 @@ def errors(
 def against_torch(dtype: torch.dtype, scale: float, seeds: Iterable[int]) -> None:
     """Assert that over the seeds the root-mean-square error is at most 1.1 times torch's, and the worst at most twice its worst.
 
-    It is compared with torch's fused kernel and, which is stricter, with its formula with a bias that gets a gradient: that
-    computes bf16 and fp16 in fp32 throughout. Kernels with bf16 instructions, as the fused one, are compared with that one alone.
+    The operator is compared with torch's fused kernel and with torch's formula for a bias that requires a gradient, which is
+    stricter because it computes bf16 and fp16 in fp32 throughout. Kernels that multiply with bf16 instructions, as the fused
+    kernel does, are compared with the fused kernel only.
     """
     bf16_products = dtype == torch.bfloat16 and build_info()["isa_selected"] == "avx512_bf16"
     for fused in (True,) if bf16_products else (True, False):

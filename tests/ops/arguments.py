@@ -1,4 +1,4 @@
-"""Arguments of the operator for its tests: packed rows, tensors on a device, and all that a raw operator takes."""
+"""Arguments for tests of the operator: packed rows, tensors on a device, and the arguments of a raw operator."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def move(value: Any, device: str) -> Any:
 
 
 def pack(tensor: Tensor, lengths: list[int]) -> Tensor:
-    """Return the first rows of each sequence of `[B, H, N, D]` (or `[B, N]`), as many as its length, one after another."""
+    """Pack the first `lengths[i]` rows of each sequence i of `[B, H, N, D]` into `[sum, H, D]`, or of `[B, N]` into `[sum]`."""
     if tensor.dim() == 2:
         return torch.cat([tensor[index, :length] for index, length in enumerate(lengths)])
     return torch.cat([tensor[index, :, :length].transpose(0, 1) for index, length in enumerate(lengths)])
@@ -23,11 +23,11 @@ def raw_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of a raw operator by name.
 
-    All of its tensors are there, but prefix sums only where sequences are packed. A backward operator gets the results of the
-    forward one.
+    Every tensor argument is given, the prefix sums only for packed sequences. The results that a backward operator takes are
+    computed with the forward operator.
 
     Args:
-        namespace: of the operators in `torch.ops`, as "empcause_cpu".
+        namespace: the namespace of the operators in `torch.ops`, for example "empcause_cpu".
         name: "attention" or "attention_backward".
     """
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,8 @@
-"""What every backend with kernels is tested for. Each has a class that derives from `Contract`, and cases of its own:
-test_cpu.py, tests/kernels for Triton, tests/csrc for CUDA C++."""
+"""The tests that every backend with kernels must pass.
+
+Each backend derives a class from `Contract` and adds cases of its own: test_cpu.py, tests/kernels for Triton, tests/csrc for
+CUDA C++.
+"""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -27,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 def packed_case(lengths_q, lengths_k, dim=12, dtype=torch.float32, heads=2):
-    """Tensors of packed sequences with the options that describe them."""
+    """Return query, key, value and cause of packed sequences, and the options that describe them."""
     case = Case(
         batch=len(lengths_q),
         heads=heads,
@@ -52,7 +55,7 @@ def packed_case(lengths_q, lengths_k, dim=12, dtype=torch.float32, heads=2):
     }
 
 
-# Of each tensor, and of what it has to fit, so that either may be named.
+# By argument, a pattern of the names that its refusal may use: its own or that of an argument with which it is inconsistent.
 FITS = {
     "query": "query|key",
     "key": "key|value",
@@ -96,7 +99,7 @@ WRONG_NUMBERS = {False: WRONG_OPTIONS + WRONG_WITHOUT_PACKING, True: WRONG_OPTIO
 
 
 def wrong_shapes(tensor):
-    """The tensor with one dimension more, and one element fewer in each that it has."""
+    """Yield the tensor with one dimension more, and with one element fewer in each of its dimensions."""
     yield tensor[None]
     if tensor.dim() == 0:
         yield tensor.expand(2)
@@ -106,18 +109,20 @@ def wrong_shapes(tensor):
 
 
 class Contract:
-    """Tests with tensors of the CPU, which go to `device` and back.
+    """Tests whose tensors are made on the CPU, moved to `device` and back.
 
-    A few queries are decoded, by kernels of their own; tests that are run twice, "decoding" and "general", meet both.
+    Decoding kernels compute calls with few queries, general kernels the others; tests with the ids "decoding" and "general" run
+    on both.
     """
 
     backend: str
     device: str
     dtypes: list[torch.dtype]
-    # Of queries and keys at once. Their products are 1e10, which fp32 holds, as it does not hold fp32's own largest. In 16 bits a
-    # GPU's backward pass, as that of FlashAttention, has LSE in one fp32 number, whose last digit grows with it.
+    # The absolute value of all queries and keys in `test_large_logits`, by dtype. For fp32 it makes logits of 1e10, well within
+    # fp32's range. It is smaller for 16 bits on a GPU, where the backward pass, as in FlashAttention, has the logsumexp in one
+    # fp32 number, whose rounding error grows with it.
     largest: ClassVar = {torch.float32: 49152.0, torch.float16: 32.0}
-    # What a cause that is not allowed raises where the host runs the kernels, and in which words.
+    # The exception and the message that a forbidden cause raises when the kernels run on the host.
     assertion: type[Exception] = RuntimeError
     assertion_message = "cause must be finite with 1 \\+ strength \\* cause >= 0 wherever key_mask is True"
 
@@ -130,7 +135,7 @@ class Contract:
 
     @pytest.fixture(autouse=True)
     def _poisoned_memory(self):
-        """Memory that is allocated is full of NaN, so that what a kernel leaves out shows."""
+        """Fill allocated memory with NaN, so that elements that a kernel does not write are noticed."""
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
         torch.use_deterministic_algorithms(False)
@@ -139,26 +144,26 @@ class Contract:
         return move(value, self.device)
 
     def attend(self, *tensors, operator=biased_attention, **options):
-        """The operator on `device`, for tensors of the CPU."""
+        """Run the operator on `device` for tensors on the CPU, and return its output on the CPU."""
         options = {name: self.moved(value) for name, value in options.items()}
         return operator(*map(self.moved, tensors), **options, backend=self.backend).cpu()
 
     def measured(self, case):
-        """Output and gradients of the kernels."""
+        """Return the output and the gradients of the kernels for a case."""
         return measured(case, self.backend, self.device)
 
     def assert_close(self, case):
         assert_close(case, self.backend, self.device)
 
     def leave_memory_alone(self, monkeypatch):
-        """Neither fills nor copies what a test allocates."""
+        """Do not fill the memory that a test allocates, so that its untouched pages take no memory."""
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
     def raw_arguments(self, name, packed=False, dtype=torch.float32):
         return raw_arguments(f"empcause_{self.backend}", name, packed, self.device, dtype)
 
     def refused(self, name, arguments, message):
-        """The raw operator refuses these arguments in these words, on whatever devices the tensors are."""
+        """Assert that the raw operator refuses these arguments with this message, whatever devices the tensors are on."""
         operator = getattr(getattr(torch.ops, f"empcause_{self.backend}"), name).default
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA if self.device == "cuda" else torch._C.DispatchKey.CPU)
         with pytest.raises(RuntimeError, match=f"empcause: {message}"):
@@ -173,7 +178,7 @@ class Contract:
     @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
     @pytest.mark.parametrize("name", OPERATORS)
     def test_raw_operators_refuse_every_tensor_that_does_not_fit(self, name, packed, kept):
-        """Of another dtype or shape, with gaps where it is read as it lies, or on another device."""
+        """It has another dtype or shape, is on another device, or is not contiguous though the kernels assume that it is."""
         arguments = self.raw_arguments(name, packed, kept)
         tensors = {argument: value for argument, value in arguments.items() if isinstance(value, torch.Tensor)}
         assert len(tensors) == 8 + 2 * packed + 4 * name.endswith("backward")
@@ -181,7 +186,7 @@ class Contract:
         for argument, tensor in tensors.items():
             message = f"({FITS.get(argument, argument)}) must be"
             wrong = [tensor.to(OTHER_DTYPE[tensor.dtype]), *wrong_shapes(tensor)]
-            if argument == "query":  # any number of them is right, until gradients of another number come back
+            if argument == "query":  # Any number of queries is right in itself.
                 wrong = [
                     other
                     for other in wrong
@@ -218,7 +223,7 @@ class Contract:
         self.refused("attention", arguments | many, "there are too many rows")
 
     def test_a_gradient_of_any_strides_is_read_as_it_is(self):
-        """Expanded, so that all its elements are one, and with rows that are columns."""
+        """The gradient is an expanded single element, and a tensor whose last two dimensions are transposed in memory."""
         arguments = self.raw_arguments("attention_backward")
         operator = getattr(torch.ops, f"empcause_{self.backend}").attention_backward
         expected = operator(**arguments)
@@ -228,7 +233,7 @@ class Contract:
                 assert torch.equal(ours, theirs)
 
     def against_fp64(self, tensors, options, tolerance, names="oqkvc"):
-        """Output and gradients, all finite, against the reference in fp64: errors relative to the largest of each."""
+        """Assert that output and gradients are finite and close to the reference in fp64, relative to the largest of each."""
         doubles = tuple(tensor.double() for tensor in tensors)
         truth = gradients(lambda *leaves: biased_attention_reference(*leaves, **options)[0], doubles)
         for backend, device in ((self.backend, self.device), ("reference", "cpu")):
@@ -244,11 +249,11 @@ class Contract:
     @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
     @pytest.mark.parametrize("largest", [1e6, 1e30, 3.4e38])
     def test_large_causes(self, largest, queries):
-        """Some weights are so large that their sum is beyond fp32; rows that see none of them do not lose their digits."""
+        """The sum of some weights overflows fp32; rows that see none of these keys keep their accuracy."""
         (query, key, value, cause), _ = Case(batch=2, queries=queries, causal=True).make()
         cause[0, 6::3] = largest * torch.linspace(0.1, 1, 9)
         cause[1] = largest
-        # Beside weights of 1e38 a gradient of the cause is subnormal.
+        # With weights of 1e38 the gradient of the cause is subnormal, so it is not compared.
         names = "oqkvc" if largest < 1e38 else "oqkv"
         self.against_fp64((query, key, value, cause), {}, 1e-4, names)
         self.against_fp64((query, key, value, (cause / largest).clamp(min=0.0)), {"strength": largest}, 1e-4, names)
@@ -256,7 +261,7 @@ class Contract:
     @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_large_logits(self, queries, dtype):
-        """Rows in which the largest logits have all the weight, some of them several times."""
+        """In every row the largest logit, or several equal ones, take all of the probability."""
         (query, key, value, _), _ = Case(queries=queries, dtype=dtype).make()
         largest = self.largest[dtype]
         query, key = query.sign() * largest, key.sign() * largest
@@ -264,7 +269,7 @@ class Contract:
 
     @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
     def test_the_gradient_of_a_weight_of_0_is_capped_as_in_the_reference(self, queries):
-        """Its logit is far beyond what the other keys add up to: x - LSE counts as 80."""
+        """Where the removed key's logit x is far above the logsumexp of the others, x - LSE is capped at 80."""
         (query, key, value, cause), _ = Case(batch=1, queries=queries).make()
         query, key = query.abs(), key.abs()
         key[:, :, 2] *= 500
@@ -317,7 +322,7 @@ class Contract:
     @pytest.mark.parametrize("queries", [3, 33], ids=["decoding", "general"])
     @pytest.mark.parametrize("cause_shape", ["11K", "1HK"])
     def test_nan_in_a_removed_key_reaches_nothing(self, dtype, cause_shape, queries):
-        """A weight of 0 takes the key out of some heads or of all; the others see it."""
+        """A weight of 0 removes the key in all heads, or in one head while the other still attends to it."""
         (query, key, value, cause), options = Case(
             batch=1, heads=2, key_heads=1, cause_shape=cause_shape, dtype=dtype
         ).make()
@@ -383,7 +388,7 @@ class Contract:
 
     @pytest.mark.parametrize("queries", [8, 30], ids=["decoding", "general"])
     def test_nan_in_dead_rows_reaches_nothing(self, dtype, queries):
-        """Rows without a key give 0, whatever stands in them and in the gradient that comes back."""
+        """Rows that see no key give 0, even if their query and their gradient of the output are NaN."""
         tensors, options = Case(batch=1, queries=queries, keys=5, cause_shape="1K", dtype=dtype).make()
         dead = queries - 5
 
@@ -426,8 +431,11 @@ class Contract:
 
     @pytest.mark.parametrize("queries", [5, 20])
     def test_dropout_uses_the_common_bits(self, dtype, queries):
-        """With identical logits and one-hot values the output shows which probabilities survived, and grad_value of a sum over
-        the columns how many in each column."""
+        """All backends drop the same probabilities.
+
+        With equal logits and one-hot values the output shows which probabilities are kept, and the value's gradient of its sum
+        shows how many are kept per key.
+        """
         keys, p, seed = 24, 0.4, 123 + 2**40
         query, key = torch.zeros(2, 3, queries, 24, dtype=dtype), torch.zeros(2, 3, keys, 24, dtype=dtype)
         value = torch.eye(24, dtype=dtype).expand(2, 3, keys, 24).contiguous().requires_grad_(True)
@@ -480,7 +488,7 @@ class Contract:
 
     @pytest.mark.parametrize("dim", [32, 27, 64, 96, 128, 256, 250])
     def test_decoding_equals_the_last_rows(self, dtype, dim):
-        """One query over a cache gives what the full pass gives for it, up to the order of sums."""
+        """One query over a cache has the output of the full pass, up to the order of summation."""
         case = Case(batch=1, queries=300, keys=300, heads=2, key_heads=1, dim=dim, dtype=dtype)
         (query, key, value, cause), options = case.make()
         full = self.attend(query[:, :, -20:], key, value, cause, **options)
@@ -490,7 +498,7 @@ class Contract:
 
     @pytest.mark.parametrize("queries", [2, 20], ids=["decoding", "general"])
     def test_offsets_beyond_32_bits(self, queries, monkeypatch):
-        """Rows so far apart that within a tile offsets exceed 2 ** 31; only the pages that are touched take memory."""
+        """The rows are so far apart that offsets within a tile exceed 2 ** 31; only the pages that are touched take memory."""
         self.leave_memory_alone(monkeypatch)
         keys, dim, stride = 64, 16, 2**25 + 2**20
         assert (keys - 1) * stride > 2**31
@@ -515,7 +523,7 @@ class Contract:
 
     @pytest.mark.parametrize("queries", [4, 80], ids=["decoding", "general"])
     def test_bitwise_deterministic(self, queries):
-        """Whatever the order in which the blocks run."""
+        """Two runs give the same bits, whatever the order in which the blocks run."""
         dropout_p = 0.0 if queries == 4 else 0.2
         case = Case(batch=1, queries=queries, keys=260, masked=True, dtype=self.dtypes[-1], dropout_p=dropout_p)
         for first, second in zip(self.measured(case), self.measured(case), strict=True):
@@ -543,7 +551,7 @@ class Contract:
         torch.library.opcheck(operators.attention, (*packed, packed_cause, *options))
 
     def test_case_bound_can_fail(self):
-        """The comparison itself notices a wrong result."""
+        """A result with another strength differs by far more than the tolerance, so the comparison can notice it."""
         case = Case(batch=1)
         wrong = replace(case, extra={"strength": 0.9})
         for got, expected in zip(self.measured(wrong), exact(case), strict=True):

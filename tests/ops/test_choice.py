@@ -1,4 +1,4 @@
-"""`use_backend`: which backend really ran, told by the bits of what it computed."""
+"""`use_backend` chooses the backend that runs. The tests recognise the backend by the bits of its results."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +48,7 @@ BY_BITS = {backend: explicit(backend) for backend in ("cpu", "reference")} if em
 
 
 def ran(result):
-    """The backend that computed an output, or all gradients."""
+    """Return the name of the backend whose output, or whose concatenated gradients, equal `result` bit for bit."""
     names = [name for name, bits in BY_BITS.items() if any(torch.equal(result, other) for other in bits)]
     assert len(names) == 1, "no backend's bits, or those of both"
     return names[0]
@@ -188,7 +188,7 @@ class TestCheckpointing:
         assert ran(call(*TENSORS)) == "cpu"
 
     def test_in_threads(self, use_reentrant):
-        """A thread knows what it computed; one that did not is refused."""
+        """The thread of the forward pass can recompute it; another thread is refused."""
         inputs = leaves()
         with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as other:
 

@@ -1,8 +1,8 @@
-"""CUDA tensors without a GPU: fake ones go through dispatch, checks, shapes, compilation and transformers as real ones would.
+"""Fake CUDA tensors, without a GPU, go through dispatch, checks, shapes, compilation and transformers as real ones would.
 
-A fake tensor has no values, so whatever would wait for a GPU to read one raises here. The autograd engine of a torch built
-without CUDA refuses CUDA tensors, fake ones too: graphs are recorded but not run, the backward operators are called by
-themselves, and gradients are tested with values in tests/kernels and tests/csrc.
+A fake tensor has no values, so code that would wait for a GPU to read a value raises here. The autograd engine of a torch built
+without CUDA refuses CUDA tensors, fake ones included. Therefore graphs are recorded but not run, and the backward operators are
+called directly. Gradients are tested with values in tests/kernels and tests/csrc.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ def fake_cuda(device_guard, monkeypatch):
 
 
 def arguments(dtype=torch.bfloat16, queries=7, keys=9):
-    """Views of a fused projection, and a cause."""
+    """Return query, key and value as views of a fused projection, and a cause."""
     fused = torch.randn(2, keys, (4 + 2 + 2) * 16, dtype=dtype, requires_grad=True)
     query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in fused.split([64, 32, 32], -1))
     return query[:, :, keys - queries :], key, value, torch.rand(2, keys, requires_grad=True)

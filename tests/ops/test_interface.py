@@ -1,4 +1,4 @@
-"""Arguments, errors, and what torch's own machinery expects of an operator."""
+"""Arguments and errors of the operator, and its behaviour under autograd, torch.compile and random seeds."""
 
 import math
 import subprocess
@@ -138,7 +138,7 @@ def test_varlen_equals_sequences_one_by_one(backend, dropout_p):
     def one_by_one(query, key, value, cause):
         outputs = []
         for index, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-            # Earlier sequences in the batch keep this one's number, which the dropout bits depend on.
+            # The earlier sequences stay in the batch, because the dropout bits depend on a sequence's index in it.
             rows = slice(0, index + 1)
             q = torch.stack([query.new_zeros(4, n, 12)] * index + [query[index, :, :n]])
             output = biased_attention(

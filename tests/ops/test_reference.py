@@ -1,4 +1,4 @@
-"""The oracle itself: against the paper's formula written another way, and by finite differences."""
+"""The reference is compared with the paper's formula written row by row, and its gradients with finite differences."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_without_cause_it_is_torchs_attention():
 
 
 def test_removed_key():
-    """cause = -1 / strength gives weight 0: the key is gone exactly, yet its cause has a gradient."""
+    """cause = -1 / strength gives weight 0: the key has no effect at all, yet its cause has a gradient."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 12, 8) for _ in range(3))
     strength = 0.3
@@ -76,7 +76,7 @@ def test_gradcheck(causal, dropout_p):
 
 
 def test_philox_known_answers():
-    """Vectors of the Random123 distribution."""
+    """The test vectors are those of the Random123 distribution."""
 
     def run(counter, key):
         words = philox4x32(tuple(torch.tensor([word]) for word in counter), key)

@@ -1,4 +1,4 @@
-"""What the package uses of torch beyond its documented interface: that it means what it did, and what happens without it."""
+"""The private names of torch that the package uses still have their meaning, and their absence never gives wrong results."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ SHIM = ROOT / "empcause/ops/torch_internals.py"
 
 
 class TestMeaning:
-    """Fails where torch gives a private name another meaning; `test_the_installed_torch_has_it` where the name is gone."""
+    """These tests fail if torch gives a private name another meaning, `test_the_installed_torch_has_it` if it is gone."""
 
     @pytest.mark.parametrize("name", NAMES)
     def test_the_installed_torch_has_it(self, name):
@@ -75,7 +75,7 @@ class TestMeaning:
         assert seen == [False, False, True, True, True, False]
 
     def test_at_one_level(self):
-        """An operator with a formula of its own works within `torch.func`, nested too, where `apply` would not."""
+        """An operator with its own backward formula works within (nested) `torch.func` transforms, where `apply` fails."""
         library = torch.library.Library("empcause_canary", "DEF")
         library.define("square(Tensor x) -> Tensor")
         library.impl("square", lambda x: x * x, "CompositeExplicitAutograd")
@@ -223,14 +223,14 @@ class TestMeaning:
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """By private name, what each road came to in a process without this name."""
+    """Return, by private name and by road, the outcome in a process without this name (see without_private_names.py)."""
     command = [sys.executable, str(Path(__file__).with_name("without_private_names.py"))]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# By the absent name, the roads that are refused and a word of the sentence; on all others the numbers must be right.
+# By absent name, the roads that are refused with a pattern of the message; all other roads must give the right numbers.
 IN_FUNC = {"func_grad": "functorch transforms"}
 IN_VMAP = {"vmap_reference": "data-dependent"}
 IN_CHECKPOINT = {"chosen_backend": "pass backend='reference' to the calls"}
@@ -264,7 +264,7 @@ def test_fake_tensors_are_refused_where_they_cannot_be_told(monkeypatch):
         biased_attention_mask(1, 4, 4, attention_mask=torch.ones(1, 4, dtype=torch.bool))
 
 
-# Private names of others than torch: transformers, argparse, threading, triton, and this package's compiled module.
+# Private names that belong to transformers, argparse, threading or triton, not to torch.
 OTHERS = frozenset(
     "_attn_implementation _from_config _global_mapping _init_weights _save_checkpoint _init_training_state _load_best_model "
     "_load_from_checkpoint _optionals _group_actions _DummyThread _active _SubParsersAction".split()
@@ -272,7 +272,7 @@ OTHERS = frozenset(
 
 
 def private_names(source):
-    """Line and text of every private name of torch that a module uses, and of private attributes that may be torch's."""
+    """Yield line and text of every private name of torch in a module's source, and of attributes that may be torch's."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         names = []

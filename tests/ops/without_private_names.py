@@ -1,7 +1,7 @@
-"""A program: uses the operator in processes from which one private name of torch after another is missing.
+"""A program that runs the operator in processes from each of which one private name of torch is missing, then all of them.
 
-It prints as JSON, by the missing name ("all" of them at last) and by the road to the operator, what came of it: "right" or the
-message of the RuntimeError that refused it. Anything else ends the program.
+A road is a way to run the operator, for example compiled or within vmap. The program prints JSON that maps the missing name (or
+"all") and the road to the outcome: "right", or the message of the RuntimeError that refused it. Any other exception ends it.
 """
 
 import importlib
@@ -21,7 +21,7 @@ NAMES = re.findall(r'(?:_find|@_private)\("(torch\.[\w.]+)"', SHIM.read_text(enc
 
 
 def remove(missing):
-    """Let the package, which is not imported yet, not find these names in torch."""
+    """Import `torch_internals`, which must not be imported yet, as if torch did not have these names."""
     found = importlib.import_module
 
     class Without:
@@ -41,7 +41,7 @@ def remove(missing):
 
 
 def inputs():
-    """Query, key, value and cause of 2 samples."""
+    """Return query, key, value and cause of 2 samples, which are the first dimension."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(2, 2, 2, 5, 8, generator=generator) for _ in range(3)] + [
         torch.rand(2, 2, 5, generator=generator)
@@ -73,7 +73,7 @@ OPTIONS = (1.0, None, None, None, None, 0, 0, True, 0.3, 0.0, None, None, True)
 
 
 def saved_program():
-    """The raw operator by its name, before anything has loaded it."""
+    """Call the raw operator by its name before anything has loaded it, as a saved program does."""
     query = torch.empty(2, 3, 5, 4, device="meta")
     assert torch.ops.empcause_cpu.attention(query, query, query, None, *OPTIONS)[0].shape == query.shape
 
@@ -117,7 +117,7 @@ def refuses(call, message):
 
 
 def forward_mode():
-    """Refused by kernels, in the operator and in the raw one; the reference has it."""
+    """The kernels refuse forward mode, in the operator and in the raw operator; the reference supports it."""
     with forward_ad.dual_level():
         for place in range(4):
             dual = list(ONE)
@@ -175,11 +175,11 @@ ROADS = {
         chosen_backend,
     )
 }
-COMPILED = {"compiled", "compiled_reference"}  # which take long: without all names together alone
+COMPILED = {"compiled", "compiled_reference"}  # They take long and run only without all names.
 
 
 def outcome(road):
-    """ "right", or the sentence that refuses it."""
+    """Return "right", or the first line of the error that refuses the road."""
     try:
         road()
     except RuntimeError as error:
@@ -188,8 +188,8 @@ def outcome(road):
 
 
 def main():
-    """Print what came of every road in a process of its own for every missing name."""
-    import torch._dynamo  # once, before the processes part
+    """Run all roads in one process per missing name, and print the outcomes."""
+    import torch._dynamo  # once, before the processes are forked
     import torch._functorch.aot_autograd
 
     outcomes = {}
