@@ -83,7 +83,7 @@ class _Steering:
         model: the model whose `generate` is steered.
         decoder: the module whose `forward` is steered: the model itself or a part of it.
         causes: `[batch or 1, tokens]`, floating.
-        open: whether the context has not ended yet.
+        open: True until the context ends.
         called: whether a call of the model or of `generate` has been made inside the context.
         starts: for every cache that a steered call has filled, the index of the first key that belongs to the input.
     """
@@ -360,7 +360,7 @@ def _steering(module: nn.Module) -> _Steering:
     """Return the steering of a model or decoder that applies in this thread or task.
 
     Raises:
-        RuntimeError: only other threads or tasks steer it.
+        RuntimeError: it is steered only by other threads or tasks.
     """
     for steering in _STEERINGS.get():
         if steering.open and (module is steering.model or module is steering.decoder):
