@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple
 from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.generator.configuration import EmpatheticGPT2Config, EmpatheticLlamaConfig
+from empcause.ops.torch_internals import is_fake
 
 NUM_ROLES = 2
 
@@ -120,7 +121,10 @@ class EmpatheticMixin:
         return GeneratorOutput(loss=total / number, token_losses=token_losses, **others)
 
     def _check_inputs(self, tokens: Tensor | None, roles: Tensor | None, labels: Tensor | None) -> None:
-        """Refuse by name what an embedding or a loss would refuse with a bare IndexError, or on a GPU by ending the process."""
+        """Refuse by name what an embedding or a loss would refuse with a bare IndexError.
+
+        Values are looked at on the CPU alone: on a GPU every step would wait for them, and torch's kernels check them there.
+        """
         vocabulary = self.config.vocab_size  # type: ignore[attr-defined]
         for name, values, number in (("token_type_ids", roles, NUM_ROLES), ("labels", labels, vocabulary)):
             if values is None or tokens is None:
@@ -129,8 +133,8 @@ class EmpatheticMixin:
                 raise ValueError(
                     f"{name} has shape {list(values.shape)}; expected {list(tokens.shape[:2])}, one per token."
                 )
-            if torch.compiler.is_compiling() or values.is_meta:
-                continue  # the values are not known here
+            if torch.compiler.is_compiling() or not values.is_cpu or is_fake(values):
+                continue
             known = (values >= 0) & (values < number)
             if name == "labels":
                 known |= values == IGNORED

@@ -375,7 +375,7 @@ def test_data_an_extractor_cannot_learn_from(tmp_path, tiny_encoder_dir, monkeyp
     ),
     Guard("empcause/generator/modeling.py", "            if not known.all():\n", "            if False:\n"),
     cause="labels or roles of another shape than the tokens, a role that is none, a label beyond the vocabulary",
-    place="a generator's forward",
+    place="a generator's forward (values: on the CPU; on a GPU torch's kernels check them)",
     promise="refused by name with what is expected, before anything is computed",
 )
 def test_labels_and_roles_that_do_not_fit(generator_dir, monkeypatch):

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen
+from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
 from empcause.integration.steering import _Steering
 from empcause.ops.choice import choose_backend
 
@@ -129,6 +130,13 @@ def test_compiles_into_one_graph(fake_cuda):
         mask = torch.ones(2, length, dtype=torch.bool)
         assert run(*arguments(queries=length, keys=length), mask).device.type == "cuda"
     assert counter.frame_count <= 2
+
+
+def test_the_generator_looks_at_no_value(fake_cuda):
+    """On a GPU each look at a role would wait for all that was launched before."""
+    config = EmpatheticGPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    assert EmpatheticGPT2LMHeadModel(config)(ids, token_type_ids=ids).logits.device.type == "cuda"
 
 
 def gpt2():
