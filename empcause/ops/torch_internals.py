@@ -179,16 +179,10 @@ def assert_async(condition: Tensor, message: str) -> None:
         raise RuntimeError(message)
 
 
-@_private("torch._C._current_autograd_node", lambda function: function() is None or True)
-def current_node() -> Any:
-    """Returns the node whose backward pass this thread is computing, None outside of backward passes. Where `HAS_NODES`."""
-    raise NotImplementedError
-
-
-@_private("torch._C._autograd._get_sequence_nr", _gives(int))
-def next_node_number() -> int:
-    """Returns the number that the next node of this thread will have: they rise as the thread makes nodes. Where `HAS_NODES`."""
-    raise NotImplementedError
+# Returns the node whose backward pass this thread is computing, None outside of backward passes. To be called where `HAS_NODES`.
+current_node: Any = _find("torch._C._current_autograd_node", lambda function: function() is None or True)
+# Returns the number that the next node of this thread will have: they rise as the thread makes nodes. Where `HAS_NODES`.
+next_node_number: Any = _find("torch._C._autograd._get_sequence_nr", _gives(int))
 
 
 def node_number(node: Any) -> int:
