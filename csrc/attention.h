@@ -59,7 +59,7 @@ struct Attention {
   // int16: the fp32 output before it was rounded to bf16 or fp16, minus the rounded output, in units of
   // fp32's last place. Its data may be null.
   Matrices rounding;
-  Rows weight;          // w_j; a key of weight 0 is not attended to
+  Rows weight;          // w_j; a key of weight 0 is not attended to. On a GPU its data is null if all are 1
   Rows maximum, total;  // LSE_i = ln 2 * maximum_i + log total_i; a row without a key has total 0
 };
 

@@ -1,7 +1,8 @@
 // The backward pass. Two kernels recompute probabilities from the statistics that the forward pass stored for
 // each row, and sum gradients in a fixed order. A block of BackwardKeys computes the gradients of rows of keys,
 // for all heads that share them, and goes over the queries; a block of BackwardQueries computes those of rows of
-// queries and goes over the keys. Both need delta_i = grad_output_i . output_i, which DeltaKernel computes first.
+// queries and goes over the keys. Both need delta_i = grad_output_i . output_i: BackwardQueries, which runs first,
+// computes it.
 //
 //   e_ij = exp(x_ij - LSE_i)     b_ij = w_j e_ij     dS_ij = b_ij (Z_ij grad_output_i . value_j - delta_i)
 //
@@ -26,12 +27,12 @@ struct BackwardArguments {
   Rows delta;  // [batch, head, row]
 };
 
-// Returns the exponential of a logit relative to LSE: b, or e if log2_weight is kNoWeight. It is
-// capped (kLargestExponent).
-template <class T>
+// Returns the exponential of a logit relative to LSE: b, or e if log2_weight is kNoWeight. Only e may overflow, so
+// that kCapped limits it (kLargestExponent).
+template <bool kCapped, class T>
 EMPCAUSE_DEVICE float exponential(float product, float scale, float log2_weight, LogSumExp<T> lse) {
   const float exponent = lse.taken_from(fma(product, scale, log2_weight));
-  return exp2(exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays NaN
+  return exp2(kCapped && exponent > kLargestExponent ? kLargestExponent : exponent);  // NaN stays NaN
 }
 
 // What stands for log2 of weight 0. It adds nothing to an exponent, and its sign tells it from log2 of
@@ -49,39 +50,6 @@ template <class T>
 struct alignas(4 * sizeof(T)) QueryValues {
   LogSumExp<T> lse;
   float delta;
-};
-
-// Computes delta; each warp computes one row.
-template <class T>
-struct DeltaKernel {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kMinBlocks = 1;
-  static constexpr uint32_t kSharedBytes = 0;
-  using Arguments = BackwardArguments;
-
-  static EMPCAUSE_ANYWHERE int64_t num_rows(const Attention& a) { return a.batch * a.num_heads * a.num_queries; }
-
-  static EMPCAUSE_DEVICE void run(const BackwardArguments& f) {
-    const Attention& a = f.g.forward;
-    const int64_t index = static_cast<int64_t>(block_index().x) * kWarps + warp_index();
-    if (index >= num_rows(a)) return;
-    const int query = static_cast<int>(index % a.num_queries);
-    const int head = static_cast<int>(index / a.num_queries % a.num_heads);
-    const int batch = static_cast<int>(index / a.num_queries / a.num_heads);
-    const Sequence s = sequence(a, batch);
-    if (query >= s.num_queries) return;
-    const int row = static_cast<int>(s.query_begin) + query;
-    const T* const output = row_of<T>(a.output, batch, head, row);
-    const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, row);
-    float delta = 0.0f;
-    for (int column = lane(); column < a.head_dim; column += kWarp) {
-      delta = fma(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
-    }
-    delta = warp_sum(delta);
-    const bool dead = !LogSumExp<T>::load(a, batch, head, row).sees_a_key();
-    if (lane() == 0) {
-      store_global(row_of(f.delta, batch, head, row), dead ? 0.0f : delta);
-    }
-  }
 };
 
 // Computes grad_key, grad_value and grad_weight of a block of rows of keys. Its tiles are queries: b and
@@ -143,24 +111,27 @@ class BackwardKeysBlock {
     return {LogSumExp<T>::load(a, batch, head, row), load_global(row_of(f.delta, batch, head, row))};
   }
 
-  EMPCAUSE_DEVICE void publish(int tile, QueryValues<T> value) const {
-    if (thread() < kColumns) store_shared(query_values(tile, thread()), value);
+  EMPCAUSE_DEVICE bool publish(int tile, QueryValues<T> value) const {
+    if (thread() >= kColumns) return false;
+    store_shared(query_values(tile, thread()), value);
+    return !value.lse.sees_a_key();
   }
 
-  EMPCAUSE_DEVICE void copy(int tile) const {
+  EMPCAUSE_DEVICE void copy(int tile, bool whole) const {
     const int row = query_begin + first_query(tile);
     const Matrices& grad_output = f.g.grad_output;
     copy_rows<kColumns, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int query) { return load_shared<float>(query_values(tile, query)) != kInfinity; },
+        [&](int query) { return whole || load_shared<float>(query_values(tile, query)) != kInfinity; },
         Copy<T, kHeadDim>{query_tile(tile), row_of<T>(a.query, batch, head, row), a.query.row},
         Copy<T, kHeadDim>{grad_output_tile(tile), row_of<T>(grad_output, batch, head, row), grad_output.row});
   }
 
-  EMPCAUSE_DEVICE void compute(int tile) {
+  // Queries that see no key are zeros, as is all that they add, so that a tile need not be whole.
+  EMPCAUSE_DEVICE void compute(int tile, bool) {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
-    if (first_query(tile) >= row0_first_query + warp_row + Shape::kWarpRows - 1) {
+    if (all_have_weight && first_query(tile) >= row0_first_query + warp_row + Shape::kWarpRows - 1) {
       attend_backward<false>(tile);
     } else if (last_query >= row0_first_query + warp_row) {
       attend_backward<true>(tile);
@@ -193,21 +164,24 @@ class BackwardKeysBlock {
   EMPCAUSE_DEVICE int first_query(int tile) const { return (first_tile + tile) * kColumns; }
   EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
 
-  EMPCAUSE_DEVICE float weight_of(int any_head, int row) const {
-    return row < rows ? load_global(row_of(a.weight, batch, any_head, key_begin + first_key + row)) : 0.0f;
+  EMPCAUSE_DEVICE float row_weight(int any_head, int row) const {
+    return row < rows ? weight_of(a, batch, any_head, key_begin + first_key + row) : 0.0f;
   }
 
   EMPCAUSE_DEVICE void begin_head(int next_head) {
     head = next_head;
+    float absent = 0.0f;
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float weight = weight_of(head, fragment_row(m, half));
+        const float weight = row_weight(head, fragment_row(m, half));
         log2_weight[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
         grad_weight[m][half] = 0.0f;
+        if (weight == 0.0f) absent = 1.0f;
       }
     }
+    all_have_weight = shuffle(warp_sum(absent), 0) == 0.0f;
   }
 
   EMPCAUSE_DEVICE void store_grad_weight() const {
@@ -220,7 +194,7 @@ class BackwardKeysBlock {
         if (row >= rows || lane_column() != 0) continue;
         const int key = key_begin + first_key + row;
         const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
-        const float weight = weight_of(head, row);
+        const float weight = row_weight(head, row);
         store_global(row_of(f.g.grad_weight, batch, head, key), !wanted         ? 0.0f
                                                                 : weight > 0.0f ? total / weight
                                                                                 : total);
@@ -247,13 +221,13 @@ class BackwardKeysBlock {
         const QueryValues<T> values = load_shared<QueryValues<T>>(query_values(tile, column));
         EMPCAUSE_UNROLL
         for (int m = 0; m < Shape::kRowTiles; ++m) {
-          float e = exponential(p.at[m][n][i], scale, log2_weight[m][half], values.lse);
+          float e = exponential<kMasked>(p.at[m][n][i], scale, log2_weight[m][half], values.lse);
           float gradient = grad_logit.at[m][n][i];
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           float centred = gradient - values.delta;
           if (kMasked && first_query(tile) + column < row0_first_query + fragment_row(m, half)) e = centred = 0.0f;
           grad_weight[m][half] = fma(e, centred, grad_weight[m][half]);
-          const float b = has_weight(log2_weight[m][half]) ? e : 0.0f;
+          const float b = !kMasked || has_weight(log2_weight[m][half]) ? e : 0.0f;
           p.at[m][n][i] = !kDropout || kept.at(m, n, i) ? b : 0.0f;
           grad_logit.at[m][n][i] = b * centred;
         }
@@ -271,7 +245,7 @@ class BackwardKeysBlock {
       for (int half = 0; half < 2; ++half) {
         bool present = false;
         for (int member = 0; member < group; ++member) {
-          present |= weight_of(key_head * group + member, fragment_row(m, half)) > 0.0f;
+          present |= row_weight(key_head * group + member, fragment_row(m, half)) > 0.0f;
         }
         EMPCAUSE_UNROLL
         for (int n = 0; n < kSliceColumns / 8; ++n) {
@@ -304,6 +278,7 @@ class BackwardKeysBlock {
   int row0_first_query;   // the first query that sees row 0 of the block
   int first_tile, tiles;  // the same for every head
   int head;               // the head that the pipeline goes over now
+  bool all_have_weight;   // whether every row of the warp has a weight for that head
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
   // For the rows of `head`: log2 of the weight, or kNoWeight, and the gradient of the weight, times the
@@ -366,7 +341,7 @@ class BackwardQueriesBlock {
         const int row = fragment_row(m, half);
         const int query = query_begin + first_query + row;
         lse[m][half] = row < rows ? LogSumExp<T>::load(a, batch, head, query) : LogSumExp<T>::none();
-        delta[m][half] = row < rows ? load_global(row_of(f.delta, batch, head, query)) : 0.0f;
+        delta[m][half] = compute_delta(row, lse[m][half].sees_a_key());
       }
     }
   }
@@ -392,22 +367,27 @@ class BackwardQueriesBlock {
   EMPCAUSE_DEVICE float fetch(int tile) const {
     const int key = tile * kColumns + thread();
     if (tile >= tiles || thread() >= kColumns || key >= num_keys) return 0.0f;
-    return load_global(row_of(a.weight, batch, head, key_begin + key));
+    return weight_of(a, batch, head, key_begin + key);
   }
 
-  EMPCAUSE_DEVICE void publish(int tile, float weight) const {
-    if (thread() < kColumns) store_shared(log2_weight(tile, thread()), log2(weight));
+  EMPCAUSE_DEVICE bool publish(int tile, float weight) const {
+    if (thread() >= kColumns) return false;
+    const float log2_of_weight = log2(weight);
+    store_shared(log2_weight(tile, thread()), log2_of_weight);
+    return log2_of_weight == -kInfinity;
   }
 
-  EMPCAUSE_DEVICE void copy(int tile) const {
+  EMPCAUSE_DEVICE void copy(int tile, bool whole) const {
     const int row = key_begin + tile * kColumns, key_head = head / static_cast<int>(a.num_heads / a.num_key_heads);
     copy_rows<kColumns, kThreads>(
-        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
+        head_dim(), f.whole_chunks,
+        [&](int key) { return whole || load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head, row), a.value.row});
   }
 
-  EMPCAUSE_DEVICE void compute(int tile) {
+  // The rows of absent keys are zeros, as are their exponentials, so that a tile need not be whole.
+  EMPCAUSE_DEVICE void compute(int tile, bool) {
     const int first_key = tile * kColumns;
     if (warp_row >= rows || first_key > row0_last_key + warp_row + Shape::kWarpRows - 1) return;
     if (first_key + kColumns - 1 <= row0_last_key + warp_row) {
@@ -442,6 +422,35 @@ class BackwardQueriesBlock {
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
   EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
 
+  // Returns delta of a row, which the quad computes together, and stores it for BackwardKeys. It is 0 for a row that
+  // sees no key, whatever its gradient is.
+  EMPCAUSE_DEVICE float compute_delta(int row, bool sees_a_key) const {
+    float delta = 0.0f;
+    if (row < rows) {
+      const int query = query_begin + first_query + row;
+      const T* const output = row_of<T>(a.output, batch, head, query);
+      const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, query);
+      if (f.whole_chunks) {
+        for (int column = lane() % 4 * Chunk<T>::kSize; column < head_dim(); column += 4 * Chunk<T>::kSize) {
+          const auto o = load_global(reinterpret_cast<const Chunk<T>*>(output + column));
+          const auto gradient = load_global(reinterpret_cast<const Chunk<T>*>(grad_output + column));
+          EMPCAUSE_UNROLL
+          for (int i = 0; i < Chunk<T>::kSize; ++i) delta = fma(to_float(o.at[i]), to_float(gradient.at[i]), delta);
+        }
+      } else {
+        for (int column = lane() % 4; column < head_dim(); column += 4) {
+          delta = fma(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
+        }
+      }
+    }
+    delta = quad_sum(delta);
+    if (!sees_a_key) delta = 0.0f;
+    if (row < rows && lane_column() == 0) {
+      store_global(row_of(f.delta, batch, head, query_begin + first_query + row), delta);
+    }
+    return delta;
+  }
+
   template <bool kMasked>
   EMPCAUSE_DEVICE void attend_backward(int tile) {
     Fragment<Shape::kRowTiles, kColumns / 8> logit, grad_logit;
@@ -465,7 +474,7 @@ class BackwardQueriesBlock {
           if constexpr (kDropout) gradient = kept.at(m, n, i) ? gradient * f.dropout.kept_factor : 0.0f;
           // The rows of an absent key were copied as zeros, so that its log2_weight of -infinity is added to a
           // finite logit.
-          const float b = exponential(logit.at[m][n][i], scale, log2_weights.at[i % 2], lse[m][half]);
+          const float b = exponential<false>(logit.at[m][n][i], scale, log2_weights.at[i % 2], lse[m][half]);
           const bool hidden = kMasked && tile * kColumns + column > row0_last_key + fragment_row(m, half);
           gradient = hidden ? 0.0f : b * (gradient - delta[m][half]);
         }

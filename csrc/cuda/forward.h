@@ -97,25 +97,29 @@ class ForwardBlock {
   EMPCAUSE_DEVICE float fetch(int tile) const {
     const int key = first_key(tile) + thread();
     if (tile >= tiles || thread() >= kColumns || key >= num_keys) return 0.0f;
-    return load_global(row_of(a.weight, batch, first_head, key_begin + key));
+    return weight_of(a, batch, first_head, key_begin + key);
   }
 
-  EMPCAUSE_DEVICE void publish(int tile, float weight) const {
-    if (thread() < kColumns) store_shared(log2_weight(tile, thread()), log2(weight));
+  EMPCAUSE_DEVICE bool publish(int tile, float weight) const {
+    if (thread() >= kColumns) return false;
+    const float log2_of_weight = log2(weight);
+    store_shared(log2_weight(tile, thread()), log2_of_weight);
+    return log2_of_weight == -kInfinity;
   }
 
-  EMPCAUSE_DEVICE void copy(int tile) const {
+  EMPCAUSE_DEVICE void copy(int tile, bool whole) const {
     const int row = key_begin + first_key(tile);
     copy_rows<kColumns, kThreads>(
-        head_dim(), f.whole_chunks, [&](int key) { return load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
+        head_dim(), f.whole_chunks,
+        [&](int key) { return whole || load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head(), row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head(), row), a.value.row});
   }
 
-  EMPCAUSE_DEVICE void compute(int tile) {
+  EMPCAUSE_DEVICE void compute(int tile, bool whole) {
     const int last_row = warp_row + Shape::kWarpRows < rows ? warp_row + Shape::kWarpRows - 1 : rows - 1;
     if (warp_row >= rows || first_key(tile) > last_key(last_row)) return;
-    if (first_key(tile) + kColumns - 1 <= last_key(warp_row)) {
+    if (whole && first_key(tile) + kColumns - 1 <= last_key(warp_row)) {
       attend<false>(tile);
     } else {
       attend<true>(tile);
@@ -153,6 +157,7 @@ class ForwardBlock {
   EMPCAUSE_DEVICE int last_key(int row) const { return row0_last_key + row / heads; }
 
   // Adds one tile of keys to the sums: computes its logits, their exponentials and their product with the values.
+  // Without kMasked, every row sees every key of the tile.
   template <bool kMasked>
   EMPCAUSE_DEVICE void attend(int tile) {
     Fragment<Shape::kRowTiles, kColumns / 8> p;
@@ -165,11 +170,13 @@ class ForwardBlock {
       for (int m = 0; m < Shape::kRowTiles; ++m) {
         EMPCAUSE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          // The logit of an absent key is selected, not computed: in a dead row, the query may be NaN.
           const float log2_weight = log2_weights.at[i % 2];
-          bool absent = log2_weight == -kInfinity;
-          if (kMasked) absent |= first_key(tile) + n * 8 + lane_column() + i % 2 > last_key(fragment_row(m, i / 2));
-          p.at[m][n][i] = absent ? -kInfinity : fma(p.at[m][n][i], scale, log2_weight);
+          p.at[m][n][i] = fma(p.at[m][n][i], scale, log2_weight);
+          // The logit of an absent key is selected, not computed: in a dead row, the query may be NaN.
+          if (kMasked && (log2_weight == -kInfinity ||
+                          first_key(tile) + n * 8 + lane_column() + i % 2 > last_key(fragment_row(m, i / 2)))) {
+            p.at[m][n][i] = -kInfinity;
+          }
         }
       }
     }

@@ -80,21 +80,20 @@ void forward_rows(const Attention& a, float* scratch, Stream stream) {
 
 template <int kHeadDim, bool kDropout>
 void launch_backward(const BackwardArguments& f, Stream stream) {
-  using Keys = BackwardKeysKernel<T, kHeadDim, kDropout>;
   using Queries = BackwardQueriesKernel<T, kHeadDim, kDropout>;
-  launch_blocks<Keys>(Keys::num_blocks(f.g.forward), f, stream);
+  using Keys = BackwardKeysKernel<T, kHeadDim, kDropout>;
   launch_blocks<Queries>(Queries::num_blocks(f.g.forward), f, stream);
+  launch_blocks<Keys>(Keys::num_blocks(f.g.forward), f, stream);
 }
 
 void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
   const Attention& a = g.forward;
   const int64_t batch = a.cu_queries == nullptr ? a.num_heads * a.total_queries : 0;
   BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, batch, a.total_queries}};
-  for (const Matrices* m : {&a.query, &a.key, &a.value, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
+  for (const Matrices* m : {&a.query, &a.key, &a.value, &a.output, &g.grad_output, &g.grad_query, &g.grad_key,
+                            &g.grad_value}) {
     f.whole_chunks = f.whole_chunks && has_whole_chunks(a, *m);
   }
-  constexpr int kWarps = DeltaKernel<T>::kWarps;
-  launch_blocks<DeltaKernel<T>>((DeltaKernel<T>::num_rows(a) + kWarps - 1) / kWarps, f, stream);
   with_head_dim(a.head_dim, [&](auto head_dim) {
     if (f.dropout.threshold == 0) {
       launch_backward<decltype(head_dim)::value, false>(f, stream);

@@ -34,6 +34,11 @@ EMPCAUSE_DEVICE float* row_of(const Rows& r, uint32_t batch, uint32_t head, uint
   return r.data + batch * r.batch + head * r.head + row;
 }
 
+// Returns the weight of a key; all are 1 where none are stored.
+EMPCAUSE_DEVICE float weight_of(const Attention& a, uint32_t batch, uint32_t head, uint32_t row) {
+  return a.weight.data == nullptr ? 1.0f : load_global(row_of(a.weight, batch, head, row));
+}
+
 // Rows of kHeadDim columns in shared memory, in chunks of 16 bytes. Chunk c of a row is stored in place c ^
 // swizzle(row). Then one chunk of eight neighbouring rows, which ldmatrix reads at once, covers all 32 banks, and
 // one chunk of four rows of the same parity, which the fp32 product reads at once, covers 16 different banks.

@@ -18,6 +18,7 @@ void check_prefix_sums(const int32_t* sums, int64_t count, int64_t rows, const c
 struct Cpu {
   static constexpr const char* kName = "cpu";
   static constexpr bool kLosslessStatistics = true;
+  static constexpr bool kOnesAreNull = false;
 
   static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }
 

@@ -71,6 +71,7 @@ class Cuda {
  public:
   static constexpr const char* kName = "cuda";
   static constexpr bool kLosslessStatistics = false;
+  static constexpr bool kOnesAreNull = true;
 
 #if defined(EMPCAUSE_CUDA_EMULATION)
   static bool takes(const Tensor& tensor) { return tensor.is_cpu(); }

@@ -9,6 +9,7 @@
 //   Device::kName                        the name of the backend, for messages
 //   Device::kLosslessStatistics          whether its forward pass stores LSE in two parts, and the rounding of the
 //                                        output, for bf16 and fp16, too
+//   Device::kOnesAreNull                 whether its kernels take null in the place of weights that are all 1
 //   Device(like)                         is constructed from a tensor of the call
 //   borrow(tensor)                       is called with every tensor whose memory the kernels use
 //   check_packing(attention, longest_query, longest_key)
@@ -72,15 +73,13 @@ struct Problem {
 template <class Device>
 class Operators {
  public:
-  // Returns the output; its rounding, which is empty where it is not stored; and the statistics, which
-  // are the parts of LSE.
-  static std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor cause,
-                                                      double strength, OptionalTensor head_strength,
-                                                      OptionalTensor key_mask, OptionalTensor cu_seqlens_q,
-                                                      OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
-                                                      int64_t max_seqlen_k, bool causal, double scale, double dropout_p,
-                                                      OptionalTensor seed, OptionalTensor query_offset,
-                                                      bool for_backward) {
+  // Returns the output; its rounding, which is empty where it is not stored; the statistics, which are the parts of
+  // LSE; and the weights of the keys as the device's kernels take them.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
+      Tensor query, Tensor key, Tensor value, OptionalTensor cause, double strength, OptionalTensor head_strength,
+      OptionalTensor key_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+      int64_t max_seqlen_k, bool causal, double scale, double dropout_p, OptionalTensor seed,
+      OptionalTensor query_offset, bool for_backward) {
     Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
                     max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
     return call.forward(for_backward);
@@ -89,16 +88,16 @@ class Operators {
   // Returns the gradients of query, key, value and cause; the last one is empty unless `cause_grad`.
   static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, Tensor statistics,
-      OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask,
+      Tensor weights, OptionalTensor cause, double strength, OptionalTensor head_strength, OptionalTensor key_mask,
       OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
       double scale, double dropout_p, OptionalTensor seed, OptionalTensor query_offset, bool cause_grad) {
     Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
                     max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
-    return call.backward(grad_output, output, rounding, statistics, cause_grad);
+    return call.backward(grad_output, output, rounding, statistics, weights, cause_grad);
   }
 
  private:
-  // Checks the arguments, describes the problem in `a_` and computes its weights.
+  // Checks the arguments and describes the problem in `a_` and `weights_`.
   explicit Operators(const Problem& problem)
       : arguments_(problem.query),
         device_(on_device(problem.query)),
@@ -139,7 +138,7 @@ class Operators {
     require(a_.dropout_p == 0.0 || problem.seed.has_value(), "dropout needs a seed: pass a tensor of one int64");
     arguments_.check_number("seed", problem.seed);
     a_.seed = optional_data<int64_t>(problem.seed);
-    compute_weights();
+    check_weighting();
   }
 
   // Returns `query` if the device's kernels can read it; all other tensors are compared with its device.
@@ -186,9 +185,9 @@ class Operators {
     }
   }
 
-  // Checks cause, head_strength and key_mask, and computes the weights of the keys.
-  void compute_weights() {
-    KeyWeights w{};
+  // Checks cause, head_strength and key_mask, and describes the weights of the keys.
+  void check_weighting() {
+    KeyWeights& w = weights_;
     w.keys = keys_;
     w.strength = static_cast<float>(problem_.strength);
     if (problem_.head_strength.has_value()) {
@@ -211,10 +210,35 @@ class Operators {
     }
     w.heads = cause_heads_ > 1 || (w.head_strength != nullptr && w.cause != nullptr) ? a_.num_heads : 1;
     w.batch = cause_outer_ != 1 || w.key_mask != nullptr ? outer_ : 1;
-    weight_ = empty<3>(query_, {w.batch, w.heads, keys_}, ScalarType::Float);
-    w.weight = data<float>(*weight_);
-    device_.compute_weights(w);
-    a_.weight = {w.weight, w.batch == 1 ? 0 : w.heads * keys_, w.heads == 1 ? 0 : keys_};
+  }
+
+  // Returns whether weights are stored; otherwise all are 1.
+  bool has_weights() const {
+    return !Device::kOnesAreNull || problem_.cause.has_value() || problem_.key_mask.has_value();
+  }
+
+  // Computes the weights of the keys.
+  Tensor compute_weights() {
+    if (!has_weights()) return empty<1>(query_, {0}, ScalarType::Float);
+    const Tensor weights = empty<3>(query_, {weights_.batch, weights_.heads, keys_}, ScalarType::Float);
+    set_weights(weights);
+    device_.compute_weights(weights_);
+    return weights;
+  }
+
+  // Checks weights that a forward pass has returned.
+  void check_weights(const Tensor& weights) {
+    if (has_weights()) {
+      arguments_.check_contiguous("weights", weights, ScalarType::Float, {weights_.batch, weights_.heads, keys_});
+      set_weights(weights);
+    } else {
+      arguments_.check("weights", weights, ScalarType::Float, {0});
+    }
+  }
+
+  void set_weights(const Tensor& weights) {
+    weights_.weight = data<float>(weights);
+    a_.weight = {weights_.weight, weights_.batch == 1 ? 0 : weights_.heads * keys_, weights_.heads == 1 ? 0 : keys_};
   }
 
   // Checks a cause: [B or 1, K] or [B or 1, H or 1, K]; packed [M] or [H or 1, M].
@@ -237,7 +261,8 @@ class Operators {
   }
 
   // `for_backward` says that a backward pass follows, which is more exact with the rounding of the output.
-  std::tuple<Tensor, Tensor, Tensor> forward(bool for_backward) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> forward(bool for_backward) {
+    Tensor weights = compute_weights();
     Tensor output = new_matrices(rows_, a_.num_heads, dtype_);
     Tensor rounding = for_backward && stores_rounding() ? new_matrices(rows_, a_.num_heads, ScalarType::Short)
                                                         : empty<1>(query_, {0}, ScalarType::Short);
@@ -245,12 +270,12 @@ class Operators {
                                 : empty<4>(query_, {outer_, a_.num_heads, parts(), rows_}, ScalarType::Float);
     set_results(output, rounding, statistics);
     device_.forward(a_, query_);
-    return {output, rounding, statistics};
+    return {output, rounding, statistics, weights};
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& output,
                                                       const Tensor& rounding, const Tensor& statistics,
-                                                      bool cause_grad) {
+                                                      const Tensor& weights, bool cause_grad) {
     check_rows("grad_output", grad_output, dtype_, rows_, a_.num_heads);
     check_rows("output", output, dtype_, rows_, a_.num_heads);
     if (stores_rounding() && rounding.dim() != 1) {
@@ -263,6 +288,7 @@ class Operators {
     } else {
       arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, parts(), rows_});
     }
+    check_weights(weights);
     require(!cause_grad || problem_.cause.has_value(), "cause_grad without cause: pass the cause of the forward pass");
     set_results(output, rounding, statistics);
     AttentionBackward g;
@@ -364,9 +390,8 @@ class Operators {
   int64_t rows_, keys_;  // of the tensors: per batch, or of all packed sequences
   int64_t outer_;        // batch of the tensors: 1 if packed
   int64_t cause_outer_ = 1, cause_heads_ = 1;
-  // Memory that pointers in `a_` lead to, besides arguments and results.
-  std::vector<Tensor> copies_;
-  std::optional<Tensor> weight_;
+  KeyWeights weights_{};
+  std::vector<Tensor> copies_;  // memory that pointers in `a_` lead to, besides arguments and results
 };
 
 }  // namespace empcause
@@ -380,9 +405,9 @@ class Operators {
   "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset, "
 
 #define EMPCAUSE_DEFINE_OPERATORS(library)                                                                     \
-  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_OPTIONS "bool for_backward) -> (Tensor, Tensor, Tensor)"); \
+  library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_OPTIONS "bool for_backward) -> (Tensor, Tensor, Tensor, Tensor)"); \
   library.def("attention_backward(Tensor grad_output, " EMPCAUSE_INPUTS                                        \
-              "Tensor output, Tensor rounding, Tensor statistics, " EMPCAUSE_OPTIONS                           \
+              "Tensor output, Tensor rounding, Tensor statistics, Tensor weights, " EMPCAUSE_OPTIONS           \
               "bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)")
 
 #define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                            \

@@ -420,19 +420,17 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, operators, query, key, value, cause, others):  # type: ignore[no-untyped-def]
         forward, backward = operators
         with below_autograd():
-            output, rounding, statistics = forward(query, key, value, cause, *others, True)
+            output, rounding, statistics, weights = forward(query, key, value, cause, *others, True)
         strength, head_strength, key_mask, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed, offset = others
-        ctx.save_for_backward(
-            query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed, offset
-        )
+        results = (output, rounding, statistics, weights)
+        ctx.save_for_backward(query, key, value, *results, cause, head_strength, key_mask, cu_q, cu_k, seed, offset)
         ctx.constants = backward, strength, max_q, max_k, causal, scale, dropout_p
         return output
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, cu_q, cu_k, seed, offset = (
-            ctx.saved_tensors
-        )
+        query, key, value, output, rounding, statistics, weights, cause, *options = ctx.saved_tensors
+        head_strength, key_mask, cu_q, cu_k, seed, offset = options
         backward, strength, max_q, max_k, causal, scale, dropout_p = ctx.constants
         wants_cause = ctx.needs_input_grad[4]
         # All arguments are written out: putting 20 together from parts is felt in a small call.
@@ -445,6 +443,7 @@ class _Attention(torch.autograd.Function):
                 output,
                 rounding,
                 statistics,
+                weights,
                 cause,
                 strength,
                 head_strength,

@@ -32,8 +32,38 @@ def _by_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
 
 
+def cause_sizes(cause: Tensor | None, packed: bool) -> tuple[int, int]:
+    """Returns the batch and the heads of a cause, each 1 where it is the same for all.
+
+    Args:
+        cause: `[B or 1, K]` or `[B or 1, H or 1, K]`, packed `[M]` or `[H or 1, M]`; or None.
+        packed: whether the sequences are packed.
+    """
+    if cause is None:
+        return 1, 1
+    with_heads = cause.dim() + packed == 3
+    return 1 if packed else cause.shape[0], cause.shape[-2] if with_heads else 1
+
+
+FLAGGED_KEYS = 128  # keys that share a flag
+
+
+def num_flags(keys: int) -> int:
+    """Returns how many flags the Triton kernels keep behind the weights of this many keys (kernels/weights.py)."""
+    return (keys + FLAGGED_KEYS - 1) // FLAGGED_KEYS
+
+
 def _make_forward_shapes(namespace: str) -> Callable:
-    def forward_shapes(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_shapes(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cause: Tensor | None,
+        strength: float,
+        head_strength: Tensor | None,
+        key_mask: Tensor | None,
+        *others: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *batch, heads, rows = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
         # For fp16 and bf16 only the CPU's kernels return all digits: the log-sum-exp in two parts and, if the last argument says
         # that a backward pass follows, what rounding took from the output.
@@ -41,7 +71,17 @@ def _make_forward_shapes(namespace: str) -> Callable:
         rounds = on_cpu and not is_fp32 and others[-1]
         rounding = _by_rows(query, torch.int16) if rounds else query.new_empty(0, dtype=torch.int16)
         parts = 2 if is_fp32 or on_cpu else 1
-        return _by_rows(query), rounding, query.new_empty((*batch, heads, parts, rows), dtype=torch.float32)
+        statistics = query.new_empty((*batch, heads, parts, rows), dtype=torch.float32)
+        # The weights of the keys, which a GPU's backends leave out where all are 1. Those of Triton are followed by flags.
+        keys = key.shape[0 if key.dim() == 3 else 2]
+        sizes: tuple[int, ...] = (0,)
+        if on_cpu or cause is not None or key_mask is not None:
+            cause_batch, cause_heads = cause_sizes(cause, query.dim() == 3)
+            per_head = cause_heads != 1 or (cause is not None and head_strength is not None)
+            outer = batch[0] if batch and (cause_batch != 1 or key_mask is not None) else 1
+            flags = num_flags(keys) if namespace == "empcause_triton" else 0
+            sizes = (outer, heads if per_head else 1, keys + flags)
+        return _by_rows(query), rounding, statistics, query.new_empty(sizes, dtype=torch.float32)
 
     return forward_shapes
 
@@ -54,6 +94,7 @@ def _backward_shapes(
     output: Tensor,
     rounding: Tensor,
     statistics: Tensor,
+    weights: Tensor,
     cause: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,7 +117,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _make_backward(operator: Callable) -> Callable:
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple:
-        query, key, value, output, rounding, statistics, cause, head_strength, key_mask, *tensors = ctx.saved_tensors
+        query, key, value, output, rounding, statistics, weights, cause, head_strength, key_mask, *tensors = (
+            ctx.saved_tensors
+        )
         nothing = [None] * (4 + len(ctx.rest))
         if grad_output is None:
             return (None, None, None, None, *nothing)
@@ -84,8 +127,9 @@ def _make_backward(operator: Callable) -> Callable:
         for place, tensor in zip(ctx.places, tensors, strict=True):
             rest[place] = tensor
         wants_cause = cause is not None and ctx.needs_input_grad[3]
-        inputs = (query, key, value, output, rounding, statistics, cause, ctx.strength, head_strength, key_mask)
-        grads = operator(grad_output, *inputs, *rest, wants_cause)
+        results = (output, rounding, statistics, weights)
+        options = (cause, ctx.strength, head_strength, key_mask, *rest)
+        grads = operator(grad_output, query, key, value, *results, *options, wants_cause)
         return (*grads[:3], grads[3] if wants_cause else None, *nothing)
 
     return backward

@@ -57,5 +57,5 @@ def raw_arguments(
     if not name.endswith("backward"):
         return arguments | {"for_backward": True}
     results = getattr(torch.ops, namespace).attention(**arguments, for_backward=True)
-    left = dict(zip(("output", "rounding", "statistics"), results, strict=True))
+    left = dict(zip(("output", "rounding", "statistics", "weights"), results, strict=True))
     return {"grad_output": torch.ones_like(left["output"]), **arguments, **left, "cause_grad": True}

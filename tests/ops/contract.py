@@ -22,9 +22,9 @@ PROBLEM = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset"
 )
 SCHEMAS = {
-    "attention": f"(Tensor query, Tensor key, Tensor value, {PROBLEM}, bool for_backward) -> (Tensor, Tensor, Tensor)",
+    "attention": f"(Tensor query, Tensor key, Tensor value, {PROBLEM}, bool for_backward) -> (Tensor, Tensor, Tensor, Tensor)",
     "attention_backward": "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor rounding, "
-    f"Tensor statistics, {PROBLEM}, bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor statistics, Tensor weights, {PROBLEM}, bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -70,7 +70,7 @@ OTHER_DTYPE = {
     torch.int32: torch.int64,
     torch.int64: torch.int32,
 }
-READ_AS_THEY_LIE = ("cause", "head_strength", "key_mask", "cu_seqlens_q", "cu_seqlens_k", "statistics")
+READ_AS_THEY_LIE = ("cause", "head_strength", "key_mask", "cu_seqlens_q", "cu_seqlens_k", "statistics", "weights")
 WRONG_OPTIONS = [
     ("dropout_p", -0.1, r"dropout_p must be in \[0, 1\)"),
     ("dropout_p", 1.0, r"dropout_p must be in \[0, 1\)"),
@@ -181,7 +181,7 @@ class Contract:
         """It has another dtype or shape, is on another device, or is not contiguous though the kernels assume that it is."""
         arguments = self.raw_arguments(name, packed, kept)
         tensors = {argument: value for argument, value in arguments.items() if isinstance(value, torch.Tensor)}
-        assert len(tensors) == 8 + 2 * packed + 4 * name.endswith("backward")
+        assert len(tensors) == 8 + 2 * packed + 5 * name.endswith("backward")
         row_axis = 0 if packed else 2
         for argument, tensor in tensors.items():
             message = f"({FITS.get(argument, argument)}) must be"

@@ -24,6 +24,14 @@ using emulator::Source;
 inline void sync_block(Source source = Source::current()) {
   emulator::meet(emulator::Collective::kBlockBarrier, source);
 }
+inline bool sync_block_any(bool condition, Source source = Source::current()) {
+  emulator::meet(emulator::Collective::kBlockBarrier, source, &condition, [](void* const* all, size_t count) {
+    bool any = false;
+    for (size_t i = 0; i < count; ++i) any |= *static_cast<bool*>(all[i]);
+    for (size_t i = 0; i < count; ++i) *static_cast<bool*>(all[i]) = any;
+  });
+  return condition;
+}
 inline void sync_warp(Source source = Source::current()) { emulator::meet(emulator::Collective::kWarpBarrier, source); }
 
 template <class T>
@@ -33,7 +41,7 @@ T shuffle(T value, int lane, Source source = Source::current()) {
     T given, taken;
     int lane;
   } mine{value, value, lane};
-  emulator::meet(emulator::Collective::kShuffle, source, &mine, [](void* const* lanes) {
+  emulator::meet(emulator::Collective::kShuffle, source, &mine, [](void* const* lanes, size_t) {
     for (int i = 0; i < 32; ++i) {
       auto* exchange = static_cast<Exchange*>(lanes[i]);
       exchange->taken = static_cast<Exchange*>(lanes[exchange->lane & 31])->given;
@@ -96,7 +104,7 @@ struct MatrixLoad {
 
 // Gives lane 4 g + t the elements (g, 2t) and (g, 2t + 1) of each matrix, or if transposed (2t, g) and (2t + 1, g).
 template <bool kTransposed>
-void exchange_matrices(void* const* lanes) {
+void exchange_matrices(void* const* lanes, size_t) {
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int m = 0; m < 4; ++m) {
@@ -169,7 +177,7 @@ struct Product {
 // one to a register, (g, 2t), (g, 2t + 1), (g + 8, 2t) and (g + 8, 2t + 1). The order and precision of the sums
 // of a GPU are not specified. The emulator sums in fp64, first c, then k = 0 to 15, and rounds to fp32 once.
 template <class T>
-void mma(void* const* lanes) {
+void mma(void* const* lanes, size_t) {
   const auto value = [](uint32_t two, int half) {
     return double{to_float(T{static_cast<uint16_t>(two >> 16 * half)})};
   };

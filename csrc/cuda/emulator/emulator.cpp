@@ -90,7 +90,7 @@ class Block {
       return;
     }
     meeting.arrived = 0;
-    if (complete != nullptr) complete(meeting.arguments.data());
+    if (complete != nullptr) complete(meeting.arguments.data(), meeting.arguments.size());
     if (what == Collective::kBlockBarrier) shared.pass_barrier();
     if (what == Collective::kWarpBarrier) shared.pass_warp_barrier(warp);
     for (int i = 0; i < size; ++i) threads_[meeting.first + i].waits_in = nullptr;

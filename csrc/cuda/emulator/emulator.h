@@ -40,8 +40,9 @@ Index3 block_index();
 // The operations that all lanes of a warp, or all threads of a block, execute together.
 enum class Collective { kBlockBarrier, kWarpBarrier, kShuffle, kLoadMatrices, kLoadMatricesTransposed, kMma };
 
-// Waits until all have arrived. The last one calls complete(lanes), where lanes[i] is what lane i passed as `mine`.
-using Complete = void (*)(void* const* lanes);
+// Waits until all `count` threads have arrived. The last one calls complete(all, count), where all[i] is what thread i
+// passed as `mine`.
+using Complete = void (*)(void* const* all, size_t count);
 void meet(Collective what, const Source& source, void* mine = nullptr, Complete complete = nullptr);
 
 // Check an access to shared memory, and return where to read or write.
