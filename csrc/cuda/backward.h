@@ -422,33 +422,42 @@ class BackwardQueriesBlock {
   EMPCAUSE_DEVICE int head_dim() const { return static_cast<int>(a.head_dim); }
   EMPCAUSE_DEVICE int fragment_row(int m, int half) const { return warp_row + m * 16 + half * 8 + lane_row(); }
 
+  // Returns the values of a row from a column on, zeros beyond head_dim.
+  EMPCAUSE_DEVICE Chunk<T> load_chunk(const T* row, int column) const {
+    if (f.whole_chunks) return load_global(reinterpret_cast<const Chunk<T>*>(row + column));
+    Chunk<T> chunk;
+    EMPCAUSE_UNROLL
+    for (int i = 0; i < Chunk<T>::kSize; ++i) {
+      chunk.at[i] = column + i < head_dim() ? load_global(row + column + i) : T{};
+    }
+    return chunk;
+  }
+
   // Returns delta of a row, which the quad computes together, and stores it for BackwardKeys. It is 0 for a row that
   // sees no key, whatever its gradient is.
   EMPCAUSE_DEVICE float compute_delta(int row, bool sees_a_key) const {
-    float delta = 0.0f;
+    constexpr int kSize = Chunk<T>::kSize;
+    float sums[kSize] = {};  // a sum of its own for every column of a chunk: many short sums round less than few long ones
     if (row < rows) {
       const int query = query_begin + first_query + row;
       const T* const output = row_of<T>(a.output, batch, head, query);
       const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, query);
-      if (f.whole_chunks) {
-        for (int column = lane() % 4 * Chunk<T>::kSize; column < head_dim(); column += 4 * Chunk<T>::kSize) {
-          const auto o = load_global(reinterpret_cast<const Chunk<T>*>(output + column));
-          const auto gradient = load_global(reinterpret_cast<const Chunk<T>*>(grad_output + column));
-          EMPCAUSE_UNROLL
-          for (int i = 0; i < Chunk<T>::kSize; ++i) delta = fma(to_float(o.at[i]), to_float(gradient.at[i]), delta);
-        }
-      } else {
-        for (int column = lane() % 4; column < head_dim(); column += 4) {
-          delta = fma(to_float(load_global(output + column)), to_float(load_global(grad_output + column)), delta);
-        }
+      for (int column = lane() % 4 * kSize; column < head_dim(); column += 4 * kSize) {
+        const Chunk<T> outputs = load_chunk(output, column), gradients = load_chunk(grad_output, column);
+        EMPCAUSE_UNROLL
+        for (int i = 0; i < kSize; ++i) sums[i] = fma(to_float(outputs.at[i]), to_float(gradients.at[i]), sums[i]);
       }
     }
-    delta = quad_sum(delta);
-    if (!sees_a_key) delta = 0.0f;
-    if (row < rows && lane_column() == 0) {
-      store_global(row_of(f.delta, batch, head, query_begin + first_query + row), delta);
+    EMPCAUSE_UNROLL
+    for (int count = kSize / 2; count > 0; count /= 2) {
+      EMPCAUSE_UNROLL
+      for (int i = 0; i < count; ++i) sums[i] += sums[i + count];
     }
-    return delta;
+    const float total = quad_sum(sums[0]), result = sees_a_key ? total : 0.0f;
+    if (row < rows && lane_column() == 0) {
+      store_global(row_of(f.delta, batch, head, query_begin + first_query + row), result);
+    }
+    return result;
   }
 
   template <bool kMasked>

@@ -116,6 +116,11 @@ class Cuda {
 }  // namespace
 }  // namespace empcause
 
+#if defined(EMPCAUSE_CUDA_EMULATION)
+// For tests: how many kernels the process has launched.
+extern "C" [[gnu::visibility("default")]] uint64_t empcause_cuda_launches() { return empcause::cuda::emulator::launches(); }
+#endif
+
 STABLE_TORCH_LIBRARY(empcause_cuda, library) { EMPCAUSE_DEFINE_OPERATORS(library); }
 
 #if defined(EMPCAUSE_CUDA_EMULATION)

@@ -288,8 +288,8 @@ class Operators {
     } else {
       arguments_.check_contiguous("statistics", statistics, ScalarType::Float, {outer_, a_.num_heads, parts(), rows_});
     }
-    check_weights(weights);
     require(!cause_grad || problem_.cause.has_value(), "cause_grad without cause: pass the cause of the forward pass");
+    check_weights(weights);
     set_results(output, rounding, statistics);
     AttentionBackward g;
     g.forward = a_;

@@ -4,10 +4,13 @@ The kernels run on a GPU where there is one and the CUDA backend is built. Elsew
 also ends a call with an error at a race, a read of unwritten shared memory or an access outside of the tensors.
 """
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import empcause
 from csrc.building import ROOT, build
@@ -75,6 +78,21 @@ def fused_views(queries, keys, dtype, lead):
     fused = storage[lead:].view(values.shape).copy_(values)
     query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in fused.split([32, 16, 16], -1))
     return query[:, :, keys - queries :], key, value
+
+
+class CountLaunches(TorchDispatchMode):
+    """Lists the operators of torch that launch a kernel: all but views and those that only allocate memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        namespace, name = operator.name().split("::")
+        is_view = any(argument.alias_info is not None for argument in operator._schema.returns)
+        if namespace == "aten" and not is_view and not name.startswith(("empty", "new_empty")):
+            self.operators.append(operator.name())
+        return operator(*arguments, **(options or {}))
 
 
 @pytest.mark.usefixtures("_loaded")
@@ -188,6 +206,54 @@ class TestCuda(Contract):
         truth = gradients(lambda *leaves: biased_attention_varlen(*leaves, **options, backend="reference"), doubles)
         for expected, actual in zip(truth, got, strict=True):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=3e-5)
+
+    @pytest.mark.parametrize("dim", [20, 24])
+    @pytest.mark.parametrize("per_head", [False, True])
+    def test_only_the_tiles_that_lack_keys_look_at_them(self, dtype, per_head, dim):
+        """Some tiles are whole, others lack a few keys, which are masked or have weight 0 and hold NaN."""
+        (query, key, value, cause), _ = Case(batch=1, heads=2, key_heads=1, queries=260, keys=260, dim=dim).make()
+        masked, removed = slice(70, 75), slice(135, 137)
+        key_mask = torch.ones(1, 260, dtype=torch.bool)
+        key_mask[:, masked] = False
+        cause = cause[:, None].repeat(1, 2 if per_head else 1, 1)
+        cause[..., removed] = -1.0
+        leaves = [tensor.to(dtype) for tensor in (query, key, value)]
+        doubles = [leaf.double() for leaf in (*leaves, cause)]
+        truth = gradients(lambda *xs: biased_attention(*xs, key_mask=key_mask, backend="reference"), doubles)
+        for absent in (masked, removed):
+            for tensor in leaves[1:]:
+                tensor[:, :, absent] = float("nan")
+        got = gradients(lambda *xs: self.attend(*xs, key_mask=key_mask), (*leaves, cause))
+        for name, expected, actual in zip(("output", "query", "key", "value"), truth, got, strict=False):
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+    @pytest.mark.skipif(ON_DEVICE, reason="the emulator counts launches")
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+    @pytest.mark.parametrize("what", ["cause_grad", "cause", "mask", "neither"])
+    def test_number_of_launches(self, emulation, what, packed):
+        """Of a forward and a backward pass; every operator of torch that would launch a kernel counts, too."""
+        most = {"cause_grad": 5, "cause": 4, "mask": 4, "neither": 3}[what]
+        (query, key, value, cause), options = packed_case([7, 20], [7, 20])
+        operator = biased_attention_varlen
+        if not packed:
+            query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+            options, cause, operator = {"key_mask": options["key_mask"][None]}, cause[None], biased_attention
+        options |= {"seed": torch.tensor(3), "dropout_p": 0.1}
+        if what != "mask":
+            del options["key_mask"]
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        weighted = cause.requires_grad_(what == "cause_grad") if "cause" in what else None
+        grad_output = torch.ones_like(query)
+        launches = ctypes.CDLL(str(emulation)).empcause_cuda_launches
+        launches.restype = ctypes.c_uint64
+        before = launches()
+        with CountLaunches() as counted:
+            output = operator(*leaves, weighted, **options, backend=self.backend)
+            output.backward(grad_output)
+        assert launches() - before + len(counted.operators) == most, counted.operators
+        assert all(leaf.grad is not None for leaf in leaves)
 
     @pytest.mark.parametrize("longest", [25, 7, 5000])
     @pytest.mark.parametrize("wrong", WRONG_SUMS)

@@ -236,7 +236,12 @@ void copy_async(uint32_t to, const void* from, uint32_t size, bool valid, const 
 void copy_async_commit() { current->shared.commit(current->thread()); }
 void copy_async_wait(size_t pending) { current->shared.wait(current->thread(), pending); }
 
+std::atomic<uint64_t> launch_count = 0;
+
+uint64_t launches() { return launch_count; }
+
 void launch(const char* kernel, Index3 grid, int threads, uint32_t shared_bytes, const std::function<void()>& run) {
+  ++launch_count;
   if (shared_bytes > kMostSharedBytes) {
     throw std::runtime_error("a block has at most " + std::to_string(kMostSharedBytes) +
                              " bytes of shared memory, not " + std::to_string(shared_bytes) + " (" + readable(kernel) +

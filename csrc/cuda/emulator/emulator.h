@@ -45,6 +45,9 @@ enum class Collective { kBlockBarrier, kWarpBarrier, kShuffle, kLoadMatrices, kL
 using Complete = void (*)(void* const* all, size_t count);
 void meet(Collective what, const Source& source, void* mine = nullptr, Complete complete = nullptr);
 
+// Returns how many kernels the process has launched.
+uint64_t launches();
+
 // Check an access to shared memory, and return where to read or write.
 const void* read_shared(uint32_t address, uint32_t size, const Source& source);
 void* write_shared(uint32_t address, uint32_t size, const Source& source);
