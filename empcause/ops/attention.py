@@ -63,7 +63,8 @@ def biased_attention(
         causal: query i sees keys j <= i + query_offset.
         scale: factor of the logits; default `D ** -0.5`.
         dropout_p: probability that a renormalised attention probability is dropped, in [0, 1).
-        seed: int of 64 bits or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator.
+        seed: int of 64 bits or 0-d int64 tensor, decides the dropout; None draws one from torch's default generator of
+            the tensors' device, so that each replay of a CUDA graph drops other probabilities.
         query_offset: int or 0-d int64 tensor, position of query 0 among the keys; default K - Q. Unused unless causal.
         backend: "cpu", "triton", "cuda" or "reference"; default is that of `use_backend`, else the best one for these tensors.
 
@@ -151,7 +152,7 @@ def _attention(
         _check_packing(*packing, device)
     seed = _seed(seed, dropout_p, device)
     offset = None if query_offset is None else _scalar("query_offset", query_offset, 62, device)
-    backend = choose_backend(backend, device.type, dtype)
+    backend = choose_backend(backend, device, dtype, shape[-1])
     if backend == "reference":
         return _reference(query, key, value, cause, strength, key_mask, packing, causal, scale, dropout_p, seed, offset)
     if cause is not None:
@@ -383,7 +384,7 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(0, 2**62, (), dtype=torch.int64).to(device)
+        return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
     return _scalar("seed", seed, 63, device)
 
 

@@ -166,7 +166,7 @@ def _describe_gpu(name: str, on_cpu: str) -> tuple[bool, str]:
         return True, f"CPU tensors, {on_cpu}: to test and debug the GPU kernels, slow"
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device"
-    return True, f"CUDA tensors in fp32, bf16, fp16; {torch.cuda.get_device_name()}"
+    return True, f"CUDA tensors in fp32, bf16, fp16; {torch.cuda.get_device_name()}; {_why_default(name)}"
 
 
 # By name, best first: tensors go to the first backend that is made for their device, takes their dtype and can be loaded.
@@ -191,6 +191,46 @@ BACKENDS = {
         ),
     )
 }
+
+
+# The calls on a GPU for which the CUDA kernels are chosen before Triton's: by compute capability, dtype, and head size as the
+# CUDA kernels divide them. Those are in it for which benchmarks/results/gpu.csv has figures of both, and shows the CUDA
+# kernels not slower in any case. Nothing else decides, so that the same call has the same bits whatever its length is.
+CUDA_IS_NOT_SLOWER: frozenset[tuple[tuple[int, int], torch.dtype, int]] = frozenset()
+
+
+def head_dim_class(head_dim: int) -> int:
+    """Returns the largest head size of the CUDA kernel that serves this head size, which is at most 256."""
+    return next(largest for largest in (32, 64, 96, 128, 256) if head_dim <= largest)
+
+
+@cache
+def gpu_default(device: torch.device, dtype: torch.dtype, head_dims: int) -> str | None:
+    """Returns "cuda" where the CUDA kernels are measured and can run, else None.
+
+    Args:
+        device: a CUDA device.
+        dtype: of query, key and value.
+        head_dims: of `head_dim_class`.
+    """
+    if not CUDA_IS_NOT_SLOWER or _why_not(BACKENDS["cuda"], "cuda", dtype) is not None:
+        return None
+    return "cuda" if (torch.cuda.get_device_capability(device), dtype, head_dims) in CUDA_IS_NOT_SLOWER else None
+
+
+def _why_default(name: str) -> str:
+    """Says for which calls on this machine's GPU a backend is the default, and why."""
+    other = {"triton": "cuda", "cuda": "triton"}[name]
+    if why_not_loaded(other) is not None:
+        return f"the default, as {other} is not there"
+    capability = torch.cuda.get_device_capability()
+    calls = sorted((DTYPES[dtype], dims) for gpu, dtype, dims in CUDA_IS_NOT_SLOWER if gpu == capability)
+    if not calls:
+        default = "the default" if name == "triton" else "not the default"
+        return f"{default}, as no measurement on such a GPU shows cuda to be as fast as triton"
+    named = ", ".join(f"{dtype} with head sizes up to {dims}" for dtype, dims in calls)
+    default = "the default but for" if name == "triton" else "the default for"
+    return f"{default} {named}, where cuda is measured to be at least as fast as triton"
 
 
 def load_cuda(path: str | Path) -> None:

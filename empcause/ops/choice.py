@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from empcause.ops.backends import BACKENDS, find, why_not_loaded
+from empcause.ops.backends import BACKENDS, find, gpu_default, head_dim_class, why_not_loaded
 from empcause.ops.torch_internals import HAS_NODES, current_node, next_node_number, node_number
 
 _REMEMBERED = 10_000  # how many changes of the choice a thread remembers
@@ -117,13 +117,14 @@ def _change(context: _Context) -> None:
         _latest = _thread.history
 
 
-def choose_backend(wanted: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """Returns the name of the backend for tensors of a device and dtype.
+def choose_backend(wanted: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Returns the name of the backend for tensors of a device, dtype and head size.
 
     Args:
         wanted: name of the backend that the call asks for, or None.
-        device_type: type of the tensors' device, "cpu" or "cuda" for example.
+        device: that of the tensors.
         dtype: of query, key and value.
+        head_dim: their last dimension, up to 256.
 
     Raises:
         RuntimeError: the wanted one is unknown, not built, or cannot take these tensors; or see `use_backend`.
@@ -132,13 +133,20 @@ def choose_backend(wanted: str | None, device_type: str, dtype: torch.dtype) -> 
         _require_known(wanted)
     elif _used:
         wanted = _chosen if torch.compiler.is_compiling() else _choice()
-    chosen, why_not = _find(wanted, device_type, dtype)
+    if wanted is None and device.type == "cuda":
+        wanted = _gpu_default(device, dtype, head_dim_class(head_dim))
+    chosen, why_not = _find(wanted, device.type, dtype)
     if why_not is not None:
         raise RuntimeError(f"The backend {chosen!r} cannot run this: {why_not}.")
     return chosen
 
 
-# A compiler takes the result as a constant, as it cannot trace how a backend is loaded.
+# A compiler takes the results as constants, as it cannot trace how a backend is loaded.
+@torch.compiler.assume_constant_result
+def _gpu_default(device: torch.device, dtype: torch.dtype, head_dims: int) -> str | None:
+    return gpu_default(device, dtype, head_dims)
+
+
 @torch.compiler.assume_constant_result
 def _find(wanted: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
     return find(wanted, device_type, dtype)

@@ -267,7 +267,7 @@ class TestRun:
         right = integration.biased_attention
 
         def wrong_on_the_cpu(query, *others, **options):
-            factor = 1.5 if choose_backend(None, "cpu", query.dtype) == "cpu" else 1.0
+            factor = 1.5 if choose_backend(None, query.device, query.dtype, query.shape[-1]) == "cpu" else 1.0
             return right(query, *others, **options) * factor
 
         monkeypatch.setattr(integration, "biased_attention", wrong_on_the_cpu)

@@ -172,7 +172,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
         ("empcause::cuda::ForwardKernel<empcause::cuda::BFloat16, 64, true>", ("forward", 64, "dropout")),
         ("empcause::cuda::DecodeKernel<float, 128>", ("decode", 128, "")),
         ("empcause::cuda::BackwardKeysKernel<empcause::cuda::Float16, 256, false>", ("backward_keys", 256, "")),
-        ("empcause::cuda::DeltaKernel<empcause::cuda::BFloat16>", ("delta", 0, "")),
+        ("empcause::cuda::MergeKernel<empcause::cuda::BFloat16>", ("merge", 0, "")),
         ("empcause::cuda::WeightsKernel", ("weights", 0, "")),
     ],
 )

@@ -226,7 +226,11 @@ class TestCuda(Contract):
         got = gradients(lambda *xs: self.attend(*xs, key_mask=key_mask), (*leaves, cause))
         for name, expected, actual in zip(("output", "query", "key", "value"), truth, got, strict=False):
             torch.testing.assert_close(
-                actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}"
+                actual.double(),
+                expected,
+                rtol=TOLERANCE[dtype],
+                atol=TOLERANCE[dtype],
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
     @pytest.mark.skipif(ON_DEVICE, reason="the emulator counts launches")

@@ -15,12 +15,16 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen
 from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
 from empcause.integration.steering import _Steering
+from empcause.ops import backends, choice
+from empcause.ops.backends import find
 from empcause.ops.choice import choose_backend
 
 pytestmark = pytest.mark.skipif(not empcause.info()["triton"].built, reason="triton is not installed")
@@ -60,10 +64,38 @@ def assert_like(got, expected):
 
 
 def test_the_best_backend_on_cuda_is_triton(fake_cuda):
-    assert choose_backend(None, "cuda", torch.bfloat16) == "triton"
-    assert choose_backend(None, "cuda", torch.float64) == "reference"
+    cuda = torch.device("cuda")
+    assert choose_backend(None, cuda, torch.bfloat16, 64) == "triton"
+    assert choose_backend(None, cuda, torch.float64, 64) == "reference"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: it takes tensors on the CPU, not on cuda"):
-        choose_backend("cpu", "cuda", torch.float32)
+        choose_backend("cpu", cuda, torch.float32, 64)
+
+
+def test_the_default_on_cuda_follows_the_table_alone(fake_cuda, monkeypatch):
+    """By architecture, dtype and head size; and only where the CUDA kernels can run."""
+    monkeypatch.setattr(backends, "CUDA_IS_NOT_SLOWER", frozenset({((9, 0), torch.bfloat16, 64)}))
+    monkeypatch.setattr(backends, "gpu_default", backends.gpu_default.__wrapped__)
+    monkeypatch.setattr(choice, "gpu_default", backends.gpu_default)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    cuda = torch.device("cuda")
+    assert choose_backend(None, cuda, torch.bfloat16, 64) == "triton"  # the CUDA kernels are not built here
+    why_not = backends._why_not
+    monkeypatch.setattr(backends, "_why_not", lambda b, *rest: None if b.name == "cuda" else why_not(b, *rest))
+    monkeypatch.setattr(choice, "find", lambda wanted, *rest: (wanted, None) if wanted else find(wanted, *rest))
+    assert choose_backend(None, cuda, torch.bfloat16, 33) == "cuda"
+    assert choose_backend(None, cuda, torch.bfloat16, 32) == "triton"
+    assert choose_backend(None, cuda, torch.bfloat16, 65) == "triton"
+    assert choose_backend(None, cuda, torch.float16, 64) == "triton"
+    assert choose_backend("triton", cuda, torch.bfloat16, 64) == "triton"
+    monkeypatch.setattr(backends, "why_not_loaded", lambda name: None)
+    named = "bf16 with head sizes up to 64, where cuda is measured to be at least as fast as triton"
+    assert backends._why_default("triton") == f"the default but for {named}"
+    assert backends._why_default("cuda") == f"the default for {named}"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert choose_backend(None, cuda, torch.bfloat16, 64) == "triton"
+    assert backends._why_default("triton").startswith("the default, as no measurement on such a GPU")
+    assert backends._why_default("cuda").startswith("not the default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -83,7 +115,8 @@ def test_shapes_and_devices(fake_cuda, dtype):
     assert output.transpose(1, 2).is_contiguous()
     assert output.requires_grad
     lse = torch.empty(2, 4, 2 if dtype == torch.float32 else 1, 7)
-    saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), lse)
+    weights = torch.empty(2, 1, 9 + 1)  # and one flag
+    saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), lse, weights)
     grads = torch.ops.empcause_triton.attention_backward(
         *saved, cause, 0.5, None, None, None, None, 0, 0, True, 0.25, 0.0, None, None, True
     )
@@ -98,12 +131,36 @@ def test_packed_shapes_and_devices(fake_cuda):
         query, key, value, cause, cu_seqlens_q=sums, cu_seqlens_k=sums, max_seqlen_q=20, max_seqlen_k=20, dropout_p=0.2
     )
     assert_like(output, query)
-    saved = (output, query, key, value, output, torch.empty(0, dtype=torch.int16), torch.empty(4, 2, 30))
+    statistics = (torch.empty(0, dtype=torch.int16), torch.empty(4, 2, 30), torch.empty(1, 1, 30 + 1))
+    saved = (output, query, key, value, output, *statistics)
     grads = torch.ops.empcause_triton.attention_backward(
         *saved, cause, 0.5, None, None, sums, sums, 20, 20, True, 0.25, 0.0, None, None, True
     )
     for grad, tensor in zip(grads, (query, key, value, cause), strict=True):
         assert_like(grad, tensor)
+
+
+class OnlyOn(TorchDispatchMode):
+    """Refuses every operator with a tensor on another device than this one."""
+
+    def __init__(self, device_type):
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        results = operator(*arguments, **(options or {}))
+        for tensor in tree_leaves((arguments, options, results)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == self.device_type, operator
+        return results
+
+
+def test_a_seed_that_is_not_given_is_drawn_on_the_device(device_guard):
+    """So that nothing is copied to the GPU, and each replay of a CUDA graph has new bits."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            tensors = arguments()
+        with OnlyOn("cuda"):
+            biased_attention(*tensors, dropout_p=0.1)
 
 
 def test_wrong_devices_are_named(fake_cuda):
