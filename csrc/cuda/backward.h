@@ -131,7 +131,7 @@ class BackwardKeysBlock {
   EMPCAUSE_DEVICE void compute(int tile, bool) {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
-    if (all_have_weight && first_query(tile) >= row0_first_query + warp_row + Shape::kWarpRows - 1) {
+    if (first_query(tile) >= whole_from) {
       attend_backward<false>(tile);
     } else if (last_query >= row0_first_query + warp_row) {
       attend_backward<true>(tile);
@@ -181,7 +181,7 @@ class BackwardKeysBlock {
         if (weight == 0.0f) absent = 1.0f;
       }
     }
-    all_have_weight = shuffle(warp_sum(absent), 0) == 0.0f;
+    whole_from = shuffle(warp_sum(absent), 0) == 0.0f ? row0_first_query + warp_row + Shape::kWarpRows - 1 : kMostRows;
   }
 
   EMPCAUSE_DEVICE void store_grad_weight() const {
@@ -278,7 +278,7 @@ class BackwardKeysBlock {
   int row0_first_query;   // the first query that sees row 0 of the block
   int first_tile, tiles;  // the same for every head
   int head;               // the head that the pipeline goes over now
-  bool all_have_weight;   // whether every row of the warp has a weight for that head
+  int whole_from;         // from this query on, all rows of the warp are seen; kMostRows if some have no weight
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
   // For the rows of `head`: log2 of the weight, or kNoWeight, and the gradient of the weight, times the
@@ -437,7 +437,7 @@ class BackwardQueriesBlock {
   // sees no key, whatever its gradient is.
   EMPCAUSE_DEVICE float compute_delta(int row, bool sees_a_key) const {
     constexpr int kSize = Chunk<T>::kSize;
-    float sums[kSize] = {};  // a sum of its own for every column of a chunk: many short sums round less than few long ones
+    float sums[kSize] = {};  // one per column of a chunk: many short sums round less than few long ones
     if (row < rows) {
       const int query = query_begin + first_query + row;
       const T* const output = row_of<T>(a.output, batch, head, query);

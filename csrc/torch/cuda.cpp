@@ -118,7 +118,9 @@ class Cuda {
 
 #if defined(EMPCAUSE_CUDA_EMULATION)
 // For tests: how many kernels the process has launched.
-extern "C" [[gnu::visibility("default")]] uint64_t empcause_cuda_launches() { return empcause::cuda::emulator::launches(); }
+extern "C" [[gnu::visibility("default")]] uint64_t empcause_cuda_launches() {
+  return empcause::cuda::emulator::launches();
+}
 #endif
 
 STABLE_TORCH_LIBRARY(empcause_cuda, library) { EMPCAUSE_DEFINE_OPERATORS(library); }

@@ -75,11 +75,13 @@ class Operators {
  public:
   // Returns the output; its rounding, which is empty where it is not stored; the statistics, which are the parts of
   // LSE; and the weights of the keys as the device's kernels take them.
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
-      Tensor query, Tensor key, Tensor value, OptionalTensor cause, double strength, OptionalTensor head_strength,
-      OptionalTensor key_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
-      int64_t max_seqlen_k, bool causal, double scale, double dropout_p, OptionalTensor seed,
-      OptionalTensor query_offset, bool for_backward) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value,
+                                                              OptionalTensor cause, double strength,
+                                                              OptionalTensor head_strength, OptionalTensor key_mask,
+                                                              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                                              int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
+                                                              double scale, double dropout_p, OptionalTensor seed,
+                                                              OptionalTensor query_offset, bool for_backward) {
     Operators call({query, key, value, cause, strength, head_strength, key_mask, cu_seqlens_q, cu_seqlens_k,
                     max_seqlen_q, max_seqlen_k, causal, scale, dropout_p, seed, query_offset});
     return call.forward(for_backward);
@@ -404,10 +406,10 @@ class Operators {
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " \
   "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? query_offset, "
 
-#define EMPCAUSE_DEFINE_OPERATORS(library)                                                                     \
+#define EMPCAUSE_DEFINE_OPERATORS(library)                                                                             \
   library.def("attention(" EMPCAUSE_INPUTS EMPCAUSE_OPTIONS "bool for_backward) -> (Tensor, Tensor, Tensor, Tensor)"); \
-  library.def("attention_backward(Tensor grad_output, " EMPCAUSE_INPUTS                                        \
-              "Tensor output, Tensor rounding, Tensor statistics, Tensor weights, " EMPCAUSE_OPTIONS           \
+  library.def("attention_backward(Tensor grad_output, " EMPCAUSE_INPUTS                                                \
+              "Tensor output, Tensor rounding, Tensor statistics, Tensor weights, " EMPCAUSE_OPTIONS                   \
               "bool cause_grad) -> (Tensor, Tensor, Tensor, Tensor)")
 
 #define EMPCAUSE_IMPLEMENT_OPERATORS(library, Device)                            \
