@@ -96,8 +96,8 @@ class BackwardKeysBlock {
         Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
     for (int member = 0; member < group; ++member) {
-      begin_head(key_head * group + member);
-      pipeline(tiles, *this);
+      const bool any_row_matters = sync_block_count(begin_head(key_head * group + member)) > 0;
+      pipeline(any_row_matters ? tiles : 0, *this);
       if (slice == 0 && f.g.grad_weight.data != nullptr) store_grad_weight();
       sync_block();  // before tiles of the next head overwrite those of this one
     }
@@ -168,20 +168,31 @@ class BackwardKeysBlock {
     return row < rows ? weight_of(a, batch, any_head, key_begin + first_key + row) : 0.0f;
   }
 
-  EMPCAUSE_DEVICE void begin_head(int next_head) {
+  // Returns whether any row of this thread has a gradient for this head: its key has weight, or the gradient of its
+  // weight is asked for.
+  EMPCAUSE_DEVICE bool begin_head(int next_head) {
     head = next_head;
     float absent = 0.0f;
+    bool matters = false;
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float weight = row_weight(head, fragment_row(m, half));
+        const int row = fragment_row(m, half);
+        const float weight = row_weight(head, row);
+        matters |= weight > 0.0f || (f.g.grad_weight.data != nullptr && row < rows && wants_grad_weight(row));
         log2_weight[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
         grad_weight[m][half] = 0.0f;
         if (weight == 0.0f) absent = 1.0f;
       }
     }
     whole_from = shuffle(warp_sum(absent), 0) == 0.0f ? row0_first_query + warp_row + Shape::kWarpRows - 1 : kMostRows;
+    return matters;
+  }
+
+  EMPCAUSE_DEVICE bool wants_grad_weight(int row) const {
+    return f.g.key_mask == nullptr ||
+           load_global(f.g.key_mask + batch * f.g.key_mask_batch + key_begin + first_key + row);
   }
 
   EMPCAUSE_DEVICE void store_grad_weight() const {
@@ -193,11 +204,10 @@ class BackwardKeysBlock {
         const int row = fragment_row(m, half);
         if (row >= rows || lane_column() != 0) continue;
         const int key = key_begin + first_key + row;
-        const bool wanted = f.g.key_mask == nullptr || load_global(f.g.key_mask + batch * f.g.key_mask_batch + key);
         const float weight = row_weight(head, row);
-        store_global(row_of(f.g.grad_weight, batch, head, key), !wanted         ? 0.0f
-                                                                : weight > 0.0f ? total / weight
-                                                                                : total);
+        store_global(row_of(f.g.grad_weight, batch, head, key), !wants_grad_weight(row) ? 0.0f
+                                                                : weight > 0.0f         ? total / weight
+                                                                                        : total);
       }
     }
   }

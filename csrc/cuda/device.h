@@ -4,7 +4,7 @@
 //
 //   thread_index, lane_index, warp_index, block_index     blocks of threads have one dimension, grids up to three
 //   sync_block, sync_warp                                 barriers that all threads of the block or warp must reach
-//   sync_block_any                                        sync_block that returns whether any thread passes true
+//   sync_block_count                                      sync_block that returns how many threads pass true
 //   shuffle, shuffle_xor                                  exchange 4-byte values in a warp; all lanes must take part
 //   shared_memory                                         the block's dynamic shared memory, addressed in bytes
 //   load_shared, store_shared, load_global, store_global  1 (global only) to 16 bytes, aligned to their number

@@ -17,7 +17,7 @@ EMPCAUSE_DEVICE uint32_t warp_index() { return threadIdx.x / 32; }
 EMPCAUSE_DEVICE Index3 block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 
 EMPCAUSE_DEVICE void sync_block() { __syncthreads(); }
-EMPCAUSE_DEVICE bool sync_block_any(bool condition) { return __syncthreads_or(condition) != 0; }
+EMPCAUSE_DEVICE int sync_block_count(bool condition) { return __syncthreads_count(condition); }
 EMPCAUSE_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>

@@ -11,31 +11,33 @@ constexpr int kTileStages = 2;
 // query its LSE and delta.
 constexpr int kValueStages = 3;
 
-// Runs a block through tiles [0, count). The values of a tile decide which of its rows are copied, so
-// they are fetched one tile before the rows. A Block has
+// Runs a block through tiles [0, count) of kColumns rows each. The values of a tile decide which of its rows are copied,
+// so they are fetched one tile before the rows. A Block has
 //   fetch(tile)             loads this thread's value of a tile; called for two tiles beyond the last one, too
 //   publish(tile, value)    stores the value in shared memory, in buffer tile % kValueStages, and returns whether it
 //                           takes its row out of the tile
 //   copy(tile, whole)       begins to copy the rows to buffer tile % kTileStages; `whole` says that no row is taken out
 //   compute(tile, whole)    computes the tile
-// A buffer of values is overwritten three tiles later, and a barrier separates that from its last read. The same barrier
-// tells all threads whether a tile is whole, which takes no time of its own; in whole tiles no row has to be looked at.
+// A tile without rows is neither copied nor computed. A buffer of values is overwritten three tiles later, and a barrier
+// separates that from its last read. The same barrier counts the rows that are taken out, which takes no time of its own.
 template <class Block>
 EMPCAUSE_DEVICE void pipeline(int count, Block& block) {
-  const bool first_lacks_rows = block.publish(0, block.fetch(0));
+  const auto copy = [&](int tile, int absent) {
+    if (tile < count && absent < Block::kColumns) block.copy(tile, absent == 0);
+    copy_async_commit();
+  };
+  const bool first_is_absent = block.publish(0, block.fetch(0));
   auto next = block.fetch(1);
-  bool whole = !sync_block_any(first_lacks_rows);
-  if (count > 0) block.copy(0, whole);
-  copy_async_commit();
+  int absent = sync_block_count(first_is_absent);
+  copy(0, absent);
   for (int tile = 0; tile < count; ++tile) {
-    const bool next_lacks_rows = block.publish(tile + 1, next);
+    const bool next_is_absent = block.publish(tile + 1, next);
     next = block.fetch(tile + 2);
     copy_async_wait<0>();
-    const bool next_is_whole = !sync_block_any(next_lacks_rows);
-    if (tile + 1 < count) block.copy(tile + 1, next_is_whole);
-    copy_async_commit();
-    block.compute(tile, whole);
-    whole = next_is_whole;
+    const int next_absent = sync_block_count(next_is_absent);
+    copy(tile + 1, next_absent);
+    if (absent < Block::kColumns) block.compute(tile, absent == 0);
+    absent = next_absent;
   }
 }
 

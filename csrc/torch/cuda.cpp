@@ -117,9 +117,12 @@ class Cuda {
 }  // namespace empcause
 
 #if defined(EMPCAUSE_CUDA_EMULATION)
-// For tests: how many kernels the process has launched.
+// For tests: what the process has launched and computed.
 extern "C" [[gnu::visibility("default")]] uint64_t empcause_cuda_launches() {
   return empcause::cuda::emulator::launches();
+}
+extern "C" [[gnu::visibility("default")]] uint64_t empcause_cuda_products() {
+  return empcause::cuda::emulator::products();
 }
 #endif
 

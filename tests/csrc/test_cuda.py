@@ -80,6 +80,13 @@ def fused_views(queries, keys, dtype, lead):
     return query[:, :, keys - queries :], key, value
 
 
+def counter(emulation, what):
+    """Return a function that returns how many "launches" or "products" there were in this process."""
+    function = getattr(ctypes.CDLL(str(emulation)), f"empcause_cuda_{what}")
+    function.restype = ctypes.c_uint64
+    return function
+
+
 class CountLaunches(TorchDispatchMode):
     """Lists the operators of torch that launch a kernel: all but views and those that only allocate memory."""
 
@@ -210,17 +217,19 @@ class TestCuda(Contract):
     @pytest.mark.parametrize("dim", [20, 24])
     @pytest.mark.parametrize("per_head", [False, True])
     def test_only_the_tiles_that_lack_keys_look_at_them(self, dtype, per_head, dim):
-        """Some tiles are whole, others lack a few keys, which are masked or have weight 0 and hold NaN."""
+        """Some tiles are whole, others lack a few keys or all, which are masked or have weight 0 and hold NaN."""
         (query, key, value, cause), _ = Case(batch=1, heads=2, key_heads=1, queries=260, keys=260, dim=dim).make()
-        masked, removed = slice(70, 75), slice(135, 137)
+        masked, removed = (slice(70, 75), slice(190, 260)), (slice(135, 137), slice(0, 66))
         key_mask = torch.ones(1, 260, dtype=torch.bool)
-        key_mask[:, masked] = False
         cause = cause[:, None].repeat(1, 2 if per_head else 1, 1)
-        cause[..., removed] = -1.0
+        for keys in masked:
+            key_mask[:, keys] = False
+        for keys in removed:
+            cause[..., keys] = -1.0
         leaves = [tensor.to(dtype) for tensor in (query, key, value)]
         doubles = [leaf.double() for leaf in (*leaves, cause)]
         truth = gradients(lambda *xs: biased_attention(*xs, key_mask=key_mask, backend="reference"), doubles)
-        for absent in (masked, removed):
+        for absent in (*masked, *removed):
             for tensor in leaves[1:]:
                 tensor[:, :, absent] = float("nan")
         got = gradients(lambda *xs: self.attend(*xs, key_mask=key_mask), (*leaves, cause))
@@ -250,14 +259,29 @@ class TestCuda(Contract):
         leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
         weighted = cause.requires_grad_(what == "cause_grad") if "cause" in what else None
         grad_output = torch.ones_like(query)
-        launches = ctypes.CDLL(str(emulation)).empcause_cuda_launches
-        launches.restype = ctypes.c_uint64
+        launches = counter(emulation, "launches")
         before = launches()
         with CountLaunches() as counted:
             output = operator(*leaves, weighted, **options, backend=self.backend)
             output.backward(grad_output)
         assert launches() - before + len(counted.operators) == most, counted.operators
         assert all(leaf.grad is not None for leaf in leaves)
+
+    @pytest.mark.skipif(ON_DEVICE, reason="the emulator counts products")
+    def test_padding_is_not_computed(self, emulation):
+        """Tiles of keys that are all absent take no matrix product, forward or backward, at either end of a sequence."""
+        products = counter(emulation, "products")
+
+        def count(keys, begin=0, end=None):
+            tensors, _ = Case(batch=1, queries=40, keys=keys, dim=32, dtype=torch.bfloat16).make()
+            key_mask = torch.zeros(1, keys, dtype=torch.bool)
+            key_mask[:, begin:end] = True
+            before = products()
+            gradients(lambda *xs: self.attend(*xs, key_mask=key_mask, causal=False), tensors)
+            return products() - before
+
+        assert count(128) == count(512, begin=256, end=384) == count(512, end=128) == count(512, begin=384) > 0
+        assert count(256) > count(128)
 
     @pytest.mark.parametrize("longest", [25, 7, 5000])
     @pytest.mark.parametrize("wrong", WRONG_SUMS)

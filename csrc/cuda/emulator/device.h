@@ -24,13 +24,14 @@ using emulator::Source;
 inline void sync_block(Source source = Source::current()) {
   emulator::meet(emulator::Collective::kBlockBarrier, source);
 }
-inline bool sync_block_any(bool condition, Source source = Source::current()) {
-  emulator::meet(emulator::Collective::kBlockBarrier, source, &condition, [](void* const* all, size_t count) {
-    bool any = false;
-    for (size_t i = 0; i < count; ++i) any |= *static_cast<bool*>(all[i]);
-    for (size_t i = 0; i < count; ++i) *static_cast<bool*>(all[i]) = any;
+inline int sync_block_count(bool condition, Source source = Source::current()) {
+  int value = condition ? 1 : 0;
+  emulator::meet(emulator::Collective::kBlockBarrier, source, &value, [](void* const* all, size_t count) {
+    int total = 0;
+    for (size_t i = 0; i < count; ++i) total += *static_cast<int*>(all[i]);
+    for (size_t i = 0; i < count; ++i) *static_cast<int*>(all[i]) = total;
   });
-  return condition;
+  return value;
 }
 inline void sync_warp(Source source = Source::current()) { emulator::meet(emulator::Collective::kWarpBarrier, source); }
 

@@ -24,6 +24,8 @@ namespace {
 // The most shared memory that a block can have on sm_86 and sm_89, which have the least of the GPUs from sm_80 on.
 constexpr uint32_t kMostSharedBytes = 99 * 1024;
 
+std::atomic<uint64_t> launch_count = 0, product_count = 0;
+
 std::string name(Collective what) {
   switch (what) {
     case Collective::kBlockBarrier: return "sync_block";
@@ -90,6 +92,7 @@ class Block {
       return;
     }
     meeting.arrived = 0;
+    if (what == Collective::kMma) product_count.fetch_add(1, std::memory_order_relaxed);
     if (complete != nullptr) complete(meeting.arguments.data(), meeting.arguments.size());
     if (what == Collective::kBlockBarrier) shared.pass_barrier();
     if (what == Collective::kWarpBarrier) shared.pass_warp_barrier(warp);
@@ -236,9 +239,8 @@ void copy_async(uint32_t to, const void* from, uint32_t size, bool valid, const 
 void copy_async_commit() { current->shared.commit(current->thread()); }
 void copy_async_wait(size_t pending) { current->shared.wait(current->thread(), pending); }
 
-std::atomic<uint64_t> launch_count = 0;
-
 uint64_t launches() { return launch_count; }
+uint64_t products() { return product_count; }
 
 void launch(const char* kernel, Index3 grid, int threads, uint32_t shared_bytes, const std::function<void()>& run) {
   ++launch_count;

@@ -45,8 +45,9 @@ enum class Collective { kBlockBarrier, kWarpBarrier, kShuffle, kLoadMatrices, kL
 using Complete = void (*)(void* const* all, size_t count);
 void meet(Collective what, const Source& source, void* mine = nullptr, Complete complete = nullptr);
 
-// Returns how many kernels the process has launched.
+// Return how many kernels the process has launched, and how many matrix products (mma) their warps have computed.
 uint64_t launches();
+uint64_t products();
 
 // Check an access to shared memory, and return where to read or write.
 const void* read_shared(uint32_t address, uint32_t size, const Source& source);
