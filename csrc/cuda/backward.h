@@ -96,8 +96,9 @@ class BackwardKeysBlock {
         Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
     for (int member = 0; member < group; ++member) {
-      const bool any_row_matters = sync_block_count(begin_head(key_head * group + member)) > 0;
-      pipeline(any_row_matters ? tiles : 0, *this);
+      begin_head(key_head * group + member);
+      const bool any_row_matters = sync_block_count(thread() < rows && row_matters(thread())) > 0;
+      if (any_row_matters) pipeline(tiles, *this);
       if (slice == 0 && f.g.grad_weight.data != nullptr) store_grad_weight();
       sync_block();  // before tiles of the next head overwrite those of this one
     }
@@ -117,18 +118,18 @@ class BackwardKeysBlock {
     return !value.lse.sees_a_key();
   }
 
-  EMPCAUSE_DEVICE void copy(int tile, bool whole) const {
+  EMPCAUSE_DEVICE void copy(int tile, int) const {
     const int row = query_begin + first_query(tile);
     const Matrices& grad_output = f.g.grad_output;
     copy_rows<kColumns, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int query) { return whole || load_shared<float>(query_values(tile, query)) != kInfinity; },
+        [&](int query) { return load_shared<float>(query_values(tile, query)) != kInfinity; },
         Copy<T, kHeadDim>{query_tile(tile), row_of<T>(a.query, batch, head, row), a.query.row},
         Copy<T, kHeadDim>{grad_output_tile(tile), row_of<T>(grad_output, batch, head, row), grad_output.row});
   }
 
-  // Queries that see no key are zeros, as is all that they add, so that a tile need not be whole.
-  EMPCAUSE_DEVICE void compute(int tile, bool) {
+  // Absent queries are zeros, as is all that they add.
+  EMPCAUSE_DEVICE void compute(int tile, int) {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
     if (first_query(tile) >= whole_from) {
@@ -168,26 +169,25 @@ class BackwardKeysBlock {
     return row < rows ? weight_of(a, batch, any_head, key_begin + first_key + row) : 0.0f;
   }
 
-  // Returns whether any row of this thread has a gradient for this head: its key has weight, or the gradient of its
-  // weight is asked for.
-  EMPCAUSE_DEVICE bool begin_head(int next_head) {
+  EMPCAUSE_DEVICE void begin_head(int next_head) {
     head = next_head;
     float absent = 0.0f;
-    bool matters = false;
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row = fragment_row(m, half);
-        const float weight = row_weight(head, row);
-        matters |= weight > 0.0f || (f.g.grad_weight.data != nullptr && row < rows && wants_grad_weight(row));
+        const float weight = row_weight(head, fragment_row(m, half));
         log2_weight[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
         grad_weight[m][half] = 0.0f;
         if (weight == 0.0f) absent = 1.0f;
       }
     }
     whole_from = shuffle(warp_sum(absent), 0) == 0.0f ? row0_first_query + warp_row + Shape::kWarpRows - 1 : kMostRows;
-    return matters;
+  }
+
+  // Returns whether a row has a gradient for the head: its key has weight, or the gradient of its weight is asked for.
+  EMPCAUSE_DEVICE bool row_matters(int row) const {
+    return row_weight(head, row) > 0.0f || (f.g.grad_weight.data != nullptr && wants_grad_weight(row));
   }
 
   EMPCAUSE_DEVICE bool wants_grad_weight(int row) const {
@@ -387,19 +387,20 @@ class BackwardQueriesBlock {
     return log2_of_weight == -kInfinity;
   }
 
-  EMPCAUSE_DEVICE void copy(int tile, bool whole) const {
+  EMPCAUSE_DEVICE void copy(int tile, int absent) const {
+    if (absent == kColumns) return;
     const int row = key_begin + tile * kColumns, key_head = head / static_cast<int>(a.num_heads / a.num_key_heads);
     copy_rows<kColumns, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int key) { return whole || load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
+        [&](int key) { return absent == 0 || load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head, row), a.value.row});
   }
 
-  // The rows of absent keys are zeros, as are their exponentials, so that a tile need not be whole.
-  EMPCAUSE_DEVICE void compute(int tile, bool) {
+  // The rows of absent keys are zeros, as are their exponentials.
+  EMPCAUSE_DEVICE void compute(int tile, int absent) {
     const int first_key = tile * kColumns;
-    if (warp_row >= rows || first_key > row0_last_key + warp_row + Shape::kWarpRows - 1) return;
+    if (absent == kColumns || warp_row >= rows || first_key > row0_last_key + warp_row + Shape::kWarpRows - 1) return;
     if (first_key + kColumns - 1 <= row0_last_key + warp_row) {
       attend_backward<false>(tile);
     } else {

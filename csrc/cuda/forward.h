@@ -107,19 +107,20 @@ class ForwardBlock {
     return log2_of_weight == -kInfinity;
   }
 
-  EMPCAUSE_DEVICE void copy(int tile, bool whole) const {
+  EMPCAUSE_DEVICE void copy(int tile, int absent) const {
+    if (absent == kColumns) return;
     const int row = key_begin + first_key(tile);
     copy_rows<kColumns, kThreads>(
         head_dim(), f.whole_chunks,
-        [&](int key) { return whole || load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
+        [&](int key) { return absent == 0 || load_shared<float>(log2_weight(tile, key)) > -kInfinity; },
         Copy<T, kHeadDim>{key_tile(tile), row_of<T>(a.key, batch, key_head(), row), a.key.row},
         Copy<T, kHeadDim>{value_tile(tile), row_of<T>(a.value, batch, key_head(), row), a.value.row});
   }
 
-  EMPCAUSE_DEVICE void compute(int tile, bool whole) {
+  EMPCAUSE_DEVICE void compute(int tile, int absent) {
     const int last_row = warp_row + Shape::kWarpRows < rows ? warp_row + Shape::kWarpRows - 1 : rows - 1;
-    if (warp_row >= rows || first_key(tile) > last_key(last_row)) return;
-    if (whole && first_key(tile) + kColumns - 1 <= last_key(warp_row)) {
+    if (absent == kColumns || warp_row >= rows || first_key(tile) > last_key(last_row)) return;
+    if (absent == 0 && first_key(tile) + kColumns - 1 <= last_key(warp_row)) {
       attend<false>(tile);
     } else {
       attend<true>(tile);

@@ -14,29 +14,27 @@ constexpr int kValueStages = 3;
 // Runs a block through tiles [0, count) of kColumns rows each. The values of a tile decide which of its rows are copied,
 // so they are fetched one tile before the rows. A Block has
 //   fetch(tile)             loads this thread's value of a tile; called for two tiles beyond the last one, too
-//   publish(tile, value)    stores the value in shared memory, in buffer tile % kValueStages, and returns whether it
-//                           takes its row out of the tile
-//   copy(tile, whole)       begins to copy the rows to buffer tile % kTileStages; `whole` says that no row is taken out
-//   compute(tile, whole)    computes the tile
-// A tile without rows is neither copied nor computed. A buffer of values is overwritten three tiles later, and a barrier
-// separates that from its last read. The same barrier counts the rows that are taken out, which takes no time of its own.
+//   publish(tile, value)    stores the value in shared memory, in buffer tile % kValueStages, and returns whether its
+//                           row is absent, that is, takes no part
+//   copy(tile, absent)      begins to copy the rows to buffer tile % kTileStages; `absent` is how many are absent
+//   compute(tile, absent)   computes the tile
+// A buffer of values is overwritten three tiles later, and a barrier separates that from its last read. The same barrier
+// counts the absent rows, which takes no time of its own.
 template <class Block>
 EMPCAUSE_DEVICE void pipeline(int count, Block& block) {
-  const auto copy = [&](int tile, int absent) {
-    if (tile < count && absent < Block::kColumns) block.copy(tile, absent == 0);
-    copy_async_commit();
-  };
   const bool first_is_absent = block.publish(0, block.fetch(0));
   auto next = block.fetch(1);
   int absent = sync_block_count(first_is_absent);
-  copy(0, absent);
+  if (count > 0) block.copy(0, absent);
+  copy_async_commit();
   for (int tile = 0; tile < count; ++tile) {
     const bool next_is_absent = block.publish(tile + 1, next);
     next = block.fetch(tile + 2);
     copy_async_wait<0>();
     const int next_absent = sync_block_count(next_is_absent);
-    copy(tile + 1, next_absent);
-    if (absent < Block::kColumns) block.compute(tile, absent == 0);
+    if (tile + 1 < count) block.copy(tile + 1, next_absent);
+    copy_async_commit();
+    block.compute(tile, absent);
     absent = next_absent;
   }
 }
