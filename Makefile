@@ -1,6 +1,7 @@
 # make demo: everything once on the embedded sample, with a report.   make test: the tests.
 # make faults: what happens when something goes wrong.   make guards: each guard of these tests is taken away; its test must notice.
 # make abi: the bindings compile against the headers of torch 2.10 to the newest, which it downloads.
+# make wheel: a wheel with the CUDA kernels in build/wheels, for Linux; it needs nvcc and compiles for minutes.
 # All set up .venv first, once. TORCH_SPEC and TRITON_SPEC say which torch and which triton are installed where .venv has none
 # (a torch for CUDA brings its own triton).
 PYTHON ?= python3
@@ -9,11 +10,12 @@ TRITON_SPEC ?= triton==3.7.1; platform_system == "Linux"
 
 VENV := .venv
 BIN := $(VENV)/bin
+WHEELS := build/wheels
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -not -path 'csrc/cuda/*' -name '*.[ch]*')
 STYLED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')  # by .clang-format
 
-.PHONY: setup demo test slow faults guards fault-table abi lint clean
+.PHONY: setup demo test slow faults guards fault-table abi lint wheel clean
 
 setup: $(READY)
 
@@ -46,6 +48,15 @@ lint: $(READY)
 	rm -rf build/typed/empcause && mkdir -p build/typed/empcause
 	ln -s $(CURDIR)/empcause/* $(CURDIR)/kernels $(CURDIR)/benchmarks build/typed/empcause
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# auditwheel finds the oldest glibc that the wheel runs with, and names the wheel after it. torch's library stays outside of the wheel.
+wheel: $(READY)
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir $(WHEELS)/linux \
+		--config-settings=build-dir='$(WHEELS)/{wheel_tag}' --config-settings=cmake.define.EMPCAUSE_CUDA=ON .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch_cpu.so --wheel-dir $(WHEELS) $(WHEELS)/linux/*.whl
+	@wc -c $(WHEELS)/*.whl
+	@test $$(wc -c < $$(echo $(WHEELS)/*.whl)) -lt 20000000 || { echo 'The wheel must be smaller than 20 MB.' >&2; exit 1; }
 
 # Built against the torch in .venv: an isolated build would fetch a torch of its own.
 $(READY): $(NATIVE)

@@ -90,8 +90,10 @@ class Figures:
 
 # --- What a multiprocessor has (CUDA programming guide, technical specifications per compute capability).
 
-REGISTERS, WARPS, BLOCKS, REGISTER_UNIT = 65536, 64, 32, 256
-SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS, REGISTER_UNIT = 65536, 256
+WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+BLOCKS = {80: 32, 90: 32, 100: 32, 120: 24}
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 SHARED_RESERVED = 1024  # per block, by the system
 TENSOR_COLUMNS = 512  # of tensor memory, sm_100
 
@@ -101,8 +103,8 @@ def possible_blocks(arch: int, registers: int, threads: int, shared_bytes: int, 
     warps = -(-threads // 32)
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     limits = [
-        BLOCKS,
-        WARPS // warps,
+        BLOCKS[arch],
+        WARPS[arch] // warps,
         REGISTERS // per_warp // warps,
         SHARED_BYTES[arch] // (shared_bytes + SHARED_RESERVED),
     ]
@@ -278,7 +280,8 @@ def cuda_figures(source: str, dtype: str, arch: int) -> list[Figures]:
             local_bytes=local,
             shared_bytes=shared,
             threads=threads,
-            planned_blocks=planned,
+            # The plan is made for the shared memory of sm_80 and newer data center GPUs; with that of sm_120, a block must fit.
+            planned_blocks=1 if arch == 120 else planned,
             possible_blocks=possible,
             matrix_instructions=matrix,
             async_copies=copies,

@@ -74,6 +74,8 @@ class _Finder:
         watched = name == "torch" or name.partition(".")[0] in ("transformers", "empcause")
         if not watched or name in _thread.finding:  # another finder may ask all finders, as this one does
             return None
+        if name == "empcause._C":
+            importlib.import_module("torch")  # the compiled module needs torch's libraries and holds no path to them
         _thread.finding.add(name)
         try:
             specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)

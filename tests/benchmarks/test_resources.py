@@ -64,6 +64,10 @@ class TestReading:
             (90, 32, 128, 81 * 1024, 0, 2),
             (90, 32, 128, 56 * 1024, 0, 4),
             (100, 32, 128, 0, 256, 2),  # tensor memory
+            (120, 32, 1024, 0, 0, 1),  # 48 warps
+            (120, 32, 32, 0, 0, 24),
+            (120, 32, 128, 99 * 1024, 0, 1),
+            (120, 32, 128, 99 * 1024 + 1, 0, 0),
         ],
     )
     def test_possible_blocks(self, arch, registers, threads, shared, columns, blocks):
