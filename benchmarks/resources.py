@@ -45,7 +45,7 @@ MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 ASYNC_COPIES = ("LDGSTS", "UBLKCP", "UTMALDG")
 LOCAL_ACCESSES = ("LDL", "STL")
 WITH_PRODUCTS = ("forward", "decode", "backward_keys", "backward_queries")
-WITHOUT_PRODUCTS = ("weights", "merge", "delta", "grad_cause")
+WITHOUT_PRODUCTS = ("weights", "merge", "grad_cause")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def triton_figures(variant: aot.Variant, arch: int) -> list[Figures]:
     threads = 32 * metadata.num_warps
     possible = possible_blocks(arch, registers, threads, metadata.shared, metadata.tmem_size or 0)
     planned = 1
-    if variant.kernel not in ("weights", "merge"):  # which have one configuration, without a plan
+    if variant.kernel not in WITHOUT_PRODUCTS:  # which have one configuration, without a plan
         dtype, dropout = aot.DTYPES[variant.dtype], "dropout" in variant.options
         planned = configuration(variant.kernel, variant.head_dim, dtype, arch, dropout).blocks_per_sm
     figures = Figures(

@@ -22,11 +22,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Causal attention with and without what adds code to it; what is not causal runs one of its two loops.
 _OPTIONS = {
-    "forward": ("", "causal", "causal dropout", "causal packed"),
-    "delta": ("",),
-    "backward_keys": ("causal", "causal cause_grad", "causal dropout cause_grad", "causal cause_grad packed"),
-    "backward_queries": ("causal", "causal dropout", "causal packed"),
-    "decode": ("causal", "causal packed"),
+    "forward": ("", "causal", "causal dropout", "causal packed", "causal unweighted"),
+    "backward_keys": (
+        "causal",
+        "causal cause_grad",
+        "causal dropout cause_grad",
+        "causal cause_grad packed",
+        "causal unweighted",
+    ),
+    "backward_queries": ("causal", "causal dropout", "causal packed", "causal unweighted"),
+    "decode": ("causal", "causal packed", "causal unweighted"),
     "merge": ("",),
 }
 
@@ -38,12 +43,13 @@ class Variant:
     kernel: str
     dtype: str
     head_dim: int
-    options: str  # words of "causal", "dropout", "cause_grad", "packed"
+    options: str  # words of "causal", "dropout", "cause_grad", "packed", "unweighted": neither cause nor key_mask
 
 
 def shipped() -> Iterator[Variant]:
-    """Yield every form whose figures are in the resource table. The kernel of the weights has neither dtype nor head size."""
+    """Yield every form whose figures are in the resource table. Kernels of weights have neither dtype nor head size."""
     yield Variant("weights", "fp32", 0, "")
+    yield Variant("grad_cause", "fp32", 0, "")
     for kernel, every in _OPTIONS.items():
         for dtype in DTYPES:
             for head_dim in HEAD_DIMS:
@@ -92,8 +98,8 @@ def launches(arch: int, cause_grad: bool, **arguments: Any) -> dict[str, Launch]
             return arch
 
     call = Recorded(**arguments)
-    output, rounding, statistics = call.forward()
-    call.backward(output, output, rounding, statistics, cause_grad)
+    results = call.forward()
+    call.backward(results[0], *results, cause_grad)
     return recorded
 
 
@@ -126,15 +132,16 @@ def _launches(variant: Variant, arch: int) -> dict[str, Launch]:
         return tensor.flatten(0, 1) if "packed" in words else tensor.transpose(1, 2)
 
     query, key = rows(queries), rows(keys)
-    cause, key_mask = meta(batch, keys, dtype=torch.float32), meta(batch, keys, dtype=torch.bool)
+    cause = None if "unweighted" in words else meta(batch, keys, dtype=torch.float32)
+    key_mask = None if cause is None else meta(batch, keys, dtype=torch.bool)
     sums, longest = None, (0, 0)
     if "packed" in words:
-        cause, key_mask = cause.flatten(), key_mask.flatten()
+        cause, key_mask = (None if tensor is None else tensor.flatten() for tensor in (cause, key_mask))
         sums, longest = meta(batch + 1, dtype=torch.int32), (queries, keys)
     dropout = "dropout" in words
     return launches(
         arch,
-        "cause_grad" in words,
+        "cause_grad" in words or variant.kernel == "grad_cause",
         query=query,
         key=key,
         value=key,

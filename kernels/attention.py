@@ -12,10 +12,14 @@ digits of LSE are nothing beside those that the rows lack, and the first part is
 Kernels take a tensor `[batch, heads, rows, head_dim]` as a pointer and its first three strides; the last one is 1. Packed
 tensors have one batch, whose stride is 0. What a kernel writes is laid out `[batch, rows, heads, head_dim]`,
 quantities per row `[batch, heads, rows]`. Offsets are 64-bit.
+
+`log2_weight` is None where all weights are 1; nothing is added to the logits then.
 """
 
 import triton
 import triton.language as tl
+
+from empcause.ops import registration
 
 # Arguments that change from call to call while the compiled code would gain nothing from knowing more of them: without this
 # list a length that happens to be 1 or a multiple of 16 would compile the kernel once more.
@@ -27,6 +31,8 @@ UNSPECIALIZED = [
     "max_queries",
     "num_outer",
     "num_blocks",
+    "num_rows",
+    "cause_heads",
     "parts",
     "part_keys",
     "threshold",
@@ -38,6 +44,9 @@ UNSPECIALIZED = [
 
 # Kernels work in powers of two: exp(x) = exp2(x * LOG2E).
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+FLAGGED_KEYS: tl.constexpr = tl.constexpr(registration.FLAGGED_KEYS)
+# Flags that a program looks at together: those of 16384 keys.
+FLAGS_AT_ONCE: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -76,7 +85,7 @@ def sequence(batch, cu_queries, cu_keys, total_queries, total_keys, query_offset
 
 
 @triton.jit
-def seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+def seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL: tl.constexpr):
     """Return the range of keys that a block of query rows sees.
 
     Args:
@@ -84,17 +93,46 @@ def seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL: tl.constex
         offset: position of query 0 among the keys.
 
     Returns:
-        all_see_end, a multiple of BLOCK_N: every row sees the keys [0, all_see_end), so no index is compared there; end: no row
-        sees a key from there on; the last key that each row sees.
+        all_see_end: every row sees the keys [0, all_see_end); end: no row sees a key from there on; the last key that each row
+        sees.
     """
     end = num_keys
-    all_see_end = num_keys // BLOCK_N * BLOCK_N
+    all_see_end = num_keys
     last_keys = tl.zeros_like(rows) + num_keys - 1
     if CAUSAL:
         last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, tl.minimum(first_row + rows.shape[0], num_queries) + offset)
-        all_see_end = tl.minimum(all_see_end, tl.maximum(first_row + offset + 1, 0) // BLOCK_N * BLOCK_N)
+        all_see_end = tl.minimum(all_see_end, tl.maximum(first_row + offset + 1, 0))
     return all_see_end, end, last_keys
+
+
+@triton.jit
+def present_end(flags, first_key, end):
+    """Return up to which key no key is absent, counted from `first_key` on, and at most `end`.
+
+    A flag (weights.py) tells of a group of keys: if one of them is absent, all count as absent, those before `first_key` too.
+
+    Args:
+        flags: pointer to the first flag of the batch and head.
+        first_key: number of the first key in the tensor.
+        end: 0 or more; the tensor has first_key + end keys or more.
+    """
+    flags_end = tl.cdiv(first_key + end, FLAGGED_KEYS)
+    for start in tl.range(first_key // FLAGGED_KEYS, flags_end, FLAGS_AT_ONCE, num_stages=1):
+        flag = start + tl.arange(0, FLAGS_AT_ONCE)
+        absent = tl.load(flags + flag, mask=flag < flags_end, other=0.0) != 0.0
+        first_absent = tl.min(tl.where(absent, flag * FLAGGED_KEYS - first_key, end), 0)
+        end = tl.minimum(end, tl.maximum(first_absent, 0))
+    return end
+
+
+@triton.jit
+def load_weights(pointers, inside):
+    """Load log2 of weights; where `inside` is False (None: nowhere) the key counts as absent."""
+    if inside is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=float("-inf"))
 
 
 @triton.jit

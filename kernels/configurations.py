@@ -4,8 +4,9 @@ What decides:
 
 - Nothing spills. Registers are the scarce resource: a thread has 255 and an SM 65536, so blocks_per_sm is what registers leave.
   Dropout needs more of them (the bits, and two selections), hence tiles of its own.
-- Double-buffered tiles. Which rows of values are loaded follows from the weights, which are loaded themselves, so the software
-  pipeline has two levels: with 5 stages keys and values are two tiles ahead and weights four; 3 stages buffer a tile once.
+- Double-buffered tiles: with 3 stages of the software pipeline keys and values are two tiles ahead; 2 stages buffer a tile once.
+  Where some keys may be absent, the rows of values to load follow from weights that are loaded themselves: that loop's pipeline
+  has two levels, and takes 2 * num_stages - 1 stages for as many buffers.
 - A warp's share of the query rows (of the keys, where a program owns those). On sm_80 every warp reads all of the other operand
   from shared memory: with 16 rows that takes as long as the matrix instructions, with 32 half of it, so 4 warps on 128 rows where
   the registers last. sm_90's instructions take 64 rows of a group of 4 warps and read shared memory themselves; sm_100's take 128
@@ -29,14 +30,14 @@ class Configuration:
         block_m, block_n: query rows and keys of a tile.
         num_warps: of a program.
         blocks_per_sm: programs that are to run side by side on an SM.
-        num_stages: of the software pipeline.
+        num_stages: of the software pipeline, where what is loaded does not follow from what is loaded itself.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     blocks_per_sm: int = 1
-    num_stages: int = 5
+    num_stages: int = 3
 
     @property
     def max_registers(self) -> int:
@@ -76,13 +77,13 @@ _16_BIT = {
         },
         90: {
             64: (Configuration(64, 128, 8), Configuration(64, 128, 8)),
-            128: (Configuration(32, 128, 8, num_stages=3), Configuration(32, 128, 8)),
+            128: (Configuration(32, 128, 8, num_stages=2), Configuration(32, 128, 8)),
             256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         100: {
             64: (Configuration(64, 128, 8), Configuration(64, 128, 8)),
             128: (Configuration(64, 128, 8), Configuration(32, 128, 8)),
-            256: (Configuration(32, 64, 8), Configuration(32, 64, 8, num_stages=3)),
+            256: (Configuration(32, 64, 8), Configuration(32, 64, 8, num_stages=2)),
         },
     },
     "backward_queries": {
@@ -94,7 +95,7 @@ _16_BIT = {
         90: {
             64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
             128: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
-            256: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=3)),
+            256: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=2)),
         },
         100: {
             64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
@@ -118,7 +119,7 @@ _FP32 = {
         256: (Configuration(16, 16, 8, num_stages=1), Configuration(16, 16, 8, num_stages=1)),
     },
     "backward_queries": {
-        64: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=1)),
+        64: (Configuration(64, 32, 8), Configuration(32, 32, 8, num_stages=1)),
         128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
         256: (Configuration(16, 16, 8), Configuration(16, 16, 8)),
     },
@@ -127,8 +128,6 @@ _FP32 = {
 # Decoding is bound by memory: enough bytes in flight per SM, and rows no more than a matrix instruction's 16.
 _DECODE_16_BIT = {64: Configuration(16, 64, 4, 4), 128: Configuration(16, 64, 4, 2), 256: Configuration(16, 32, 4, 2)}
 _DECODE_FP32 = {64: Configuration(16, 64, 8), 128: Configuration(16, 32, 4, 2, 1), 256: Configuration(16, 16, 4, 2, 1)}
-# One pass over rows of output and its gradient; block_n is not used.
-_DELTA = {64: Configuration(32, 1, 4, 4), 128: Configuration(16, 1, 4, 4), 256: Configuration(8, 1, 4, 4)}
 
 
 def block_d(head_dim: int) -> int:
@@ -140,15 +139,13 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
     """Return the configuration of a kernel.
 
     Args:
-        kernel: "forward", "backward_keys", "backward_queries", "decode" or "delta".
+        kernel: "forward", "backward_keys", "backward_queries" or "decode".
         head_dim: up to 256.
         arch: compute capability times 10.
         dropout: whether the call drops probabilities.
     """
     size = next(size for size in (64, 128, 256) if head_dim <= size)
     is_fp32 = dtype == torch.float32
-    if kernel == "delta":
-        return _DELTA[size]
     if kernel == "decode":
         return (_DECODE_FP32 if is_fp32 else _DECODE_16_BIT)[size]
     if is_fp32:
@@ -159,4 +156,4 @@ def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dro
     if family:
         return chosen
     fewer_rows = kernel == "backward_queries" and size == 256  # two operands of 64 rows alone would take 64 KiB
-    return replace(chosen, num_stages=3, block_m=32 if fewer_rows else chosen.block_m)
+    return replace(chosen, num_stages=2, block_m=32 if fewer_rows else chosen.block_m)

@@ -10,6 +10,7 @@ import triton.language as tl
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     logsumexp_pointer,
+    present_end,
     result_index,
     row_index,
     row_pointer,
@@ -33,9 +34,15 @@ def decode_kernel(
     cu_queries,
     cu_keys,
     query_offset,
-    query_strides,
-    key_strides,
-    value_strides,
+    query_batch_stride,
+    query_head_stride,
+    query_row_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_row_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_row_stride,
     weight_batch,
     weight_head,
     num_heads,
@@ -52,6 +59,7 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """Store what one part of the keys gives, in fp32.
@@ -73,19 +81,29 @@ def decode_kernel(
     inside = (packed < packed_heads * max_queries) & (rows < num_queries)
     columns = tl.arange(0, BLOCK_D)[None, :]
     mask = inside[:, None] & (columns < HEAD_DIM)
-    q = tl.load(
-        row_pointer(query, query_strides, outer, heads, query_begin + rows)[:, None] + columns, mask=mask, other=0.0
-    )
+    strides = (query_batch_stride, query_head_stride, query_row_stride)
+    query = row_pointer(query, strides, outer, heads, query_begin + rows)
+    q = tl.load(query[:, None] + columns, mask=mask, other=0.0)
+    strides = (key_batch_stride, key_head_stride, key_row_stride)
+    key = row_pointer(key, strides, outer, first_head // group, key_begin)
+    strides = (value_batch_stride, value_head_stride, value_row_stride)
+    value = row_pointer(value, strides, outer, first_head // group, key_begin)
 
-    begin = part * part_keys
+    begin = tl.minimum(part * part_keys, num_keys)
     end = tl.minimum(begin + part_keys, num_keys)
-    seen_by_all = end
+    whole_end = end
     last_keys = tl.full([BLOCK_M], 0, tl.int32) + num_keys - 1
     if CAUSAL:
         last_keys = tl.minimum(rows + offset, last_keys)
         end = tl.minimum(end, offset + num_queries)
-        seen_by_all = tl.minimum(end, offset + 1)
-    all_see_end = begin + tl.maximum(seen_by_all - begin, 0) // BLOCK_N * BLOCK_N
+        whole_end = tl.minimum(end, offset + 1)
+    # Every row sees the keys of this part before whole_end, and none of them is absent.
+    whole_end = tl.maximum(whole_end, begin)
+    if log2_weight is not None:
+        log2_weight = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, first_head, 0)
+        whole_end = begin + present_end(log2_weight + total_keys, key_begin + begin, whole_end - begin)
+        log2_weight += key_begin
+    whole_end = begin + (whole_end - begin) // BLOCK_N * BLOCK_N
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -95,15 +113,15 @@ def decode_kernel(
             maximum,
             total,
             q,
-            row_pointer(key, key_strides, outer, first_head // group, key_begin),
-            row_pointer(value, value_strides, outer, first_head // group, key_begin),
-            row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, first_head, key_begin),
-            key_strides[2],
-            value_strides[2],
+            key,
+            value,
+            log2_weight,
+            key_row_stride,
+            value_row_stride,
             0,
             last_keys,
-            all_see_end if bounded else begin,
-            end if bounded else all_see_end,
+            whole_end if bounded else begin,
+            end if bounded else whole_end,
             num_keys,
             scale,
             None,
@@ -113,6 +131,7 @@ def decode_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
+            NUM_STAGES,
             bounded == 1,
             False,
         )

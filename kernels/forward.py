@@ -6,7 +6,9 @@ import triton.language as tl
 from empcause.kernels.attention import (
     UNSPECIALIZED,
     load_rows,
+    load_weights,
     logsumexp_pointer,
+    present_end,
     result_index,
     row_pointer,
     seen_keys,
@@ -42,6 +44,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     BOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
@@ -51,33 +54,38 @@ def attend(
         accumulator, maximum, total: running output, unnormalised, with the maximum (in powers of two) it refers to and the
             sum of the weighted probabilities.
         query: the rows themselves; `first_row` the number of the first, for dropout.
-        key, value, log2_weight: pointers to key 0.
+        key, value, log2_weight: pointers to key 0; log2_weight may be None.
         last_keys: the last key that each row sees.
         scale: times log2(e).
-        BOUNDED: some row may not see every key of the tiles, or the tiles reach beyond num_keys.
+        BOUNDED: some row may not see every key of the tiles, some keys may be absent, or the tiles reach beyond num_keys.
 
     Returns:
         accumulator, maximum, total.
     """
     columns = tl.arange(0, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
+    # Which rows of values are loaded follows from weights that are loaded themselves: a pipeline of two levels.
+    STAGES: tl.constexpr = NUM_STAGES if (not BOUNDED) or (log2_weight is None) else 2 * NUM_STAGES - 1
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         # Both bounds are relative to `start`: what is compared with them stays the same in every tile, in the same registers.
+        inside = None
         if BOUNDED:
             inside = columns < num_keys - start
-            bias = tl.load(log2_weight + start + columns, mask=inside, other=0.0)
-            k = load_rows(shifted(key, start, key_stride), key_stride, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
-            present = inside & (bias > float("-inf"))
+        present = inside
+        k = load_rows(shifted(key, start, key_stride), key_stride, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
+        logits = tl.dot(query, tl.trans(k), input_precision="ieee")
+        if log2_weight is None:
+            logits *= scale
         else:
-            bias = tl.load(log2_weight + start + columns)
-            k = load_rows(shifted(key, start, key_stride), key_stride, None, BLOCK_N, HEAD_DIM, BLOCK_D)
-            present = bias > float("-inf")
-        # Weight, scale and log2(e) are one multiply-add. NaN in an absent key must reach nothing.
-        logits = tl.fma(tl.dot(query, tl.trans(k), input_precision="ieee"), scale, bias[None, :])
-        seen = (bias > float("-inf"))[None, :]
+            bias = load_weights(log2_weight + start + columns, inside)
+            # Weight, scale and log2(e) are one multiply-add.
+            logits = tl.fma(logits, scale, bias[None, :])
+            if BOUNDED:
+                present = bias > float("-inf")
         if BOUNDED:
-            seen = seen & (columns[None, :] <= (last_keys - start)[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
+            # NaN in an absent key must reach nothing.
+            seen = present[None, :] & (columns[None, :] <= (last_keys - start)[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -107,9 +115,15 @@ def forward_kernel(
     cu_keys,
     query_offset,
     seed,
-    query_strides,
-    key_strides,
-    value_strides,
+    query_batch_stride,
+    query_head_stride,
+    query_row_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_row_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_row_stride,
     weight_batch,
     weight_head,
     num_heads,
@@ -124,6 +138,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
@@ -142,13 +157,21 @@ def forward_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < num_queries
 
-    query = row_pointer(query, query_strides, outer, head, query_begin + first_row)
-    q = load_rows(query, query_strides[2], inside, BLOCK_M, HEAD_DIM, BLOCK_D)
-    key = row_pointer(key, key_strides, outer, head // group, key_begin)
-    value = row_pointer(value, value_strides, outer, head // group, key_begin)
-    log2_weight = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin)
+    strides = (query_batch_stride, query_head_stride, query_row_stride)
+    query = row_pointer(query, strides, outer, head, query_begin + first_row)
+    q = load_rows(query, query_row_stride, inside, BLOCK_M, HEAD_DIM, BLOCK_D)
+    strides = (key_batch_stride, key_head_stride, key_row_stride)
+    key = row_pointer(key, strides, outer, head // group, key_begin)
+    strides = (value_batch_stride, value_head_stride, value_row_stride)
+    value = row_pointer(value, strides, outer, head // group, key_begin)
 
-    all_see_end, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL, BLOCK_N)
+    # Every row sees the keys [0, whole_end), and none of them is absent: neither indices nor weights are compared there.
+    whole_end, end, last_keys = seen_keys(rows, first_row, num_queries, num_keys, offset, CAUSAL)
+    if log2_weight is not None:
+        log2_weight = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, 0)
+        whole_end = present_end(log2_weight + total_keys, key_begin, whole_end)
+        log2_weight += key_begin
+    whole_end = whole_end // BLOCK_N * BLOCK_N
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -161,12 +184,12 @@ def forward_kernel(
             key,
             value,
             log2_weight,
-            key_strides[2],
-            value_strides[2],
+            key_row_stride,
+            value_row_stride,
             first_row,
             last_keys,
-            all_see_end if bounded else 0,
-            end if bounded else all_see_end,
+            whole_end if bounded else 0,
+            end if bounded else whole_end,
             num_keys,
             scale,
             seed,
@@ -176,6 +199,7 @@ def forward_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
+            NUM_STAGES,
             bounded == 1,
             DROPOUT,
         )

@@ -14,10 +14,11 @@ import triton
 from torch import Tensor
 
 from empcause.kernels import weights
-from empcause.kernels.backward import backward_keys_kernel, backward_queries_kernel, delta_kernel
+from empcause.kernels.backward import backward_keys_kernel, backward_queries_kernel
 from empcause.kernels.configurations import Configuration, block_d, configuration
 from empcause.kernels.decode import MAX_PARTS, decode_kernel, merge_kernel
 from empcause.kernels.forward import forward_kernel
+from empcause.ops.registration import cause_sizes, num_flags
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -43,9 +44,14 @@ def attention(
     seed: Tensor | None,
     query_offset: Tensor | None,
     for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, H, Q, D]`, packed `[N, H, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; LSE
-    of rows in one or two parts `[B, H, 1 or 2, Q]`, packed `[H, 1 or 2, N]` (see `attention.py`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output and what a backward pass needs.
+
+    Returns:
+        Output `[B, H, Q, D]`, packed `[N, H, D]`; an empty tensor, where the CPU's kernels leave what rounding took from it; LSE
+        of rows in one or two parts `[B, H, 1 or 2, Q]`, packed `[H, 1 or 2, N]` (see `attention.py`); log2 of the weights and
+        their flags `[B or 1, H or 1, K + flags]` (see `weights.py`), empty where neither cause nor key_mask is given.
+    """
     weighting = (cause, strength, head_strength, key_mask)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return Call(query, key, value, *weighting, *packing, causal, scale, dropout_p, seed, query_offset).forward()
@@ -59,6 +65,7 @@ def attention_backward(
     output: Tensor,
     rounding: Tensor,
     statistics: Tensor,
+    weights: Tensor,
     cause: Tensor | None,
     strength: float,
     head_strength: Tensor | None,
@@ -78,11 +85,11 @@ def attention_backward(
     weighting = (cause, strength, head_strength, key_mask)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     call = Call(query, key, value, *weighting, *packing, causal, scale, dropout_p, seed, query_offset)
-    return call.backward(grad_output, output, rounding, statistics, cause_grad)
+    return call.backward(grad_output, output, rounding, statistics, weights, cause_grad)
 
 
 class Call:
-    """One call: its arguments checked, its weights computed. Its launches are made by `launch`."""
+    """One call: its arguments checked. Its launches are made by `launch`."""
 
     def __init__(
         self,
@@ -131,26 +138,23 @@ class Call:
         self.check_number("seed", seed)
         self.threshold = math.floor(dropout_p * 65536 + 0.5)
         self.cause, self.strength, self.head_strength, self.key_mask = cause, strength, head_strength, key_mask
+        self.check_weighting()
         self.current_device = _current_device(query)
-        self.shared: dict[str, Any] = {}
-        with self.current_device:
-            self.log2_weight = self.compute_weights()
-        _, heads, keys = self.log2_weight.shape
-        self.shared = {
+        self.shared: dict[str, Any] = {
             "query": self.query,
             "key": self.key,
             "value": self.value,
-            "log2_weight": self.log2_weight,
+            "log2_weight": None,
+            # Of batch and heads; what is 1 there is broadcast.
+            "weight_batch": 0,
+            "weight_head": 0,
             "cu_queries": cu_seqlens_q,
             "cu_keys": cu_seqlens_k,
             "query_offset": query_offset,
             "seed": seed,
-            "query_strides": self.strides(self.query),
-            "key_strides": self.strides(self.key),
-            "value_strides": self.strides(self.value),
-            # Of batch and heads; what is 1 there is broadcast.
-            "weight_batch": 0 if self.log2_weight.shape[0] == 1 else heads * keys,
-            "weight_head": 0 if heads == 1 else keys,
+            **self.strides("query", self.query),
+            **self.strides("key", self.key),
+            **self.strides("value", self.value),
             "num_heads": self.num_heads,
             "group": self.num_heads // self.num_key_heads,
             "total_queries": self.num_queries,
@@ -203,18 +207,8 @@ class Call:
         if tensor is not None:
             self.check(name, tensor, torch.int64, ())
 
-    def check_cause(self, cause: Tensor) -> None:
-        """`[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`."""
-        if cause.dim() + self.packed not in (2, 3):
-            forms = "[M] or [H or 1, M]" if self.packed else "[B or 1, K] or [B or 1, H or 1, K]"
-            _refuse("cause", f"float32 {forms}", cause)
-        outer, heads = self.cause_sizes()
-        shape: tuple[int, ...] = () if self.packed else (1 if outer == 1 else self.outer,)
-        shape += (1 if heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
-        self.check_contiguous("cause", cause, torch.float32, (*shape, self.num_keys))
-
-    def compute_weights(self) -> Tensor:
-        """log2 of the weights, `[B or 1, H or 1, K]`."""
+    def check_weighting(self) -> None:
+        """Checks cause, head_strength and key_mask; keeps the shape of the weights, None where all are 1."""
         if self.cause is not None:
             self.check_cause(self.cause)
         if self.head_strength is not None:
@@ -222,11 +216,31 @@ class Call:
         if self.key_mask is not None:
             shape = (self.num_keys,) if self.packed else (self.outer, self.num_keys)
             self.check_contiguous("key_mask", self.key_mask, torch.bool, shape)
-        cause_outer, cause_heads = self.cause_sizes()
-        per_head = cause_heads != 1 or (self.head_strength is not None and self.cause is not None)
-        heads = self.num_heads if per_head else 1
-        batch = self.outer if cause_outer != 1 or self.key_mask is not None else 1
-        log2_weight = self.query.new_empty((batch, heads, self.num_keys), dtype=torch.float32)
+        self.weights_shape: tuple[int, int, int] | None = None
+        if self.cause is not None or self.key_mask is not None:
+            cause_batch, cause_heads = cause_sizes(self.cause, self.packed)
+            per_head = cause_heads != 1 or (self.head_strength is not None and self.cause is not None)
+            batch = self.outer if cause_batch != 1 or self.key_mask is not None else 1
+            self.weights_shape = (batch, self.num_heads if per_head else 1, self.num_keys + num_flags(self.num_keys))
+
+    def check_cause(self, cause: Tensor) -> None:
+        """Checks a cause: `[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`."""
+        if cause.dim() + self.packed not in (2, 3):
+            forms = "[M] or [H or 1, M]" if self.packed else "[B or 1, K] or [B or 1, H or 1, K]"
+            _refuse("cause", f"float32 {forms}", cause)
+        outer, heads = cause_sizes(cause, self.packed)
+        shape: tuple[int, ...] = () if self.packed else (1 if outer == 1 else self.outer,)
+        shape += (1 if heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
+        self.check_contiguous("cause", cause, torch.float32, (*shape, self.num_keys))
+
+    def compute_weights(self) -> Tensor:
+        """Returns log2 of the weights and their flags, for the kernels and for the backward pass."""
+        if self.weights_shape is None:
+            return self.query.new_empty(0, dtype=torch.float32)
+        result = self.query.new_empty(self.weights_shape, dtype=torch.float32)
+        self.set_weights(result)
+        batch, heads, _ = self.weights_shape
+        cause_batch, cause_heads = cause_sizes(self.cause, self.packed)
         blocks = triton.cdiv(self.num_keys, weights.BLOCK)
         self.launch(
             weights.weights_kernel,
@@ -235,34 +249,41 @@ class Call:
             cause=self.cause,
             head_strength=self.head_strength,
             key_mask=self.key_mask,
-            log2_weight=log2_weight,
             strength=self.strength,
-            cause_batch=0 if cause_outer == 1 else cause_heads * self.num_keys,
+            cause_batch=0 if cause_batch == 1 else cause_heads * self.num_keys,
             cause_head=0 if cause_heads == 1 else self.num_keys,
             num_heads=heads,
-            total_keys=self.num_keys,
             num_blocks=blocks,
             BLOCK=weights.BLOCK,
         )
-        return log2_weight
+        return result
 
-    def cause_sizes(self) -> tuple[int, int]:
-        """Batch and heads of cause: `[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`."""
-        if self.cause is None:
-            return 1, 1
-        with_heads = self.cause.dim() + self.packed == 3
-        return 1 if self.packed else self.cause.shape[0], self.cause.shape[-2] if with_heads else 1
+    def check_weights(self, tensor: Tensor) -> None:
+        """Checks the weights that a forward pass has returned."""
+        if self.weights_shape is None:
+            self.check("weights", tensor, torch.float32, (0,))
+        else:
+            self.check_contiguous("weights", tensor, torch.float32, self.weights_shape)
+            self.set_weights(tensor)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+    def set_weights(self, tensor: Tensor) -> None:
+        batch, heads, keys = tensor.shape
+        self.shared["log2_weight"] = tensor
+        self.shared["weight_batch"] = 0 if batch == 1 else heads * keys
+        self.shared["weight_head"] = 0 if heads == 1 else keys
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = self.new_rows(self.num_queries, self.num_heads)
         statistics = self.query.new_empty(self.statistics_shape(), dtype=torch.float32)
         with self.current_device:
-            packed_heads = self.num_heads // self.num_key_heads if self.log2_weight.shape[1] == 1 else 1
+            weights = self.compute_weights()
+            shared_weights = self.weights_shape is None or self.weights_shape[1] == 1
+            packed_heads = self.num_heads // self.num_key_heads if shared_weights else 1
             if self.threshold == 0 and packed_heads * self.max_queries <= 16:
                 self.decode(output, statistics, packed_heads)
             else:
                 self.attend(output, statistics)
-        return output, self.query.new_empty(0, dtype=torch.int16), statistics
+        return output, self.query.new_empty(0, dtype=torch.int16), statistics, weights
 
     def attend(self, output: Tensor, statistics: Tensor) -> None:
         tiles = self.configuration("forward")
@@ -276,6 +297,7 @@ class Call:
             num_blocks=blocks,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
+            NUM_STAGES=tiles.num_stages,
         )
 
     def decode(self, output: Tensor, statistics: Tensor, packed_heads: int) -> None:
@@ -297,6 +319,7 @@ class Call:
             part_keys=triton.cdiv(triton.cdiv(self.max_keys, parts), tiles.block_n) * tiles.block_n,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
+            NUM_STAGES=tiles.num_stages,
         )
         self.launch(
             merge_kernel,
@@ -310,7 +333,13 @@ class Call:
         )
 
     def backward(
-        self, grad_output: Tensor, output: Tensor, rounding: Tensor, statistics: Tensor, cause_grad: bool
+        self,
+        grad_output: Tensor,
+        output: Tensor,
+        rounding: Tensor,
+        statistics: Tensor,
+        weights: Tensor,
+        cause_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = self.rows_shape(self.num_queries, self.num_heads)
         self.check("grad_output", grad_output, self.dtype, shape)
@@ -318,42 +347,29 @@ class Call:
         self.check("rounding", rounding, torch.int16, (0,))
         self.check_contiguous("statistics", statistics, torch.float32, self.statistics_shape())
         _require(not cause_grad or self.cause is not None, "cause_grad without cause")
+        self.check_weights(weights)
         grad_output, output = _whole_rows(grad_output), _whole_rows(output)
         grad_query = self.new_rows(self.num_queries, self.num_heads)
         grad_key = self.new_rows(self.num_keys, self.num_key_heads)
         grad_value = self.new_rows(self.num_keys, self.num_key_heads)
         shape = (self.num_heads, self.num_queries)
         delta = self.query.new_empty(shape if self.packed else (self.outer, *shape), dtype=torch.float32)
-        grad_weight = None
-        if cause_grad:
+        grad_weight, grad_cause = None, self.query.new_empty(0, dtype=torch.float32)
+        if cause_grad and self.cause is not None:
             grad_weight = self.query.new_empty((self.outer, self.num_heads, self.num_keys), dtype=torch.float32)
+            grad_cause = self.query.new_empty(self.cause.shape, dtype=torch.float32)
         self.shared |= {
             "grad_output": grad_output,
-            "grad_output_strides": self.strides(grad_output),
+            **self.strides("grad_output", grad_output),
             "statistics": statistics,
             "delta": delta,
         }
         with self.current_device:
-            self.compute_delta(output)
+            self.backward_queries(output, grad_query)
             self.backward_keys(grad_key, grad_value, grad_weight)
-            self.backward_queries(grad_query)
-        grad_cause = self.query.new_empty(0, dtype=torch.float32)
-        if grad_weight is not None:
-            grad_cause = self.reduce_grad_cause(grad_weight)
+            if grad_weight is not None:
+                self.reduce_grad_cause(grad_weight, grad_cause)
         return grad_query, grad_key, grad_value, grad_cause
-
-    def compute_delta(self, output: Tensor) -> None:
-        tiles = self.configuration("delta")
-        blocks = triton.cdiv(self.num_queries, tiles.block_m)
-        self.launch(
-            delta_kernel,
-            self.outer * self.num_heads * blocks,
-            {"num_warps": tiles.num_warps},
-            output=output,
-            output_strides=self.strides(output),
-            num_blocks=blocks,
-            BLOCK_M=tiles.block_m,
-        )
 
     def backward_keys(self, grad_key: Tensor, grad_value: Tensor, grad_weight: Tensor | None) -> None:
         tiles = self.configuration("backward_keys")
@@ -369,28 +385,45 @@ class Call:
             num_blocks=blocks,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
+            NUM_STAGES=tiles.num_stages,
             CAUSE_GRAD=grad_weight is not None,
         )
 
-    def backward_queries(self, grad_query: Tensor) -> None:
+    def backward_queries(self, output: Tensor, grad_query: Tensor) -> None:
         tiles = self.configuration("backward_queries")
         blocks = triton.cdiv(self.max_queries, tiles.block_m)
         self.launch(
             backward_queries_kernel,
             self.batch * self.num_heads * blocks,
             tiles.options,
+            output=output,
+            **self.strides("output", output),
             grad_query=grad_query,
             num_blocks=blocks,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
+            NUM_STAGES=tiles.num_stages,
         )
 
-    def reduce_grad_cause(self, grad_weight: Tensor) -> Tensor:
-        """Gradient of cause from that of the weights `[B, H, K]`, summed over what was broadcast, in a fixed order."""
-        assert self.cause is not None
-        strength = self.strength if self.head_strength is None else self.head_strength[:, None]
-        outer, heads = self.cause_sizes()
-        return (grad_weight * strength).sum_to_size(outer, heads, self.num_keys).reshape(self.cause.shape)
+    def reduce_grad_cause(self, grad_weight: Tensor, grad_cause: Tensor) -> None:
+        """Computes the gradient of cause from that of the weights `[B, H, K]`."""
+        cause_batch, cause_heads = cause_sizes(self.cause, self.packed)
+        rows = cause_batch * cause_heads
+        blocks = triton.cdiv(self.num_keys, weights.GRAD_CAUSE_KEYS)
+        self.launch(
+            weights.grad_cause_kernel,
+            rows * blocks,
+            {"num_warps": 4},
+            grad_weight=grad_weight,
+            head_strength=self.head_strength,
+            grad_cause=grad_cause,
+            strength=self.strength,
+            cause_heads=cause_heads,
+            num_rows=self.outer * self.num_heads // max(rows, 1),
+            num_blocks=blocks,
+            BLOCK=weights.GRAD_CAUSE_KEYS,
+            ROWS=weights.GRAD_CAUSE_ROWS,
+        )
 
     def launch(self, kernel: Any, programs: int, options: dict[str, Any], **own: Any) -> None:
         """Launch a kernel, its arguments in the order in which it has them: `own` by their names, and of `shared` those it takes.
@@ -416,11 +449,10 @@ class Call:
     def configuration(self, kernel: str) -> Configuration:
         return configuration(kernel, self.head_dim, self.query.dtype, self.architecture(), self.threshold != 0)
 
-    def strides(self, tensor: Tensor) -> tuple[int, int, int]:
-        """Of batch, heads and rows."""
-        if self.packed:
-            return 0, tensor.stride(1), tensor.stride(0)
-        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    def strides(self, name: str, tensor: Tensor) -> dict[str, int]:
+        """Returns the strides of batch, heads and rows, as the kernels name them."""
+        batch, head, row = (0, tensor.stride(1), tensor.stride(0)) if self.packed else tensor.stride()[:3]
+        return {f"{name}_batch_stride": batch, f"{name}_head_stride": head, f"{name}_row_stride": row}
 
     def new_rows(self, rows: int, heads: int) -> Tensor:
         """Laid out so that rows come before heads: `[B, N, H, D]` seen as `[B, H, N, D]`."""

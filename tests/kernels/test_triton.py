@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import empcause
 from empcause.ops import biased_attention, biased_attention_varlen
-from empcause.testing import Case
+from empcause.testing import Case, gradients
 from ops.contract import Contract, packed_case
 
 TRITON = empcause.info()["triton"]
@@ -18,9 +19,12 @@ if not TRITON.runs:
     pytest.skip(f"no Triton kernels: {TRITON.reason}", allow_module_level=True)
 
 import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 from empcause.kernels import operators  # noqa: E402
+from empcause.kernels.attention import present_end  # noqa: E402
 from empcause.kernels.configurations import configuration  # noqa: E402
+from empcause.ops.registration import FLAGGED_KEYS, num_flags  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -41,6 +45,20 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(operators.Call, "run", recorded)
     return launches
+
+
+@triton.jit
+def find_present_end(flags, first_key, end, found):
+    tl.store(found, present_end(flags, first_key, end))
+
+
+class OnlyAllocatesAndViews(TorchDispatchMode):
+    """Refuses every operator of torch that could launch a kernel on a GPU."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name()
+        assert name in {"aten::new_empty", "aten::empty.memory_format", "aten::transpose.int", "aten::detach"}, name
+        return operator(*args, **kwargs or {})
 
 
 MATRIX = {
@@ -103,13 +121,16 @@ class TestTriton(Contract):
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
     def test_whole_tiles_and_bounded_ones(self, dtype, dropout_p, causal):
-        """Several tiles of every kernel, so that both its loops run."""
+        """Several tiles of every kernel, so that both its loops run: one of the last keys is absent."""
         every = [
             self.tiles(kernel, 64, dtype, dropout_p > 0) for kernel in ("forward", "backward_keys", "backward_queries")
         ]
         length = 2 * max(max(t.block_m, t.block_n) for t in every) + 3
+        assert length > FLAGGED_KEYS + 2
         shape = {"batch": 1, "heads": 1, "key_heads": 1, "queries": length, "keys": length, "dim": 64}
-        self.assert_close(Case(**shape, dtype=dtype, dropout_p=dropout_p, causal=causal, masked=True))
+        key_mask = (torch.arange(length) != length - 2)[None]
+        case = Case(**shape, dtype=dtype, dropout_p=dropout_p, causal=causal, extra={"key_mask": key_mask})
+        self.assert_close(case)
 
     @pytest.mark.parametrize(
         "case",
@@ -143,6 +164,131 @@ class TestTriton(Contract):
         (arguments,) = [arguments for name, arguments in launched if name == "forward_kernel"]
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             assert arguments[name].data_ptr() == tensor.data_ptr(), name
+
+    @pytest.mark.parametrize("absent", [[], [0], [130], [127, 300]])
+    @pytest.mark.parametrize("by", ["mask", "weight"])
+    def test_weights_are_followed_by_a_flag_per_group_of_keys(self, by, absent):
+        keys, heads = 301, 2
+        query, key = torch.ones(1, heads, 20, 8), torch.ones(1, 1, keys, 8)
+        cause = torch.rand(1, keys, generator=torch.Generator().manual_seed(0))
+        present = torch.ones(1, keys, dtype=torch.bool)
+        present[0, absent] = False
+        strength = torch.tensor([0.5, 1.0])
+        if by == "weight":
+            cause[~present] = -1.0  # takes the key out of the second head alone
+        arguments = self.raw_arguments("attention") | {"query": query, "key": key, "value": key, "cause": cause}
+        arguments |= {"head_strength": strength, "key_mask": present if by == "mask" else None}
+        weights = operators.attention(**{name: self.moved(value) for name, value in arguments.items()})[3].cpu()
+        assert weights.shape == (1, heads, keys + num_flags(keys))
+        expected = (1 + strength[:, None] * cause) * (present if by == "mask" else 1)
+        torch.testing.assert_close(weights[0, :, :keys], expected.log2())
+        flags = torch.zeros(heads, num_flags(keys))
+        flags[slice(None) if by == "mask" else 1, [key // FLAGGED_KEYS for key in absent]] = 1.0
+        assert torch.equal(weights[0, :, keys:], flags)
+
+    def test_absent_keys_are_found_by_the_flags_of_the_sequence_alone(self):
+        """Flags of other keys, before and behind, are set: they are not looked at."""
+        keys = 20000  # of which a program looks at the flags in two steps
+        for first_key in (0, 5, 128, 19000):
+            for end in (0, 1, 123, 124, 1000, keys - first_key):
+                first_flag, last_flag = first_key // FLAGGED_KEYS, (first_key + end - 1) // FLAGGED_KEYS
+                for absent in (None, first_flag, (first_flag + last_flag) // 2, last_flag):
+                    flags = torch.ones(num_flags(keys))
+                    flags[first_flag : last_flag + 1] = 0.0
+                    expected = end
+                    if absent is not None and first_flag <= absent <= last_flag:
+                        flags[absent] = 1.0
+                        expected = max(absent * FLAGGED_KEYS - first_key, 0)
+                    found = torch.zeros(1, dtype=torch.int32)
+                    flags, found = self.moved(flags), self.moved(found)
+                    find_present_end[(1,)](flags, first_key, end, found)
+                    assert int(found) == min(expected, end), (first_key, end, absent)
+
+    @pytest.mark.parametrize("queries", [2, 20], ids=["decoding", "general"])
+    def test_flags_decide_which_keys_are_looked_at(self, queries, monkeypatch):
+        """With every flag set the results are the same; with none, NaN in a masked key is not noticed."""
+        keys, absent = 200, 130
+        key = torch.randn(1, 1, keys, 16, generator=torch.Generator().manual_seed(0))
+        query = key[:, :, -queries:]
+        key_mask = torch.ones(1, keys, dtype=torch.bool)
+        key_mask[0, absent] = False
+        key[0, 0, absent] = float("nan")
+        arguments = self.raw_arguments("attention") | {"query": query, "key": key, "value": key, "key_mask": key_mask}
+        arguments |= {"cause": None, "head_strength": None, "dropout_p": 0.0, "query_offset": None}
+        arguments = {name: self.moved(value) for name, value in arguments.items()}
+        results = operators.attention(**arguments)
+        del arguments["for_backward"]
+
+        def attend(flag):
+            weights = results[3].clone()
+            weights[..., keys:] = flag
+            with monkeypatch.context() as patched:
+                patched.setattr(operators.Call, "compute_weights", lambda call: call.check_weights(weights))
+                output = operators.attention(**arguments, for_backward=True)[0]
+            changed = (*results[:3], weights)
+            given = dict(zip(("output", "rounding", "statistics", "weights"), changed, strict=True))
+            grads = operators.attention_backward(torch.ones_like(output), **arguments, **given, cause_grad=False)
+            return output, *grads[:3]
+
+        given = dict(zip(("output", "rounding", "statistics", "weights"), results, strict=True))
+        grads = operators.attention_backward(torch.ones_like(results[0]), **arguments, **given, cause_grad=False)
+        for ours, expected in zip(attend(1.0), (results[0], *grads[:3]), strict=True):
+            assert expected.isfinite().all()
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+        output, grad_query, *_ = attend(0.0)
+        assert output.isnan().all()
+        assert grad_query.isnan().all()
+
+    def test_a_packed_sequence_that_begins_within_a_group_with_an_absent_key(self):
+        tensors, options = packed_case([100, 90], [100, 90], heads=1)
+        options["key_mask"] = torch.ones(190, dtype=torch.bool)
+        options["key_mask"][[97, 188]] = False
+        got = gradients(lambda *leaves: self.attend(*leaves, operator=biased_attention_varlen, **options), tensors)
+        doubles = tuple(tensor.double() for tensor in tensors)
+        truth = gradients(lambda *leaves: biased_attention_varlen(*leaves, **options, backend="reference"), doubles)
+        for expected, actual in zip(truth, got, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("queries", [2, 20], ids=["decoding", "general"])
+    def test_the_smallest_weights_of_half_precision(self, queries):
+        """In fp16, where all weights are 2^-24 and where one of them is 1, probabilities are those of fp64."""
+        (query, key, value, _), _ = Case(batch=1, heads=1, key_heads=1, queries=queries, dtype=torch.float16).make()
+        cause = torch.full((1, key.shape[2]), 2.0**-24 - 1)
+        assert float((1 + cause).max()) == 2.0**-24
+        self.against_fp64((query, key, value, cause), {}, 5e-3, names="oqkv")
+        cause[0, 7] = 0.0
+        self.against_fp64((query, key, value, cause), {}, 5e-3, names="o")  # gradients are nearly 0
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, ("weights", "forward", "backward_queries", "backward_keys", "grad_cause")),
+            ({"head_strength": None}, ("weights", "forward", "backward_queries", "backward_keys", "grad_cause")),
+            ({"key_mask": None}, ("weights", "forward", "backward_queries", "backward_keys", "grad_cause")),
+            ({"cause_grad": False}, ("weights", "forward", "backward_queries", "backward_keys")),
+            (
+                {"cause_grad": False, "cause": None, "head_strength": None},
+                ("weights", "forward", "backward_queries", "backward_keys"),
+            ),
+            ({"cause_grad": False, "cause": None, "key_mask": None}, ("forward", "backward_queries", "backward_keys")),
+        ],
+        ids=["everything", "cause and mask", "cause", "no gradient of cause", "mask", "neither"],
+    )
+    def test_forward_and_backward_launch_these_kernels_and_nothing_of_torch(
+        self, changes, expected, packed, monkeypatch
+    ):
+        """Seed and dropout are given, and strengths per head. Whatever torch does, too, allocates or views."""
+        launched = []
+        monkeypatch.setattr(operators.Call, "run", lambda self, kernel, *_: launched.append(kernel.__name__))
+        arguments = self.raw_arguments("attention", packed) | changes
+        cause_grad = arguments.pop("cause_grad", True)
+        del arguments["for_backward"]
+        with OnlyAllocatesAndViews():
+            results = operators.attention(**arguments, for_backward=True)
+            given = dict(zip(("output", "rounding", "statistics", "weights"), results, strict=True))
+            operators.attention_backward(results[0], **arguments, **given, cause_grad=cause_grad)
+        assert launched == [f"{name}_kernel" for name in expected]
 
     def test_launches_give_every_argument_once_and_no_other(self):
         arguments = self.raw_arguments("attention")
