@@ -95,10 +95,10 @@ class BackwardKeysBlock {
         head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
         Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
+    if (sync_block_count(row_matters(thread())) == 0) tiles = 0;
     for (int member = 0; member < group; ++member) {
       begin_head(key_head * group + member);
-      const bool any_row_matters = sync_block_count(thread() < rows && row_matters(thread())) > 0;
-      if (any_row_matters) pipeline(tiles, *this);
+      pipeline(tiles, *this);
       if (slice == 0 && f.g.grad_weight.data != nullptr) store_grad_weight();
       sync_block();  // before tiles of the next head overwrite those of this one
     }
@@ -132,7 +132,13 @@ class BackwardKeysBlock {
   EMPCAUSE_DEVICE void compute(int tile, int) {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
-    if (first_query(tile) >= whole_from) {
+    bool some_lack_weight = false;
+    EMPCAUSE_UNROLL
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
+      EMPCAUSE_UNROLL
+      for (int half = 0; half < 2; ++half) some_lack_weight |= !has_weight(log2_weight[m][half]);
+    }
+    if (!any_lane(some_lack_weight) && first_query(tile) >= row0_first_query + warp_row + Shape::kWarpRows - 1) {
       attend_backward<false>(tile);
     } else if (last_query >= row0_first_query + warp_row) {
       attend_backward<true>(tile);
@@ -171,7 +177,6 @@ class BackwardKeysBlock {
 
   EMPCAUSE_DEVICE void begin_head(int next_head) {
     head = next_head;
-    float absent = 0.0f;
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
@@ -179,15 +184,15 @@ class BackwardKeysBlock {
         const float weight = row_weight(head, fragment_row(m, half));
         log2_weight[m][half] = weight > 0.0f ? log2(weight) : kNoWeight;
         grad_weight[m][half] = 0.0f;
-        if (weight == 0.0f) absent = 1.0f;
       }
     }
-    whole_from = shuffle(warp_sum(absent), 0) == 0.0f ? row0_first_query + warp_row + Shape::kWarpRows - 1 : kMostRows;
   }
 
-  // Returns whether a row has a gradient for the head: its key has weight, or the gradient of its weight is asked for.
+  // Returns whether a row has a gradient: its key has weight for a head, or the gradient of its weight is asked for.
   EMPCAUSE_DEVICE bool row_matters(int row) const {
-    return row_weight(head, row) > 0.0f || (f.g.grad_weight.data != nullptr && wants_grad_weight(row));
+    bool matters = row < rows && f.g.grad_weight.data != nullptr && wants_grad_weight(row);
+    for (int member = 0; member < group; ++member) matters |= row_weight(key_head * group + member, row) > 0.0f;
+    return matters;
   }
 
   EMPCAUSE_DEVICE bool wants_grad_weight(int row) const {
@@ -288,7 +293,6 @@ class BackwardKeysBlock {
   int row0_first_query;   // the first query that sees row 0 of the block
   int first_tile, tiles;  // the same for every head
   int head;               // the head that the pipeline goes over now
-  int whole_from;         // from this query on, all rows of the warp are seen; kMostRows if some have no weight
 
   Fragment<Shape::kRowTiles, kSliceColumns / 8> grad_key, grad_value;
   // For the rows of `head`: log2 of the weight, or kNoWeight, and the gradient of the weight, times the

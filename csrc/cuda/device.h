@@ -6,6 +6,7 @@
 //   sync_block, sync_warp                                 barriers that all threads of the block or warp must reach
 //   sync_block_count                                      sync_block that returns how many threads pass true
 //   shuffle, shuffle_xor                                  exchange 4-byte values in a warp; all lanes must take part
+//   any_lane                                              whether any lane of the warp passes true; all must take part
 //   shared_memory                                         the block's dynamic shared memory, addressed in bytes
 //   load_shared, store_shared, load_global, store_global  1 (global only) to 16 bytes, aligned to their number
 //   copy_async, copy_async_commit, copy_async_wait        16 bytes from global to shared memory, or zeros if not

@@ -63,12 +63,6 @@ EMPCAUSE_DEVICE float quad_maximum(float value) {
   return fmaxf(value, shuffle_xor(value, 2));
 }
 
-EMPCAUSE_DEVICE float warp_sum(float value) {
-  EMPCAUSE_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
 // Swaps values between two lanes that differ in the bit `mask`: `high` of the lower lane with `low` of the upper one.
 template <class T>
 EMPCAUSE_DEVICE void exchange(T& low, T& high, int mask) {

@@ -32,6 +32,8 @@ EMPCAUSE_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+EMPCAUSE_DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
+
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 
 EMPCAUSE_DEVICE Shared shared_memory() {

@@ -96,6 +96,8 @@ template <int kRows, int kThreads, class Keep, class T, int kHeadDim, class... M
 EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<T, kHeadDim> first, More... more) {
   constexpr int kChunks = Tile<T, kHeadDim>::kChunks;
   static_assert(kRows * kChunks % kThreads == 0);
+  // Addresses of several chunks at once take registers, which are scarce where rows are long.
+  [[maybe_unused]] constexpr int kUnroll = kHeadDim < 128 ? 4 : 1;
   if (whole_chunks) {
     const auto step = [&](int row, int chunk) {
       const int column = chunk * Chunk<T>::kSize;
@@ -106,7 +108,7 @@ EMPCAUSE_DEVICE void copy_rows(int head_dim, bool whole_chunks, Keep keep, Copy<
       copy(first);
       (copy(more), ...);
     };
-    EMPCAUSE_UNROLL_BY(4)
+    EMPCAUSE_UNROLL_BY(kUnroll)
     for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
       if constexpr (kThreads % kChunks == 0) {
         step(thread() / kChunks + i * (kThreads / kChunks), thread() % kChunks);

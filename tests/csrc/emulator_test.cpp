@@ -135,6 +135,20 @@ struct Shuffles : Toy<64> {
   }
 };
 
+// Counts the threads of a block and votes in its warps; sync_block_count is a barrier for shared memory, too.
+struct Votes : Toy<96> {
+  static EMPCAUSE_DEVICE void run(const Buffers& b) {
+    const uint32_t i = thread_index();
+    const float value = in_at(b, i);
+    store_shared(word(i), value);
+    const int positive = sync_block_count(value > 0.0f);
+    const float next = load_shared<float>(word((i + 1) % kThreads));
+    store_global(b.out + i, static_cast<float>(positive));
+    store_global(b.out + 96 + i, any_lane(value > 2.0f) ? 1.0f : 0.0f);
+    store_global(b.out + 192 + i, next);
+  }
+};
+
 // Starts two groups of copies, the second of zeros, and reads the first before it waits for the second.
 struct Copies : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
@@ -453,6 +467,21 @@ struct ShuffleInBranch : Toy<32> {
   }
 };
 
+struct VoteInBranch : Toy<32> {
+  static EMPCAUSE_DEVICE void run(const Buffers& b) {
+    bool any = false;
+    if (thread_index() < 16) any = any_lane(true);
+    sync_block();
+    store_global(b.out + thread_index(), any ? 1.0f : 0.0f);
+  }
+};
+
+struct CountInBranch : Toy<64> {
+  static EMPCAUSE_DEVICE void run(const Buffers& b) {
+    if (warp_index() == 0) store_global(b.out, static_cast<float>(sync_block_count(true)));
+  }
+};
+
 struct BarrierAgainstShuffle : Toy<32> {
   static EMPCAUSE_DEVICE void run(const Buffers& b) {
     if (thread_index() < 16) {
@@ -572,6 +601,18 @@ void check_shuffles() {
     expect(out[64 + i] == in[first + (lane ^ 5)], "shuffle_xor");
     expect(out[128 + i] == 9.0f, "shuffle of an integer");
     expect(out[192 + i] == in[first + (lane + 31) % 32], "shuffle modulo 32");
+  }
+}
+
+void check_votes() {
+  auto in = random(96);
+  for (int i = 0; i < 96; ++i) in[i] = i == 70 ? 3.0f : std::fmin(in[i], 2.0f);  // one value is above 2
+  const auto out = run<Votes>(in, 288);
+  const auto positive = std::count_if(in.begin(), in.end(), [](float value) { return value > 0.0f; });
+  for (int i = 0; i < 96; ++i) {
+    expect(out[i] == static_cast<float>(positive), "sync_block_count");
+    expect(out[96 + i] == (i < 64 ? 0.0f : 1.0f), "any_lane");
+    expect(out[192 + i] == in[(i + 1) % 96], "the barrier of sync_block_count");
   }
 }
 
@@ -699,6 +740,7 @@ const std::map<std::string, Case> kCases = {
     {"right: warps", check_warps},
     {"right: sizes", check_sizes},
     {"right: shuffles", check_shuffles},
+    {"right: votes", check_votes},
     {"right: copies", check_copies},
     {"right: load_matrices", check_load_matrices<false>},
     {"right: load_matrices_transposed", check_load_matrices<true>},
@@ -740,6 +782,8 @@ const std::map<std::string, Case> kCases = {
     {"ExitsBeforeBarrier", broken<ExitsBeforeBarrier>},
     {"ExitsBeforeShuffle", broken<ExitsBeforeShuffle>},
     {"ShuffleInBranch", broken<ShuffleInBranch>},
+    {"VoteInBranch", broken<VoteInBranch>},
+    {"CountInBranch", broken<CountInBranch>},
     {"ProductInBranch", broken<ProductInBranch>},
     {"BarrierAgainstShuffle", broken<BarrierAgainstShuffle>},
     {"BarrierInBranch", broken<BarrierInBranch>},

@@ -56,6 +56,15 @@ T shuffle_xor(T value, int mask, Source source = Source::current()) {
   return shuffle(value, static_cast<int>(lane_index()) ^ mask, source);
 }
 
+inline bool any_lane(bool condition, Source source = Source::current()) {
+  emulator::meet(emulator::Collective::kVote, source, &condition, [](void* const* lanes, size_t count) {
+    bool any = false;
+    for (size_t i = 0; i < count; ++i) any |= *static_cast<bool*>(lanes[i]);
+    for (size_t i = 0; i < count; ++i) *static_cast<bool*>(lanes[i]) = any;
+  });
+  return condition;
+}
+
 inline Shared shared_memory() { return {0}; }
 
 template <class T>

@@ -31,6 +31,7 @@ std::string name(Collective what) {
     case Collective::kBlockBarrier: return "sync_block";
     case Collective::kWarpBarrier: return "sync_warp";
     case Collective::kShuffle: return "shuffle";
+    case Collective::kVote: return "any_lane";
     case Collective::kLoadMatrices: return "load_matrices";
     case Collective::kLoadMatricesTransposed: return "load_matrices_transposed";
     case Collective::kMma: return "mma";

@@ -38,7 +38,7 @@ uint32_t thread_index();
 Index3 block_index();
 
 // The operations that all lanes of a warp, or all threads of a block, execute together.
-enum class Collective { kBlockBarrier, kWarpBarrier, kShuffle, kLoadMatrices, kLoadMatricesTransposed, kMma };
+enum class Collective { kBlockBarrier, kWarpBarrier, kShuffle, kVote, kLoadMatrices, kLoadMatricesTransposed, kMma };
 
 // Waits until all `count` threads have arrived. The last one calls complete(all, count), where all[i] is what thread i
 // passed as `mine`.
