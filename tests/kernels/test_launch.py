@@ -30,7 +30,7 @@ class Compiled(CompiledKernel):
 
 
 class Kernel:
-    """Stands for what `triton.jit` returns: compiles anew for every launch by Triton's launcher."""
+    """Stands for what `triton.jit` returns: Triton's launcher makes a compiled kernel, here for every launch."""
 
     def __init__(self):
         self.compiled, self.pre_run_hooks = [], []
@@ -83,7 +83,7 @@ def test_a_compiled_kernel_is_launched_again_with_its_grid_and_all_arguments(ker
         {"options": {"num_warps": 4, "num_stages": 2}},
         {"device": torch.device("cuda", 1)},
     ],
-    ids=str,
+    ids=lambda change: ", ".join(change),
 )
 def test_what_decides_about_the_code_leads_to_another_compiled_kernel(change, kernel):
     for _ in range(2):
@@ -91,6 +91,12 @@ def test_what_decides_about_the_code_leads_to_another_compiled_kernel(change, ke
         run(kernel, **change)
     first, second = kernel.compiled
     assert [len(first.launches), len(second.launches)] == [1, 1]
+
+
+def test_a_stride_of_1_is_no_other_stride(kernel):
+    for stride in (65, 1, 65, 1):
+        run(kernel, row_stride=stride)
+    assert [len(compiled.launches) for compiled in kernel.compiled] == [1, 1]
 
 
 @pytest.mark.parametrize("knob", ["runtime.debug", "compilation.instrumentation_mode"])
