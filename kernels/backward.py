@@ -186,10 +186,11 @@ def backward_queries_kernel(
     strides = (grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride)
     grad_output = row_pointer(grad_output, strides, outer, head, query_begin + first_row)
     do = load_rows(grad_output, grad_output_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
-    # A row that sees no key is not loaded, so that its delta is 0.
-    d = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + index, d, mask=inside)
-    d /= kept_factor
+    # A row that sees no key is not loaded, so that its delta is 0. What is stored is loaded again: otherwise the compiler may
+    # sum in the layout in which the loops need delta, where one thread would have whole rows.
+    tl.store(delta + index, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=inside)
+    tl.debug_barrier()
+    d = tl.load(delta + index, mask=inside, other=0.0) / kept_factor
     strides = (query_batch_stride, query_head_stride, query_row_stride)
     query = row_pointer(query, strides, outer, head, query_begin + first_row)
     q = load_rows(query, query_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -18,6 +18,7 @@ benchmarks/results/resources.csv has the figures behind these choices.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 
@@ -44,7 +45,7 @@ class Configuration:
         """Registers of a thread, so that blocks_per_sm fit. ptxas spills where it has no limit, even if there are enough."""
         return min(255, 65536 // (32 * self.num_warps * self.blocks_per_sm) // 8 * 8)
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """Options of Triton's compiler."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
@@ -77,7 +78,7 @@ _16_BIT = {
         },
         90: {
             64: (Configuration(64, 128, 8), Configuration(64, 128, 8)),
-            128: (Configuration(32, 128, 8, num_stages=2), Configuration(32, 128, 8)),
+            128: (Configuration(32, 128, 8), Configuration(32, 128, 8)),
             256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         100: {
@@ -94,7 +95,7 @@ _16_BIT = {
         },
         90: {
             64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
-            128: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
+            128: (Configuration(128, 64, 8), Configuration(128, 32, 8)),
             256: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=2)),
         },
         100: {
@@ -135,6 +136,7 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+@cache
 def configuration(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, dropout: bool = False) -> Configuration:
     """Return the configuration of a kernel.
 

@@ -5,12 +5,12 @@ nothing outside of the arguments is ever read or written. Nothing waits for the 
 """
 
 import contextlib
+import inspect
 import math
 from functools import cache
 from typing import Any, NoReturn
 
 import torch
-import triton
 from torch import Tensor
 
 from empcause.kernels import weights
@@ -18,6 +18,7 @@ from empcause.kernels.backward import backward_keys_kernel, backward_queries_ker
 from empcause.kernels.configurations import Configuration, block_d, configuration
 from empcause.kernels.decode import MAX_PARTS, decode_kernel, merge_kernel
 from empcause.kernels.forward import forward_kernel
+from empcause.kernels.launch import launch
 from empcause.ops.registration import cause_sizes, num_flags
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -209,6 +210,7 @@ class Call:
 
     def check_weighting(self) -> None:
         """Checks cause, head_strength and key_mask; keeps the shape of the weights, None where all are 1."""
+        self.cause_batch = self.cause_heads = 1
         if self.cause is not None:
             self.check_cause(self.cause)
         if self.head_strength is not None:
@@ -218,19 +220,18 @@ class Call:
             self.check_contiguous("key_mask", self.key_mask, torch.bool, shape)
         self.weights_shape: tuple[int, int, int] | None = None
         if self.cause is not None or self.key_mask is not None:
-            cause_batch, cause_heads = cause_sizes(self.cause, self.packed)
-            per_head = cause_heads != 1 or (self.head_strength is not None and self.cause is not None)
-            batch = self.outer if cause_batch != 1 or self.key_mask is not None else 1
+            per_head = self.cause_heads != 1 or (self.head_strength is not None and self.cause is not None)
+            batch = self.outer if self.cause_batch != 1 or self.key_mask is not None else 1
             self.weights_shape = (batch, self.num_heads if per_head else 1, self.num_keys + num_flags(self.num_keys))
 
     def check_cause(self, cause: Tensor) -> None:
-        """Checks a cause: `[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`."""
+        """Checks a cause: `[B or 1, K]`, `[B or 1, H or 1, K]`, packed `[M]`, `[H or 1, M]`; keeps its batch and heads."""
         if cause.dim() + self.packed not in (2, 3):
             forms = "[M] or [H or 1, M]" if self.packed else "[B or 1, K] or [B or 1, H or 1, K]"
             _refuse("cause", f"float32 {forms}", cause)
-        outer, heads = cause_sizes(cause, self.packed)
-        shape: tuple[int, ...] = () if self.packed else (1 if outer == 1 else self.outer,)
-        shape += (1 if heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
+        self.cause_batch, self.cause_heads = cause_sizes(cause, self.packed)
+        shape: tuple[int, ...] = () if self.packed else (1 if self.cause_batch == 1 else self.outer,)
+        shape += (1 if self.cause_heads == 1 else self.num_heads,) if cause.dim() + self.packed == 3 else ()
         self.check_contiguous("cause", cause, torch.float32, (*shape, self.num_keys))
 
     def compute_weights(self) -> Tensor:
@@ -240,8 +241,7 @@ class Call:
         result = self.query.new_empty(self.weights_shape, dtype=torch.float32)
         self.set_weights(result)
         batch, heads, _ = self.weights_shape
-        cause_batch, cause_heads = cause_sizes(self.cause, self.packed)
-        blocks = triton.cdiv(self.num_keys, weights.BLOCK)
+        blocks = ceil_div(self.num_keys, weights.BLOCK)
         self.launch(
             weights.weights_kernel,
             batch * heads * blocks,
@@ -250,8 +250,8 @@ class Call:
             head_strength=self.head_strength,
             key_mask=self.key_mask,
             strength=self.strength,
-            cause_batch=0 if cause_batch == 1 else cause_heads * self.num_keys,
-            cause_head=0 if cause_heads == 1 else self.num_keys,
+            cause_batch=0 if self.cause_batch == 1 else self.cause_heads * self.num_keys,
+            cause_head=0 if self.cause_heads == 1 else self.num_keys,
             num_heads=heads,
             num_blocks=blocks,
             BLOCK=weights.BLOCK,
@@ -287,7 +287,7 @@ class Call:
 
     def attend(self, output: Tensor, statistics: Tensor) -> None:
         tiles = self.configuration("forward")
-        blocks = triton.cdiv(self.max_queries, tiles.block_m)
+        blocks = ceil_div(self.max_queries, tiles.block_m)
         self.launch(
             forward_kernel,
             self.batch * self.num_heads * blocks,
@@ -303,8 +303,8 @@ class Call:
     def decode(self, output: Tensor, statistics: Tensor, packed_heads: int) -> None:
         tiles = self.configuration("decode")
         units = self.batch * self.num_heads // packed_heads
-        wanted = triton.cdiv(2 * _multiprocessors(self.query.device), max(units, 1))
-        parts = max(1, min(wanted, triton.cdiv(self.max_keys, 256), MAX_PARTS))
+        wanted = ceil_div(2 * _multiprocessors(self.query.device), max(units, 1))
+        parts = max(1, min(wanted, ceil_div(self.max_keys, 256), MAX_PARTS))
         rows = self.outer * self.num_queries * self.num_heads
         part_output = self.query.new_empty((parts, rows, self.head_dim), dtype=torch.float32)
         part_maximum, part_total = self.query.new_empty((2, parts, rows), dtype=torch.float32)
@@ -316,7 +316,7 @@ class Call:
             **found,
             packed_heads=packed_heads,
             max_queries=max(self.max_queries, 1),
-            part_keys=triton.cdiv(triton.cdiv(self.max_keys, parts), tiles.block_n) * tiles.block_n,
+            part_keys=ceil_div(ceil_div(self.max_keys, parts), tiles.block_n) * tiles.block_n,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             NUM_STAGES=tiles.num_stages,
@@ -373,7 +373,7 @@ class Call:
 
     def backward_keys(self, grad_key: Tensor, grad_value: Tensor, grad_weight: Tensor | None) -> None:
         tiles = self.configuration("backward_keys")
-        blocks = triton.cdiv(self.max_keys, tiles.block_n)
+        blocks = ceil_div(self.max_keys, tiles.block_n)
         self.launch(
             backward_keys_kernel,
             self.batch * self.num_key_heads * blocks,
@@ -391,7 +391,7 @@ class Call:
 
     def backward_queries(self, output: Tensor, grad_query: Tensor) -> None:
         tiles = self.configuration("backward_queries")
-        blocks = triton.cdiv(self.max_queries, tiles.block_m)
+        blocks = ceil_div(self.max_queries, tiles.block_m)
         self.launch(
             backward_queries_kernel,
             self.batch * self.num_heads * blocks,
@@ -407,9 +407,8 @@ class Call:
 
     def reduce_grad_cause(self, grad_weight: Tensor, grad_cause: Tensor) -> None:
         """Computes the gradient of cause from that of the weights `[B, H, K]`."""
-        cause_batch, cause_heads = cause_sizes(self.cause, self.packed)
-        rows = cause_batch * cause_heads
-        blocks = triton.cdiv(self.num_keys, weights.GRAD_CAUSE_KEYS)
+        rows = self.cause_batch * self.cause_heads
+        blocks = ceil_div(self.num_keys, weights.GRAD_CAUSE_KEYS)
         self.launch(
             weights.grad_cause_kernel,
             rows * blocks,
@@ -418,7 +417,7 @@ class Call:
             head_strength=self.head_strength,
             grad_cause=grad_cause,
             strength=self.strength,
-            cause_heads=cause_heads,
+            cause_heads=self.cause_heads,
             num_rows=self.outer * self.num_heads // max(rows, 1),
             num_blocks=blocks,
             BLOCK=weights.GRAD_CAUSE_KEYS,
@@ -434,14 +433,18 @@ class Call:
         Raises:
             RuntimeError: an argument that the kernel has and nobody gives, or the other way round.
         """
+        names = _names(kernel.fn)
         named = self.shared | own
-        wrong = {name for name in kernel.arg_names if name not in named} | (own.keys() - kernel.arg_names)
-        _require(not wrong, f"{kernel.__name__} is launched with the wrong arguments: {', '.join(sorted(wrong))}")
-        self.run(kernel, programs, [named[name] for name in kernel.arg_names], options)
-
-    def run(self, kernel: Any, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
+        if not (own.keys() <= names <= named.keys()):
+            wrong = (own.keys() - names) | (names - named.keys())
+            raise RuntimeError(
+                f"empcause: {kernel.__name__} is launched with the wrong arguments: {', '.join(sorted(wrong))}"
+            )
         if programs > 0:
-            kernel[(programs,)](*arguments, **options)
+            self.run(kernel, programs, tuple([named[name] for name in kernel.arg_names]), options)
+
+    def run(self, kernel: Any, programs: int, arguments: tuple, options: dict[str, Any]) -> None:
+        launch(kernel, programs, arguments, options, self.device)
 
     def architecture(self) -> int:
         return architecture(self.query.device)
@@ -465,6 +468,10 @@ class Call:
         return shape if self.packed else (self.outer, *shape)
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise RuntimeError(f"empcause: {what}")
@@ -486,6 +493,11 @@ def _whole_rows(tensor: Tensor) -> Tensor:
 
 def _current_device(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def _names(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 @cache

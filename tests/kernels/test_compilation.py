@@ -24,8 +24,15 @@ arch, dim, causal = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "causal"
 batch, heads, key_heads, keys = 2, 6, 2, 100
 compiled = 0
 # Few queries go to the decoding kernels. Heads before rows, and rows that begin at no multiple of 16 elements.
-CALLS = [(90, 0.0, False, False), (90, 0.1, True, True), (2, 0.0, False, True), (2, 0.0, True, False)]
-for queries, dropout_p, packed, per_head in CALLS:
+CALLS = [
+    (90, 0.0, False, False, True),
+    (90, 0.1, True, True, True),
+    (90, 0.1, False, False, False),
+    (2, 0.0, False, True, True),
+    (2, 0.0, True, False, True),
+    (2, 0.0, False, False, False),
+]
+for queries, dropout_p, packed, per_head, weighted in CALLS:
     query = meta(batch, heads, queries, dim + 1, dtype=torch.bfloat16)[..., 1:]
     key = meta(batch, key_heads, keys, dim, dtype=torch.bfloat16)
     cause, key_mask = meta(batch, keys), None if per_head else meta(batch, keys, dtype=torch.bool)
@@ -34,9 +41,11 @@ for queries, dropout_p, packed, per_head in CALLS:
         query, key = query.transpose(1, 2).flatten(0, 1), key.transpose(1, 2).flatten(0, 1)
         cause, key_mask, offset = cause.flatten(), None if per_head else key_mask.flatten(), None
         sums, longest = meta(batch + 1, dtype=torch.int32), (queries, keys)
+    if not weighted:
+        cause = key_mask = None
     calls = launches(
         arch,
-        True,
+        weighted,
         query=query,
         key=key,
         value=key,
