@@ -95,7 +95,6 @@ class BackwardKeysBlock {
         head_dim(), f.whole_chunks, [&](int key) { return key < rows; },
         Copy<T, kHeadDim>{key_tile(), row_of<T>(a.key, batch, key_head, row), a.key.row},
         Copy<T, kHeadDim>{value_tile(), row_of<T>(a.value, batch, key_head, row), a.value.row});
-    if (sync_block_count(row_matters(thread())) == 0) tiles = 0;
     for (int member = 0; member < group; ++member) {
       begin_head(key_head * group + member);
       pipeline(tiles, *this);
@@ -132,12 +131,16 @@ class BackwardKeysBlock {
   EMPCAUSE_DEVICE void compute(int tile, int) {
     if (warp_row >= rows) return;
     const int last_query = first_query(tile) + kColumns - 1;
-    bool some_lack_weight = false;
+    bool some_have_weight = false, some_lack_weight = false;
     EMPCAUSE_UNROLL
     for (int m = 0; m < Shape::kRowTiles; ++m) {
       EMPCAUSE_UNROLL
-      for (int half = 0; half < 2; ++half) some_lack_weight |= !has_weight(log2_weight[m][half]);
+      for (int half = 0; half < 2; ++half) {
+        some_have_weight |= has_weight(log2_weight[m][half]);
+        some_lack_weight |= !has_weight(log2_weight[m][half]);
+      }
     }
+    if (f.g.grad_weight.data == nullptr && !any_lane(some_have_weight)) return;
     if (!any_lane(some_lack_weight) && first_query(tile) >= row0_first_query + warp_row + Shape::kWarpRows - 1) {
       attend_backward<false>(tile);
     } else if (last_query >= row0_first_query + warp_row) {
@@ -186,13 +189,6 @@ class BackwardKeysBlock {
         grad_weight[m][half] = 0.0f;
       }
     }
-  }
-
-  // Returns whether a row has a gradient: its key has weight for a head, or the gradient of its weight is asked for.
-  EMPCAUSE_DEVICE bool row_matters(int row) const {
-    bool matters = row < rows && f.g.grad_weight.data != nullptr && wants_grad_weight(row);
-    for (int member = 0; member < group; ++member) matters |= row_weight(key_head * group + member, row) > 0.0f;
-    return matters;
   }
 
   EMPCAUSE_DEVICE bool wants_grad_weight(int row) const {
