@@ -182,15 +182,19 @@ def backward_queries_kernel(
     alive = maximum != float("inf")
     strides = (output_batch_stride, output_head_stride, output_row_stride)
     output = row_pointer(output, strides, outer, head, query_begin + first_row)
-    o = load_rows(output, output_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
     strides = (grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride)
     grad_output = row_pointer(grad_output, strides, outer, head, query_begin + first_row)
+    # A row that sees no key is not loaded, so that its delta is 0. Few columns are summed at a time: with all of them, delta would
+    # leave the loops below fewer registers.
+    COLUMNS: tl.constexpr = min(BLOCK_D, 32)
+    d = tl.zeros([BLOCK_M], tl.float32)
+    for column in tl.static_range(0, BLOCK_D, COLUMNS):
+        o = load_rows(output + column, output_row_stride, alive, BLOCK_M, HEAD_DIM - column, COLUMNS)
+        do = load_rows(grad_output + column, grad_output_row_stride, alive, BLOCK_M, HEAD_DIM - column, COLUMNS)
+        d += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + index, d, mask=inside)
+    d /= kept_factor
     do = load_rows(grad_output, grad_output_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
-    # A row that sees no key is not loaded, so that its delta is 0. What is stored is loaded again: otherwise the compiler may
-    # sum in the layout in which the loops need delta, where one thread would have whole rows.
-    tl.store(delta + index, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=inside)
-    tl.debug_barrier()
-    d = tl.load(delta + index, mask=inside, other=0.0) / kept_factor
     strides = (query_batch_stride, query_head_stride, query_row_stride)
     query = row_pointer(query, strides, outer, head, query_begin + first_row)
     q = load_rows(query, query_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
