@@ -184,8 +184,8 @@ def backward_queries_kernel(
     output = row_pointer(output, strides, outer, head, query_begin + first_row)
     strides = (grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride)
     grad_output = row_pointer(grad_output, strides, outer, head, query_begin + first_row)
-    # A row that sees no key is not loaded, so that its delta is 0. Few columns are summed at a time: with all of them, delta would
-    # leave the loops below fewer registers.
+    # A row that sees no key is not loaded, so that its delta is 0. Few columns are summed at a time: with all of them at once the
+    # loops below would have fewer registers.
     COLUMNS: tl.constexpr = min(BLOCK_D, 32)
     d = tl.zeros([BLOCK_M], tl.float32)
     for column in tl.static_range(0, BLOCK_D, COLUMNS):
