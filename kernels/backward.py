@@ -86,9 +86,11 @@ def attend_backward_queries(
     STAGES: tl.constexpr = NUM_STAGES if (not BOUNDED) or (log2_weight is None) else 2 * NUM_STAGES - 1
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
-        present = None
         if BOUNDED:
             present = columns < num_keys - start
+            last_columns = last_keys - start
+        else:
+            present = None
         if log2_weight is not None:
             bias = load_weights(log2_weight + start + columns, present)
             if BOUNDED:
@@ -108,7 +110,7 @@ def attend_backward_queries(
             grad_probability = tl.where(keep, grad_probability, 0.0)
         grad_logits = b * (grad_probability - d[:, None])
         if BOUNDED:
-            grad_logits = tl.where(columns[None, :] <= (last_keys - start)[:, None], grad_logits, 0.0)
+            grad_logits = tl.where(columns[None, :] <= last_columns[:, None], grad_logits, 0.0)
         grad_query = tl.dot(grad_logits.to(k.dtype), k, grad_query, input_precision="ieee")
     return grad_query
 
@@ -433,13 +435,14 @@ def backward_keys_kernel(
     for member in range(group):
         head = key_head * group + member
         whole_begin = all_see_begin
-        bias = None
         if log2_weight is not None:
             weights = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin)
             bias = load_weights(weights + keys, inside)
             # With an absent key in the block, all rows go through the loop that looks at each weight.
             any_absent = tl.max((inside & (bias == float("-inf"))).to(tl.int32), 0)
             whole_begin = tl.where(any_absent > 0, num_queries, whole_begin)
+        else:
+            bias = None
         weight_sum = tl.zeros([BLOCK_N], tl.float32)
         for bounded in tl.static_range(1 if CAUSAL or (log2_weight is not None) else 0, -1, -1):
             key_sum, value_sum, weight_sum = attend_backward_keys(
