@@ -71,7 +71,7 @@ class Launch:
     """A kernel with the arguments and options of its launch."""
 
     kernel: Any
-    arguments: list[Any]
+    arguments: tuple
     options: dict[str, Any]
 
     def compiled(self, arch: int) -> Any:
@@ -91,7 +91,7 @@ def launches(arch: int, cause_grad: bool, **arguments: Any) -> dict[str, Launch]
     recorded = {}
 
     class Recorded(Call):
-        def run(self, kernel: Any, programs: int, arguments: list[Any], options: dict[str, Any]) -> None:
+        def run(self, kernel: Any, programs: int, arguments: tuple, options: dict[str, Any]) -> None:
             recorded[kernel.__name__] = Launch(kernel, arguments, options)
 
         def architecture(self) -> int:

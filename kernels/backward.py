@@ -86,9 +86,11 @@ def attend_backward_queries(
     STAGES: tl.constexpr = NUM_STAGES if (not BOUNDED) or (log2_weight is None) else 2 * NUM_STAGES - 1
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
-        present = None
         if BOUNDED:
             present = columns < num_keys - start
+            last_columns = last_keys - start
+        else:
+            present = None
         if log2_weight is not None:
             bias = load_weights(log2_weight + start + columns, present)
             if BOUNDED:
@@ -108,7 +110,7 @@ def attend_backward_queries(
             grad_probability = tl.where(keep, grad_probability, 0.0)
         grad_logits = b * (grad_probability - d[:, None])
         if BOUNDED:
-            grad_logits = tl.where(columns[None, :] <= (last_keys - start)[:, None], grad_logits, 0.0)
+            grad_logits = tl.where(columns[None, :] <= last_columns[:, None], grad_logits, 0.0)
         grad_query = tl.dot(grad_logits.to(k.dtype), k, grad_query, input_precision="ieee")
     return grad_query
 
@@ -182,15 +184,19 @@ def backward_queries_kernel(
     alive = maximum != float("inf")
     strides = (output_batch_stride, output_head_stride, output_row_stride)
     output = row_pointer(output, strides, outer, head, query_begin + first_row)
-    o = load_rows(output, output_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
     strides = (grad_output_batch_stride, grad_output_head_stride, grad_output_row_stride)
     grad_output = row_pointer(grad_output, strides, outer, head, query_begin + first_row)
+    # A row that sees no key is not loaded, so that its delta is 0. Few columns are summed at a time: with all of them at once the
+    # loops below would have fewer registers.
+    COLUMNS: tl.constexpr = min(BLOCK_D, 32)
+    d = tl.zeros([BLOCK_M], tl.float32)
+    for column in tl.static_range(0, BLOCK_D, COLUMNS):
+        o = load_rows(output + column, output_row_stride, alive, BLOCK_M, HEAD_DIM - column, COLUMNS)
+        do = load_rows(grad_output + column, grad_output_row_stride, alive, BLOCK_M, HEAD_DIM - column, COLUMNS)
+        d += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + index, d, mask=inside)
+    d /= kept_factor
     do = load_rows(grad_output, grad_output_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
-    # A row that sees no key is not loaded, so that its delta is 0. What is stored is loaded again: otherwise the compiler may
-    # sum in the layout in which the loops need delta, where one thread would have whole rows.
-    tl.store(delta + index, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=inside)
-    tl.debug_barrier()
-    d = tl.load(delta + index, mask=inside, other=0.0) / kept_factor
     strides = (query_batch_stride, query_head_stride, query_row_stride)
     query = row_pointer(query, strides, outer, head, query_begin + first_row)
     q = load_rows(query, query_row_stride, alive, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -429,13 +435,14 @@ def backward_keys_kernel(
     for member in range(group):
         head = key_head * group + member
         whole_begin = all_see_begin
-        bias = None
         if log2_weight is not None:
             weights = row_pointer(log2_weight, (weight_batch, weight_head, 1), outer, head, key_begin)
             bias = load_weights(weights + keys, inside)
             # With an absent key in the block, all rows go through the loop that looks at each weight.
             any_absent = tl.max((inside & (bias == float("-inf"))).to(tl.int32), 0)
             whole_begin = tl.where(any_absent > 0, num_queries, whole_begin)
+        else:
+            bias = None
         weight_sum = tl.zeros([BLOCK_N], tl.float32)
         for bounded in tl.static_range(1 if CAUSAL or (log2_weight is not None) else 0, -1, -1):
             key_sum, value_sum, weight_sum = attend_backward_keys(

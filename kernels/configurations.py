@@ -120,7 +120,7 @@ _FP32 = {
         256: (Configuration(16, 16, 8, num_stages=1), Configuration(16, 16, 8, num_stages=1)),
     },
     "backward_queries": {
-        64: (Configuration(64, 32, 8), Configuration(32, 32, 8, num_stages=1)),
+        64: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=1)),
         128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
         256: (Configuration(16, 16, 8), Configuration(16, 16, 8)),
     },

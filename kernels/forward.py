@@ -68,9 +68,11 @@ def attend(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_N)
         # Both bounds are relative to `start`: what is compared with them stays the same in every tile, in the same registers.
-        inside = None
         if BOUNDED:
             inside = columns < num_keys - start
+            last_columns = last_keys - start
+        else:
+            inside = None
         present = inside
         k = load_rows(shifted(key, start, key_stride), key_stride, inside, BLOCK_N, HEAD_DIM, BLOCK_D)
         logits = tl.dot(query, tl.trans(k), input_precision="ieee")
@@ -84,7 +86,7 @@ def attend(
                 present = bias > float("-inf")
         if BOUNDED:
             # NaN in an absent key must reach nothing.
-            seen = present[None, :] & (columns[None, :] <= (last_keys - start)[:, None])
+            seen = present[None, :] & (columns[None, :] <= last_columns[:, None])
             logits = tl.where(seen, logits, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))

@@ -54,7 +54,7 @@ def compilation_key(kernel: Any, arguments: tuple, options: dict[str, Any], devi
     integers whether they are 1 or a multiple of 16, of constants the value, and of all whether they are None.
     """
     knobs = triton.knobs
-    if not KNOWN or kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook is not None:
+    if not KNOWN or getattr(kernel, "pre_run_hooks", True) or knobs.runtime.add_stages_inspection_hook is not None:
         return None
     constants, counts, others = _kinds(kernel.fn)
     if max(counts(arguments)) >= 2**31:
