@@ -64,7 +64,6 @@ class EmpatheticMixin:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         smoothing: float = 0.0,
         **kwargs: Any,
@@ -82,23 +81,25 @@ class EmpatheticMixin:
             cause_probs: `[B, n]` floating point in [0, 1] for the first n tokens, n <= S (with a cache: n at most the number of
                 keys so far); later tokens have 0.
             labels: `[B, S]` integer token ids, -100 where a token does not count; shifted here, as in transformers' models.
-            position_ids, inputs_embeds, use_cache, **kwargs: as for the base model. (`generate` passes those that are named here;
-                the cache is in `kwargs`, under the name that this version of transformers has for it.)
-            logits_to_keep: as for the base model, but a tensor is `[L]`; without effect where `labels` are given alone.
-            shift_labels: `[B, L]` integer token ids that follow the L positions of `logits_to_keep`, -100 where none counts. They
-                are used in the place of `labels`, as in transformers' models.
+            position_ids, inputs_embeds, use_cache: as for the base model. (`generate` passes those that are named here.)
+            logits_to_keep: as for the base model; beside `shift_labels` a number, or `[L]`.
             num_items_in_batch: the number by which the summed loss is divided; default is the number of labelled tokens.
             smoothing: share of every label that is spread evenly over the vocabulary, in [0, 1). (Its name does not contain
                 "label", because the Trainer would take it for a label.)
+            **kwargs: `shift_labels` `[B, L]`, integer token ids that follow the L positions of `logits_to_keep`, -100 where none
+                counts: they are used in the place of `labels`, as in transformers' models (and are not named above for the
+                Trainer's sake, either). Others are as for the base model; the cache is among them, under the name that this
+                version of transformers has for it.
 
         Returns:
             Without labels the base model's output, with labels a `GeneratorOutput`; with `return_dict=False` a tuple of its
             entries that are not None, in order.
 
         Raises:
-            ValueError: labels or roles have another shape than the tokens, or are out of range; or `cause_probs` are given to a
+            ValueError: labels or roles have another shape than is expected, or are out of range; or `cause_probs` are given to a
                 model with another attention implementation.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         self._check_inputs(tokens, token_type_ids, labels, logits_to_keep, shift_labels)
         if cause_probs is not None:
