@@ -39,21 +39,39 @@ def pad_batch(items: Sequence[Mapping[str, Any]], pad_token_id: int, side: str =
         Tensors `[B, S]` (int64, `cause_probs` float32) and `[B]` of the same names, and `attention_mask` `[B, S]` int64.
     """
     longest = max(len(item["input_ids"]) for item in items)
-    batch: dict[str, Tensor] = {}
-    for name, (fill, dtype) in ({"input_ids": (pad_token_id, np.int64)} | _FILLS).items():
-        if any(name in item for item in items):
-            padded: NDArray[Any] = np.full((len(items), longest), fill, dtype)
-            for row, item in zip(padded, items, strict=True):
-                if name in item:
-                    length = len(item[name])
-                    row[longest - length if side == "left" else 0 :][:length] = item[name]
-            batch[name] = torch.from_numpy(padded)
+    places = []
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        start = longest - length if side == "left" else 0
+        places.append((row, slice(start, start + length)))
+    batch = _place(items, pad_token_id, (len(items), longest), places)
     for name in _STACKED:
         if name in items[0]:
             batch[name] = torch.tensor([item[name] for item in items])
     lengths = torch.tensor([len(item["input_ids"]) for item in items])[:, None]
     position = torch.arange(longest)
     batch["attention_mask"] = (position >= longest - lengths if side == "left" else position < lengths).long()
+    return batch
+
+
+def _place(
+    items: Sequence[Mapping[str, Any]], pad_token_id: int, shape: tuple[int, int], places: Sequence[tuple[int, slice]]
+) -> dict[str, Tensor]:
+    """Lay the items' values at their places in tensors of a shape, which are filled with padding elsewhere.
+
+    Args:
+        items, pad_token_id: as for `pad_batch`.
+        shape: rows and tokens per row.
+        places: row and tokens of each item.
+    """
+    batch = {}
+    for name, (fill, dtype) in ({"input_ids": (pad_token_id, np.int64)} | _FILLS).items():
+        if any(name in item for item in items):
+            padded: NDArray[Any] = np.full(shape, fill, dtype)
+            for place, item in zip(places, items, strict=True):
+                if name in item:
+                    padded[place] = item[name]
+            batch[name] = torch.from_numpy(padded)
     return batch
 
 
@@ -77,9 +95,9 @@ class PackedSizes:
 def packed_sizes(tokens: NDArray[np.int64], items: NDArray[np.int64], longest: int) -> PackedSizes:
     """Choose the sizes to which batches are padded when they are packed.
 
-    The largest number of tokens is that of the largest batch, and each further one is about 4/5 of the next larger one; for labels
-    it is 7/10. All are multiples of 64, and the smallest is at least an eighth of the largest. Therefore there are at most 10 sizes
-    of tokens and 6 of labels. But for rounding, at most a fifth of the tokens and three tenths of the labels are padding in a batch
+    The largest size is that of the largest batch. Each further size of tokens is about 0.8, and each further size of labels about
+    0.7, of the next larger one, down to an eighth of the largest; all are multiples of 64. Therefore there are at most 10 sizes of
+    tokens and 6 of labels. But for rounding, padding is at most a fifth of the tokens and three tenths of the labels, in a batch
     that has more than an eighth of the largest one's.
 
     Args:
@@ -113,12 +131,14 @@ def pack_batch(items: Sequence[Mapping[str, Any]], pad_token_id: int, sizes: Pac
         sizes: sizes to which tokens, labels and sequences are padded.
 
     Returns:
-        The entries of `pad_batch` with one value per token, `[1, S]`; the label of each item's first token is -100, because
-        no token before it predicts it. In the place of `attention_mask` there are, under the names that transformers has for them:
-        `position_ids` `[1, S]` int64, which start anew in each sequence; `cu_seq_lens_q` and `cu_seq_lens_k`
-        `[sizes.sequences + 1]` int32, where each sequence starts (the last ones are empty); `max_length_q` and `max_length_k`,
-        `sizes.longest`; `logits_to_keep` `[L]` int64, the positions whose next token is labelled, followed by other positions; and
-        `shift_labels` `[1, L]` int64, the labels of the tokens that follow these positions, followed by -100.
+        The entries of `pad_batch` with one value per token, `[1, S]`; the label of each item's first token is -100, because no
+        token before it predicts it. In the place of `attention_mask` there are, under the names that they have in transformers:
+
+        - `position_ids` `[1, S]` int64, which start anew in each sequence;
+        - `cu_seq_lens_q` and `cu_seq_lens_k` `[sizes.sequences + 1]` int32, where each sequence starts (the last ones are empty);
+        - `max_length_q` and `max_length_k`, which are `sizes.longest`;
+        - `logits_to_keep` `[L]` int64, the positions whose next token is labelled, followed by other positions;
+        - `shift_labels` `[1, L]` int64, the labels of the tokens that follow these positions, followed by -100.
 
     Raises:
         ValueError: the items do not fit into the sizes.
@@ -134,14 +154,8 @@ def pack_batch(items: Sequence[Mapping[str, Any]], pad_token_id: int, sizes: Pac
         )
     sums = np.full(sizes.sequences + 1, total, np.int32)
     sums[: len(lengths) + 1] = np.cumsum([0, *lengths])
-    batch: dict[str, Any] = {}
-    for name, (fill, dtype) in ({"input_ids": (pad_token_id, np.int64)} | _FILLS).items():
-        if any(name in item for item in items):
-            row = np.full(total, fill, dtype)
-            for start, item in zip(sums.tolist(), items, strict=False):
-                if name in item:
-                    row[start : start + len(item["input_ids"])] = item[name]
-            batch[name] = torch.from_numpy(row)[None]
+    places = [(0, slice(start, end)) for start, end in pairwise(sums[: len(items) + 1].tolist())]
+    batch: dict[str, Any] = _place(items, pad_token_id, (1, total), places)
     labels = batch["labels"][0].numpy()
     labels[sums[sums < total]] = IGNORED
     labelled = np.flatnonzero(labels != IGNORED)

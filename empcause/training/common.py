@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -419,8 +420,8 @@ class StageTrainer(CheckpointedTrainer):
 class Losses:
     """Finds losses that are not finite.
 
-    A GPU works on a batch while the next one is prepared. Looking at a loss at once would end that, so there it is copied, and the
-    copy is read when the next batch's work has been queued.
+    A GPU works on a batch while the next one is prepared, which looking at a loss at once would end. There the loss is copied, and
+    the copy is read when the work of the next batch has been queued.
 
     Args:
         device: where the losses are.
@@ -428,7 +429,7 @@ class Losses:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copy: tuple[torch.Tensor, torch.Event, int] | None = None
+        self._copies: deque[tuple[torch.Tensor, torch.Event | None, int]] = deque()
 
     def find_diverged(self, loss: torch.Tensor, step: int) -> int | None:
         """Return the step of a loss that is not finite: this one's on a CPU, that of the loss before on a GPU; else None.
@@ -437,16 +438,17 @@ class Losses:
             loss: the loss of a batch, 0-d.
             step: the optimiser step of this batch.
         """
-        finite = torch.isfinite(loss).to("cpu", non_blocking=True)
-        if self._device.type == "cpu":
-            return None if finite else step
-        event = torch.Event(self._device)
-        event.record()
-        before, self._copy = self._copy, (finite, event, step)
-        if before is None:
+        finite, copied = torch.isfinite(loss).to("cpu", non_blocking=True), None
+        on_cpu = self._device.type == "cpu"
+        if not on_cpu:
+            copied = torch.Event(self._device)
+            copied.record()
+        self._copies.append((finite, copied, step))
+        if not on_cpu and len(self._copies) == 1:
             return None
-        finite, event, step = before
-        event.synchronize()
+        finite, copied, step = self._copies.popleft()
+        if copied is not None:
+            copied.synchronize()
         return None if finite else step
 
 
