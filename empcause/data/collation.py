@@ -96,9 +96,9 @@ def packed_sizes(tokens: NDArray[np.int64], items: NDArray[np.int64], longest: i
     """Choose the sizes to which batches are padded when they are packed.
 
     The largest size is that of the largest batch. Each further size of tokens is about 0.8, and each further size of labels about
-    0.7, of the next larger one, down to an eighth of the largest; all are multiples of 64. Therefore there are at most 10 sizes of
-    tokens and 6 of labels. But for rounding, padding is at most a fifth of the tokens and three tenths of the labels, in a batch
-    that has more than an eighth of the largest one's.
+    0.7, of the next larger one, down to an eighth of the largest; all are multiples of 64. Therefore there are at most 10 sizes
+    of tokens and 6 of labels. But for rounding, padding is at most a fifth of the tokens and three tenths of the labels, in a
+    batch that has more than an eighth of the largest one's.
 
     Args:
         tokens: `[batches]` number of tokens of every batch.

@@ -420,8 +420,8 @@ class StageTrainer(CheckpointedTrainer):
 class Losses:
     """Finds losses that are not finite.
 
-    A GPU works on a batch while the next one is prepared, which looking at a loss at once would end. There the loss is copied, and
-    the copy is read when the work of the next batch has been queued.
+    A GPU works on a batch while the next one is prepared, which looking at a loss at once would end. There the loss is copied,
+    and the copy is read when the work of the next batch has been queued.
 
     Args:
         device: where the losses are.

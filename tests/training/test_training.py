@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from empcause.cli import main
-from empcause.data.batching import LengthBatchSampler
+from empcause.data.batching import LengthBatchSampler, TokenBatchSampler
 from empcause.errors import UserError
 from empcause.outputs import claim
 from empcause.training.extractor import ExtractorTrainingArguments, cause_labels, split_annotations, train_extractor
@@ -83,6 +83,47 @@ class TestBatches:
         assert list(first) != list(second)
         second.set_epoch(0)
         assert list(first) == list(second)
+
+
+class TestBatchesOfTokens:
+    LENGTHS = np.random.default_rng(0).integers(5, 80, 203)
+
+    @pytest.mark.parametrize(
+        "options", [{"batch_size": 8}, {"max_tokens": 700}], ids=lambda options: next(iter(options))
+    )
+    def test_every_item_once_and_nearly_the_same_tokens_in_every_epoch(self, options):
+        sampler = TokenBatchSampler(self.LENGTHS, 3, **options)
+        epochs = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            epochs.append(list(sampler))
+            assert len(epochs[-1]) == len(sampler)
+            assert sorted(index for batch in epochs[-1] for index in batch) == list(range(203))
+            tokens = [int(self.LENGTHS[batch].sum()) for batch in epochs[-1]]
+            assert sorted(tokens) == sorted(sampler.tokens)
+            assert sorted(map(len, epochs[-1])) == sorted(sampler.items)
+            assert np.ptp(tokens) < 80
+        assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]}
+        again = TokenBatchSampler(self.LENGTHS, 3, **options)
+        again.set_epoch(1)
+        assert list(again) == epochs[1]
+        assert list(TokenBatchSampler(self.LENGTHS, 4, **options)) != epochs[0]
+
+    def test_as_many_items_as_are_allowed(self):
+        sampler = TokenBatchSampler(self.LENGTHS, 3, batch_size=8)
+        assert len(sampler) == 26
+        assert set(sampler.items) <= {7, 8}
+        full = TokenBatchSampler(self.LENGTHS, 3, batch_size=8, drop_last=True)
+        assert {len(batch) for batch in full} == set(full.items) == {8}
+        assert len(full) == (sampler.items == 8).sum()
+
+    def test_as_many_tokens_as_are_allowed(self):
+        sampler = TokenBatchSampler(self.LENGTHS, 3, max_tokens=700)
+        assert sampler.tokens.max() <= 700
+        assert len(sampler) <= self.LENGTHS.sum() / 700 + 2
+        assert set(TokenBatchSampler([9] * 5, 3, max_tokens=9).items) == {1}
+        with pytest.raises(ValueError, match="an item has 9 tokens, more than max_tokens = 8"):
+            TokenBatchSampler([9], 3, max_tokens=8)
 
 
 class TestExtractor:
