@@ -246,12 +246,18 @@ def silent_gpt2_dir(tiny_gpt2_dir, tmp_path_factory):
 class TestPaddingFree:
     def test_a_step_is_that_of_padded_dialogues(self, silent_gpt2_dir, trained_extractor, tmp_path):
         """Sixteen dialogues are one step, however they are batched: loss and norm of the gradient are divided by its labels."""
+        packed, budget = {"padding_free": True}, {"tokens_per_step": 2048}
+        one, two = {"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 2}
         steps = []
-        for number, options in enumerate([
-            {"padding_free": False, "gradient_accumulation_steps": 2}, {"padding_free": True, "gradient_accumulation_steps": 2},
-            {"padding_free": True, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
-            {"tokens_per_step": 2048, "gradient_accumulation_steps": 2}, {"tokens_per_step": 2048, "gradient_accumulation_steps": 1},
-        ]):  # fmt: skip
+        for number, options in enumerate(
+            [
+                {"padding_free": False} | two,
+                packed | two,
+                packed | {"per_device_train_batch_size": 16} | one,
+                budget | two,
+                budget | one,
+            ]
+        ):
             folder = tmp_path / str(number)
             few = {"max_train_samples": 16, "max_eval_samples": 2, "num_train_epochs": 1}
             train_generator(generator_arguments(silent_gpt2_dir, trained_extractor[0], folder, **few, **options))
