@@ -282,10 +282,10 @@ class TestPaddingFree:
 
     def test_defaults_are_those_of_the_device(self, tiny_gpt2_dir, tmp_path, monkeypatch):
         def chosen(**options):
-            args = generator_arguments(tiny_gpt2_dir, "", tmp_path, gamma=0.0, **options)
+            args = generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path, **options)
             return args.padding_free, args.bf16, args.torch_compile
 
-        args = generator_arguments(tiny_gpt2_dir, "", tmp_path)
+        args = generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path)
         assert args.optim == "adamw_torch_fused"
         assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 2)
         assert chosen() == (False, False, False)
@@ -309,7 +309,7 @@ class TestPaddingFree:
         assert chosen(use_cpu=True) == (False, False, False)
         has_bf16[0] = False
         assert chosen() == (True, False, True)
-        args = generator_arguments(tiny_gpt2_dir, "", tmp_path, gamma=0.0, tokens_per_step=4096)
+        args = generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path, tokens_per_step=4096)
         assert args.tokens_per_batch == 1024, "two processes, two batches each"
         assert args.accelerator_config == {"non_blocking": True}
 
