@@ -46,7 +46,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class GeneratorTrainingArguments(StageTrainingArguments):
-    """Options of stage 2; the defaults are the paper's (Table 4)."""
+    """Options of stage 2; the defaults are the paper's (Table 4).
+
+    `padding_free`, `bf16` and `torch_compile` are None until the device decides them; afterwards they are True or False.
+    """
 
     figures: ClassVar = ("perplexity", "nll_per_token")
     higher_is_better: ClassVar = False
@@ -104,10 +107,8 @@ class GeneratorTrainingArguments(StageTrainingArguments):
     metric_for_best_model: str | None = field(
         default="perplexity", metadata={"help": "validation figure that early stopping and the scheduler watch"}
     )
-
     bf16: bool | None = field(
-        default=None,
-        metadata={"help": "train in bf16 (weights stay fp32); default: on a GPU that has it"},
+        default=None, metadata={"help": "compute in bf16 (weights stay in fp32); default: on a GPU that has it"}
     )
     torch_compile: bool | None = field(
         default=None, metadata={"help": "compile the model by torch.compile; default: on a GPU, with padding_free"}
@@ -125,12 +126,12 @@ class GeneratorTrainingArguments(StageTrainingArguments):
         if self.gamma > 0 and not self.extractor:
             raise UserError("a bias (gamma > 0) needs an extractor.")
         if self.padding_free and (why := self._needs_rows()):
-            raise UserError(f"{why}; give padding_free false.")
+            raise UserError(f"{why}; leave it out, or give padding_free false and no tokens_per_step.")
         if self.tokens_per_step is not None:
             self._check_tokens_per_step()
 
     def _needs_rows(self) -> str | None:
-        """Say which option reads the rows of a batch as dialogues, which packed ones are not; None if there is none."""
+        """Return what is wrong with an option that takes the rows of a batch for dialogues; None if there is no such option."""
         if self.neftune_noise_alpha is not None:
             return "neftune_noise_alpha scales the noise by the length of a row, which packed dialogues share"
         if self.include_num_input_tokens_seen == "non_padding":

@@ -243,7 +243,10 @@ def test_contradictions(tmp_path, tiny_gpt2_dir, monkeypatch):
 def test_options_that_packing_contradicts(tmp_path, generator_dir):
     packed, budget = {"padding_free": True}, {"tokens_per_step": 64}
     for wrong, message in [
-        (packed | {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha scales the noise .*; give padding_free false"),
+        (
+            packed | {"neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha scales the noise .*; leave it out, or give padding_free false",
+        ),
         (budget | {"include_num_input_tokens_seen": "non_padding"}, "takes end tokens of packed dialogues for padding"),
         (budget | {"padding_free": False}, "tokens_per_step packs dialogues; leave out padding_free"),
         (budget | {"per_device_train_batch_size": 4}, "leave out per_device_train_batch_size and dataloader_drop_last"),

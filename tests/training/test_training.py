@@ -270,7 +270,7 @@ class TestPaddingFree:
     def test_compiled_training_has_the_same_losses(self, tiny_gpt2_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.compiler.config, "recompile_limit", 1)
         torch._dynamo.reset()
-        options = {"gamma": 0.0, "padding_free": True, "max_steps": 3, "max_eval_samples": 2}
+        options = {"gamma": 0.0, "padding_free": True, "bf16": True, "max_steps": 3, "max_eval_samples": 2}
         train_generator(generator_arguments(tiny_gpt2_dir, "", tmp_path / "plain", **options))
         torch._dynamo.utils.counters.clear()
         options |= {"torch_compile_backend": "eager"}
