@@ -245,7 +245,7 @@ def test_options_that_packing_contradicts(tmp_path, generator_dir):
     for wrong, message in [
         (
             packed | {"neftune_noise_alpha": 5.0},
-            "neftune_noise_alpha scales the noise .*; leave it out, or give padding_free false",
+            "neftune_noise_alpha scales .*; leave it out, or give padding_free false",
         ),
         (budget | {"include_num_input_tokens_seen": "non_padding"}, "takes end tokens of packed dialogues for padding"),
         (budget | {"padding_free": False}, "tokens_per_step packs dialogues; leave out padding_free"),
