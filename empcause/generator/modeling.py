@@ -131,6 +131,7 @@ class EmpatheticMixin:
             hidden = hidden.index_select(1, logits_to_keep) if kept else hidden[:, -logits_to_keep:]
             hidden, targets = hidden.flatten(0, 1), shift_labels.flatten()
         else:
+            assert labels is not None
             counted = labels != IGNORED
             counted[:, 0] = False
             hidden, targets = hidden[:, :-1][counted[:, 1:]], labels[counted]
@@ -142,7 +143,7 @@ class EmpatheticMixin:
             if shift_labels is not None:
                 token_losses = losses.view(shift_labels.shape)
             else:
-                token_losses = losses.new_zeros(labels.shape).masked_scatter(counted, losses)
+                token_losses = losses.new_zeros(counted.shape).masked_scatter(counted, losses)
         others = {name: value for name, value in base.items() if name != "last_hidden_state"}
         return GeneratorOutput(loss=total / number, token_losses=token_losses, **others)
 
