@@ -127,10 +127,8 @@ class EmpatheticMixin:
         base = self.base_model(**kwargs)  # type: ignore[attr-defined]
         hidden, token_losses = base.last_hidden_state, None
         if shift_labels is not None:
-            if isinstance(logits_to_keep, Tensor):
-                hidden = hidden.index_select(1, logits_to_keep)
-            else:
-                hidden = hidden[:, -logits_to_keep:]  # 0 keeps all
+            chosen = isinstance(logits_to_keep, Tensor)
+            hidden = hidden.index_select(1, logits_to_keep) if chosen else hidden[:, -logits_to_keep:]
             hidden, targets = hidden.flatten(0, 1), shift_labels.flatten()
         else:
             assert labels is not None
