@@ -391,11 +391,15 @@ class TestPacked:
         assert len(batches) == 20
         assert 1 < len(shapes) <= len(sizes.tokens) * len(sizes.labels)
         assert len(graphs) == 2 * len(shapes), "one forwards, one backwards"
-        called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+        nodes = [node for graph in graphs for node in graph.graph.nodes]
+        called = {str(node.target) for node in nodes}
         assert "empcause_cpu.attention_backward.default" in called
         assert not [
             name for name in called if any(word in name for word in ("nonzero", "scalar_dense", ".item", "masked_s"))
         ]
+        shapes = [node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+        assert len(shapes) > 100
+        assert all(type(size) is int for shape in shapes for size in shape), "a shape depends on values"
 
 
 class TestAnswers:
