@@ -49,7 +49,8 @@ def model_card(
     """
     args = trainer.args
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
-    settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in _NOT_SETTINGS}
+    hidden = _NOT_SETTINGS | ({"per_device_train_batch_size"} if getattr(args, "tokens_per_step", None) else set())
+    settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in hidden}
     settings["processes"] = args.world_size
     about: dict[str, object] = {"license": origin.licence, "library_name": "empcause"}
     if origin.languages:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers.trainer_utils import SchedulerType, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from empcause.checkpoints import check_model_weights
-from empcause.data.batching import LengthBatchSampler
+from empcause.data.batching import EpochBatchSampler, LengthBatchSampler
 from empcause.errors import UserError
 from empcause.hub import not_found, reach_hub
 from empcause.outputs import read_record
@@ -121,6 +122,8 @@ class StageTrainingArguments(TrainingArguments):
         self._check_settings()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 is refused where there is no GPU
+        if self.dataloader_pin_memory and not self.use_cpu:
+            self.accelerator_config = {"non_blocking": True}  # a copy to the GPU is not waited for
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
@@ -256,7 +259,7 @@ def _one_line(error: Exception) -> str:
 
 
 class StageTrainer(CheckpointedTrainer):
-    """transformers' Trainer with length-bucketed batches, early stopping, and runs that resume to the same result.
+    """transformers' Trainer with batches of its own, early stopping, and runs that resume to the same result.
 
     Args:
         made_from: digests of everything but the options that the result depends on, by name.
@@ -277,12 +280,10 @@ class StageTrainer(CheckpointedTrainer):
         args = self.args
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(f"FSDP and DeepSpeed cannot be used here: {REFUSED['fsdp']}.")
-        self.batches = LengthBatchSampler(
+        self.batches = self.make_batches(
             [len(item["input_ids"]) for item in self.train_dataset],
-            args.per_device_train_batch_size,
             args.seed if args.data_seed is None else args.data_seed,
             phases,
-            args.dataloader_drop_last,
         )
         if not len(self.batches):
             raise UserError(
@@ -292,7 +293,22 @@ class StageTrainer(CheckpointedTrainer):
         if args.early_stopping_patience and args.eval_strategy != "no":
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.add_callback(_Progress(self.batches))
+        self._losses = Losses(args.device)
         self.about = fingerprint(self, made_from)
+
+    def make_batches(
+        self, lengths: Sequence[int], seed: int, phases: Sequence[Sequence[int]] | None
+    ) -> EpochBatchSampler:
+        """Make the sampler of the training batches: of texts of similar length.
+
+        Args:
+            lengths: number of tokens of each training item.
+            seed: seed of the batches' order.
+            phases: index sets of training items that are trained one after another; None is one phase.
+        """
+        args = self.args
+        size = args.per_device_train_batch_size
+        return LengthBatchSampler(lengths, size, seed, phases, args.dataloader_drop_last)
 
     def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:  # type: ignore[override]
         """Train from the beginning, or continue from a checkpoint; if it is one of the end of a run, it is not trained further.
@@ -338,11 +354,12 @@ class StageTrainer(CheckpointedTrainer):
             The loss, 0-d.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss is not finite, or on a GPU that of the batch before, because nobody waits for this one there.
         """
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise self._diverged("the loss")
+        step = self._losses.find_diverged(loss, self.state.global_step)
+        if step is not None:
+            raise self._diverged("the loss", step)
         return loss
 
     def evaluate(
@@ -359,7 +376,7 @@ class StageTrainer(CheckpointedTrainer):
         self._require_finite_parameters()
         metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
         if not all(map(math.isfinite, metrics.values())):
-            raise self._diverged("a figure of the evaluation")
+            raise self._diverged("a figure of the evaluation", self.state.global_step)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
@@ -375,16 +392,16 @@ class StageTrainer(CheckpointedTrainer):
 
     def _require_finite_parameters(self) -> None:
         if not all(weights.isfinite().all() for weights in self.model.parameters()):
-            raise self._diverged("a weight")
+            raise self._diverged("a weight", self.state.global_step)
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str, step: int) -> UserError:
         return UserError(
-            f"The training diverged: {what} is not finite at step {self.state.global_step}. Give a lower learning_rate or "
+            f"The training diverged: {what} is not finite at step {step}. Give a lower learning_rate or "
             f"max_grad_norm; checkpoints in {self.args.output_dir} are from before."
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """A loader of batches of similar length in a repeatable order."""
+        """A loader of the sampler's batches, in a repeatable order."""
         args = self.args
         loader = DataLoader(
             self.train_dataset,
@@ -400,10 +417,45 @@ class StageTrainer(CheckpointedTrainer):
         return self.accelerator.prepare(loader)
 
 
+class Losses:
+    """Finds losses that are not finite.
+
+    A GPU works on a batch while the next one is prepared, which looking at a loss at once would end. There the loss is copied,
+    and the copy is read when the work of the next batch has been queued.
+
+    Args:
+        device: where the losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies: deque[tuple[torch.Tensor, torch.Event | None, int]] = deque()
+
+    def find_diverged(self, loss: torch.Tensor, step: int) -> int | None:
+        """Return the step of a loss that is not finite: this one's on a CPU, that of the loss before on a GPU; else None.
+
+        Args:
+            loss: the loss of a batch, 0-d.
+            step: the optimiser step of this batch.
+        """
+        finite, copied = torch.isfinite(loss).to("cpu", non_blocking=True), None
+        on_cpu = self._device.type == "cpu"
+        if not on_cpu:
+            copied = torch.Event(self._device)
+            copied.record()
+        self._copies.append((finite, copied, step))
+        if not on_cpu and len(self._copies) == 1:
+            return None
+        finite, copied, step = self._copies.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return None if finite else step
+
+
 class _Progress(TrainerCallback):
     """Tells the sampler the epoch, and makes a resumed run log, evaluate and save when its own options say."""
 
-    def __init__(self, batches: LengthBatchSampler) -> None:
+    def __init__(self, batches: EpochBatchSampler) -> None:
         self.batches = batches
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from empcause.checkpoints import load_whole, read_config
 from empcause.data import Dialogue, load_dialogues, response_pairs
-from empcause.data.collation import pad_batch
+from empcause.data.batching import EpochBatchSampler, TokenBatchSampler
+from empcause.data.collation import pack_batch, packed_sizes, pad_batch
 from empcause.data.origin import origin
 from empcause.data.sequences import MIN_LENGTH, EncodedDialogue
 from empcause.errors import UserError
@@ -44,7 +46,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class GeneratorTrainingArguments(StageTrainingArguments):
-    """Options of stage 2; the defaults are the paper's (Table 4)."""
+    """Options of stage 2; the defaults are the paper's (Table 4).
+
+    `padding_free`, `bf16` and `torch_compile` are None until the device decides them; afterwards they are True or False.
+    """
 
     figures: ClassVar = ("perplexity", "nll_per_token")
     higher_is_better: ClassVar = False
@@ -52,6 +57,7 @@ class GeneratorTrainingArguments(StageTrainingArguments):
         "gamma": NOT_NEGATIVE,
         "cause_threshold": SHARE,
         "max_length": Range(MIN_LENGTH),
+        "tokens_per_step": Range(MIN_LENGTH),
         "max_train_samples": COUNT,
         "max_eval_samples": COUNT,
     }
@@ -81,6 +87,17 @@ class GeneratorTrainingArguments(StageTrainingArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "validate on this many responses, drawn by the seed; default: all"}
     )
+    padding_free: bool | None = field(
+        default=None,
+        metadata={"help": "pack the dialogues of a batch into one row, without padding them; default: on a GPU"},
+    )
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "greatest number of tokens per optimiser step, on all devices together, in place of "
+            "per_device_train_batch_size; needs padding_free"
+        },
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "dialogues per batch and device in training"})
     per_device_eval_batch_size: int = field(
         default=16, metadata={"help": "dialogues per batch and device in evaluation"}
@@ -90,11 +107,60 @@ class GeneratorTrainingArguments(StageTrainingArguments):
     metric_for_best_model: str | None = field(
         default="perplexity", metadata={"help": "validation figure that early stopping and the scheduler watch"}
     )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "compute in bf16 (weights stay in fp32); default: on a GPU that has it"}
+    )
+    torch_compile: bool | None = field(
+        default=None, metadata={"help": "compile the model by torch.compile; default: on a GPU, with padding_free"}
+    )
 
     def __post_init__(self) -> None:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.padding_free is None:
+            self.padding_free = self.tokens_per_step is not None or (on_gpu and not self._needs_rows())
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.torch_compile is None:
+            self.torch_compile = on_gpu and self.padding_free
         super().__post_init__()
         if self.gamma > 0 and not self.extractor:
             raise UserError("a bias (gamma > 0) needs an extractor.")
+        if self.padding_free and (why := self._needs_rows()):
+            raise UserError(f"{why}; leave it out, or give padding_free false and no tokens_per_step.")
+        if self.tokens_per_step is not None:
+            self._check_tokens_per_step()
+
+    def _needs_rows(self) -> str | None:
+        """Return what is wrong with an option that takes the rows of a batch for dialogues; None if there is no such option."""
+        if self.neftune_noise_alpha is not None:
+            return "neftune_noise_alpha scales the noise by the length of a row, which packed dialogues share"
+        if self.include_num_input_tokens_seen == "non_padding":
+            return "include_num_input_tokens_seen non_padding takes end tokens of packed dialogues for padding"
+        return None
+
+    def _check_tokens_per_step(self) -> None:
+        """Refuse what would have no effect beside `tokens_per_step`, and steps that do not divide into equal batches."""
+        default = type(self).per_device_train_batch_size
+        if not self.padding_free:
+            raise UserError("tokens_per_step packs dialogues; leave out padding_free, or give it as true.")
+        if self.per_device_train_batch_size != default or self.dataloader_drop_last:
+            raise UserError(
+                "tokens_per_step decides how many dialogues a batch has; leave out per_device_train_batch_size and "
+                "dataloader_drop_last."
+            )
+        batches = self.gradient_accumulation_steps * self.world_size
+        if self.tokens_per_step % batches:
+            raise UserError(
+                f"tokens_per_step is {self.tokens_per_step}; expected a multiple of {batches}, the number of batches in a step "
+                "(gradient_accumulation_steps times processes)."
+            )
+
+    @property
+    def tokens_per_batch(self) -> int | None:
+        """Greatest number of tokens of a batch on one device; None without `tokens_per_step`."""
+        if self.tokens_per_step is None:
+            return None
+        return self.tokens_per_step // (self.gradient_accumulation_steps * self.world_size)
 
 
 @in_output_folder("empcause train generator")
@@ -152,7 +218,6 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
         processing_class=tokenizer,
         train_dataset=[each.item for each in training],
         eval_dataset=validation,
-        data_collator=partial(pad_batch, pad_token_id=tokenizer.pad_token_id),
         made_from=made_from,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -244,11 +309,44 @@ def measure_perplexity(
 
 
 class GeneratorTrainer(StageTrainer):
-    """Lets the model smooth the labels, and evaluates by the perplexity over all responses, not by a mean over batches."""
+    """Packs or pads the dialogues, lets the model smooth the labels, and evaluates by the perplexity over all responses."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.label_smoother: Any = None  # the Trainer's would compare each token's logits with that token, not the next
+        pad_token_id = self.processing_class.pad_token_id
+        self.data_collator: Any = partial(pad_batch, pad_token_id=pad_token_id)
+        if isinstance(self.batches, TokenBatchSampler):
+            sizes = packed_sizes(self.batches.tokens, self.batches.items, int(self.batches.lengths.max()))
+            self.data_collator = partial(pack_batch, pad_token_id=pad_token_id, sizes=sizes)
+            if self.args.torch_compile:
+                # Each combination of sizes has a graph of its own, which does not depend on the batches that came before.
+                # A resumed run therefore computes with the same graphs as an unbroken one.
+                self.accelerator.state.dynamo_plugin.dynamic = False
+                graphs = len(sizes.tokens) * len(sizes.labels)
+                torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, graphs)
+
+    def make_batches(
+        self, lengths: Sequence[int], seed: int, phases: Sequence[Sequence[int]] | None
+    ) -> EpochBatchSampler:
+        """Make the sampler of the training batches: with nearly the same number of tokens if they are packed.
+
+        Raises:
+            UserError: a dialogue is longer than a batch may be.
+        """
+        args = self.args
+        if not args.padding_free:
+            return super().make_batches(lengths, seed, phases)
+        if args.tokens_per_batch is None:
+            return TokenBatchSampler(
+                lengths, seed, batch_size=args.per_device_train_batch_size, drop_last=args.dataloader_drop_last
+            )
+        if max(lengths) > args.tokens_per_batch:
+            raise UserError(
+                f"tokens_per_step is {args.tokens_per_step}, {args.tokens_per_batch} in a batch, but a dialogue has "
+                f"{max(lengths)} tokens; give more, or a smaller max_length."
+            )
+        return TokenBatchSampler(lengths, seed, max_tokens=args.tokens_per_batch)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the model's loss, with labels smoothed as the options say."""

@@ -33,6 +33,7 @@ from faults.kinds import Guard, fault
 from faults.small_training import ITEMS, SmallTrainer, arguments, collate, train, weights
 
 COMMON = "empcause/training/common.py"
+GENERATOR = "empcause/training/generator.py"
 CHECKPOINTS = "empcause/checkpoints.py"
 CAUSES = "empcause/generator/causes.py"
 TEXTS = ["My dog died last week.", "We won!", "Somebody stole my bicycle."]
@@ -229,6 +230,43 @@ def test_contradictions(tmp_path, tiny_gpt2_dir, monkeypatch):
         generator_options(tiny_gpt2_dir, tmp_path)
 
 
+@fault(
+    Guard(GENERATOR, "if self.padding_free and (why := self._needs_rows()):", "if False:"),
+    Guard(GENERATOR, "        if not self.padding_free:\n", "        if False:\n"),
+    Guard(GENERATOR, "if self.per_device_train_batch_size != default or self.dataloader_drop_last:", "if False:"),
+    Guard(GENERATOR, "if self.tokens_per_step % batches:", "if False:"),
+    Guard(GENERATOR, "if max(lengths) > args.tokens_per_batch:", "if False:"),
+    cause="packed batches, or a budget of tokens per step, beside options that they would turn into something else or ignore",
+    place="training the generator",
+    promise="refused, with what would work",
+)
+def test_options_that_packing_contradicts(tmp_path, generator_dir):
+    packed, budget = {"padding_free": True}, {"tokens_per_step": 64}
+    for wrong, message in [
+        (
+            packed | {"neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha scales .*; leave it out, or give padding_free false",
+        ),
+        (budget | {"include_num_input_tokens_seen": "non_padding"}, "takes end tokens of packed dialogues for padding"),
+        (budget | {"padding_free": False}, "tokens_per_step packs dialogues; leave out padding_free"),
+        (budget | {"per_device_train_batch_size": 4}, "leave out per_device_train_batch_size and dataloader_drop_last"),
+        (budget | {"dataloader_drop_last": True}, "leave out per_device_train_batch_size and dataloader_drop_last"),
+        (budget | {"gradient_accumulation_steps": 3}, "tokens_per_step is 64; expected a multiple of 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            generator_options(generator_dir, tmp_path, **wrong)
+    assert not generator_options(generator_dir, tmp_path, neftune_noise_alpha=5.0).padding_free
+    model, tokenizer = load_generator(generator_dir)
+    item = encode_dialogue(tokenizer, Dialogue(("My dog died. " * 9,), (0,), "I'm sorry."), 60).item
+    with pytest.raises(
+        UserError, match="tokens_per_step is 64, 32 in a batch, but a dialogue has 60 tokens; give more"
+    ):
+        GeneratorTrainer(
+            model=model, args=generator_options(generator_dir, tmp_path, **budget), train_dataset=[item], eval_dataset=[item],
+            processing_class=tokenizer, made_from={},
+        )  # fmt: skip
+
+
 def trainer(folder, **options):
     """A small trainer that has not begun."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -370,7 +408,7 @@ def test_data_an_extractor_cannot_learn_from(tmp_path, tiny_encoder_dir, monkeyp
 @fault(
     Guard(
         "empcause/generator/modeling.py",
-        "            if values.shape != tokens.shape[:2]:\n",
+        "            if list(values.shape) != shape:\n",
         "            if False:\n",
     ),
     Guard("empcause/generator/modeling.py", "            if not known.all():\n", "            if False:\n"),
@@ -663,7 +701,7 @@ def test_kept_causes_of_two_runs(tmp_path, small_extractor, monkeypatch):
 
 
 @fault(
-    Guard(COMMON, "if not torch.isfinite(loss):", "if False:"),
+    Guard(COMMON, "return None if finite else step", "return None"),
     Guard(COMMON, "if not all(weights.isfinite().all() for weights in self.model.parameters()):", "if False:"),
     cause="a training diverges: its loss, or its weights, are not finite any more",
     place="`empcause train`",

@@ -6,10 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from empcause.data import EMPATHETIC_DIALOGUES, Causes, Dialogue
-from empcause.data.collation import pad_batch
+from empcause.data.batching import TokenBatchSampler
+from empcause.data.collation import pack_batch, packed_sizes, pad_batch
 from empcause.data.sequences import encode_dialogue
 from empcause.errors import UserError
 from empcause.generator import (
@@ -268,6 +271,135 @@ class TestContract:
         assert torch.equal(loaded.generate(ids, **inputs), model.generate(ids, **inputs))
         written = pipeline("text-generation", model=str(tmp_path))("My dog", max_new_tokens=4, do_sample=False)
         assert written[0]["generated_text"].startswith("My dog")
+
+
+def drawn(number, longest=24):
+    """Dialogues of random tokens with roles and causes, each with a response."""
+    random = np.random.default_rng(0)
+    items = []
+    for length in random.integers(2, longest + 1, number):
+        ids, answer = random.integers(5, 100, length), np.arange(length) >= random.integers(1, length)
+        causes = np.where(answer, 0, random.random(length)).astype(np.float32)
+        labels = np.where(answer, ids, -100)
+        items.append(
+            {"input_ids": ids, "token_type_ids": answer.astype(np.int64), "labels": labels, "cause_probs": causes}
+        )
+    return items
+
+
+def packed_batches(items):
+    """The items of each batch of eight with the batch that packs them, and the sizes to which batches are padded."""
+    lengths = [len(item["input_ids"]) for item in items]
+    sampler = TokenBatchSampler(lengths, 0, batch_size=8)
+    sizes = packed_sizes(sampler.tokens, sampler.items, max(lengths))
+    batches = [[items[index] for index in batch] for batch in sampler]
+    return [(batch, pack_batch(batch, 1, sizes)) for batch in batches], sizes
+
+
+class TestPacked:
+    @pytest.mark.parametrize("attention", ["empcause", "eager"])
+    def test_losses_and_gradients_are_those_of_padded_dialogues(self, generator, attention):
+        model, _ = generator
+        model.set_attn_implementation(attention)
+        torch.nn.init.normal_(model.role_embedding.weight)
+        batches, sizes = packed_batches(drawn(40))
+        assert len(sizes.tokens) == 1
+        for items, packed in batches:
+            padded = pad_batch(items, 1)
+            if attention == "eager":  # it finds the sequences in position_ids, and knows no causes
+                del padded["cause_probs"], packed["cause_probs"]
+            for options in ({}, {"num_items_in_batch": torch.tensor(50), "smoothing": 0.1}):
+                results = []
+                for batch in (padded, packed):
+                    model.zero_grad()
+                    output = model(**batch, **options)
+                    output.loss.backward()
+                    gradients = {name: weights.grad.clone() for name, weights in model.named_parameters()}
+                    counted = batch.get("shift_labels", batch["labels"]) != -100
+                    counted[:, 0] &= "shift_labels" in batch
+                    results.append((output.loss, gradients, output.token_losses[counted]))
+                    assert not output.token_losses[~counted].any()
+                    assert output.logits is None
+                (loss, expected, losses), (packed_loss, got, packed_losses) = results
+                torch.testing.assert_close(packed_loss, loss, rtol=1e-6, atol=0)
+                torch.testing.assert_close(packed_losses, losses, rtol=1e-5, atol=1e-6)
+                for name, gradient in expected.items():
+                    close = {"rtol": 0, "atol": 3e-6 * float(gradient.abs().max())}
+                    torch.testing.assert_close(got[name], gradient, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_attention_drops_what_it_drops_in_padded_dialogues(self, generator, monkeypatch):
+        model, _ = generator
+        draw = torch.randint
+        monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: draw(*args, **kwargs).fill_(7))
+        model.config.attn_pdrop = model.config.attention_dropout = 0.5
+        for module in model.modules():
+            for name in ("attn_dropout", "attention_dropout"):
+                if hasattr(module, name):
+                    setattr(module, name, torch.nn.Dropout(0.5) if name == "attn_dropout" else 0.5)
+            if type(module) is torch.nn.Dropout and module.p != 0.5:
+                module.p = 0.0
+        model.train()
+        items, packed = packed_batches(drawn(8))[0][0]
+        dropped = model(**pad_batch(items, 1)).loss
+        torch.testing.assert_close(model(**packed).loss, dropped)
+        assert not torch.allclose(model.eval()(**packed).loss, dropped)
+
+    def test_without_labels_the_logits_are_those_of_each_dialogue(self, generator):
+        model, _ = generator
+        items, packed = packed_batches(drawn(8))[0][0]
+        names = ("labels", "shift_labels", "logits_to_keep")
+        logits = model(**{name: value for name, value in packed.items() if name not in names}).logits
+        assert logits.shape[1] == packed["input_ids"].shape[1]
+        for item, start in zip(items, packed["cu_seq_lens_q"].tolist(), strict=False):
+            alone = {name: torch.from_numpy(value)[None] for name, value in item.items() if name != "labels"}
+            expected = model(**alone).logits
+            torch.testing.assert_close(logits[:, start : start + expected.shape[1]], expected, rtol=1e-4, atol=1e-5)
+
+    def test_kept_positions_and_their_labels_must_agree(self, generator):
+        model, _ = generator
+        ids = torch.arange(5, 14)[None]
+        kept, following = torch.tensor([3, 6]), torch.tensor([[9, 12]])
+        expected = model(ids, labels=ids).token_losses[:, [4, 7]]
+        torch.testing.assert_close(model(ids, logits_to_keep=kept, shift_labels=following).token_losses, expected)
+        shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        torch.testing.assert_close(model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
+        with pytest.raises(
+            ValueError, match=r"shift_labels has shape \[1, 2\]; expected \[1, 3\], one per position of"
+        ):
+            model(ids, logits_to_keep=3, shift_labels=following)
+        with pytest.raises(ValueError, match="shift_labels has 4000; expected 0 to"):
+            model(ids, logits_to_keep=kept, shift_labels=following.fill_(4000))
+
+    def test_one_graph_for_each_size(self, generator):
+        """20 batches in one graph each, without a break, and no shape that depends on values, backwards neither."""
+        model, _ = generator
+        torch._dynamo.reset()
+        graphs = []
+
+        def record(graph, example_inputs):
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+        compiled = torch.compile(model.train(), backend=backend, fullgraph=True, dynamic=False)
+        model.config.use_cache = False
+        batches, sizes = packed_batches(drawn(160))
+        shapes = set()
+        for _, packed in batches:
+            shapes.add((packed["labels"].numel(), packed["shift_labels"].numel()))
+            compiled(**packed, num_items_in_batch=torch.tensor(50)).loss.backward()
+        assert len(batches) == 20
+        assert 1 < len(shapes) <= len(sizes.tokens) * len(sizes.labels)
+        assert len(graphs) == 2 * len(shapes), "one forwards, one backwards"
+        nodes = [node for graph in graphs for node in graph.graph.nodes]
+        called = {str(node.target) for node in nodes}
+        assert "empcause_cpu.attention_backward.default" in called
+        assert not [
+            name for name in called if any(word in name for word in ("nonzero", "scalar_dense", ".item", "masked_s"))
+        ]
+        shapes = [node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+        assert len(shapes) > 100
+        assert all(type(size) is int for shape in shapes for size in shape), "a shape depends on values"
 
 
 class TestAnswers:

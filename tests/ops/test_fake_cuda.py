@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen
+from empcause.data.collation import PackedSizes
 from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
 from empcause.integration.steering import _Steering
 from empcause.ops import backends, choice
@@ -194,6 +195,54 @@ def test_the_generator_looks_at_no_value(fake_cuda):
     config = EmpatheticGPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4)
     ids = torch.zeros(2, 9, dtype=torch.int64)
     assert EmpatheticGPT2LMHeadModel(config)(ids, token_type_ids=ids).logits.device.type == "cuda"
+
+
+def test_a_packed_training_step_is_one_graph_on_the_gpu(device_guard):
+    """No tensor of the host, no value that is looked at, and one graph per size over 20 batches."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = EmpatheticGPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=1, n_head=4, use_cache=False)
+    sizes = PackedSizes(tokens=(128, 192), labels=(64, 128), sequences=11, longest=30)
+    shapes = set()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = EmpatheticGPT2LMHeadModel._from_config(config, attn_implementation="empcause").train()
+        compiled = torch.compile(model, backend=record, fullgraph=True, dynamic=False)
+        for batch in range(20):
+            tokens, labels = sizes.tokens[batch % 2], sizes.labels[batch % 3 > 0]
+            shapes.add((tokens, labels))
+            row = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
+            sums = torch.zeros(sizes.sequences + 1, dtype=torch.int32, device="cuda")
+            output = compiled(
+                row,
+                token_type_ids=row,
+                cause_probs=torch.rand(1, tokens, device="cuda"),
+                labels=row,
+                position_ids=row,
+                cu_seq_lens_q=sums,
+                cu_seq_lens_k=sums,
+                max_length_q=sizes.longest,
+                max_length_k=sizes.longest,
+                logits_to_keep=row[0, :labels],
+                shift_labels=row[:, :labels],
+                num_items_in_batch=torch.tensor(50.0, device="cuda"),
+            )
+            assert output.loss.device.type == "cuda"
+    assert len(graphs) == len(shapes) == 4
+    for graph in graphs:
+        assert "empcause_triton.attention.default" in {str(node.target) for node in graph.graph.nodes}
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor):
+                assert value.device.type == "cuda", (
+                    f"{node} ({node.target}) is on the host; it goes to {list(node.users)}"
+                )
+                assert all(type(size) is int for size in value.shape), f"the shape of {node} depends on values"
 
 
 def gpt2():

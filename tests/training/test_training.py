@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel, TrainingArguments
 
 from empcause.cli import main
-from empcause.data.batching import LengthBatchSampler
+from empcause.data.batching import LengthBatchSampler, TokenBatchSampler
 from empcause.errors import UserError
 from empcause.outputs import claim
+from empcause.training.common import Losses
 from empcause.training.extractor import ExtractorTrainingArguments, cause_labels, split_annotations, train_extractor
 from empcause.training.folder import find_checkpoint
 from empcause.training.generator import GeneratorTrainingArguments, train_generator
@@ -83,6 +85,47 @@ class TestBatches:
         assert list(first) != list(second)
         second.set_epoch(0)
         assert list(first) == list(second)
+
+
+class TestBatchesOfTokens:
+    LENGTHS = np.random.default_rng(0).integers(5, 80, 203)
+
+    @pytest.mark.parametrize(
+        "options", [{"batch_size": 8}, {"max_tokens": 700}], ids=lambda options: next(iter(options))
+    )
+    def test_every_item_once_and_nearly_the_same_tokens_in_every_epoch(self, options):
+        sampler = TokenBatchSampler(self.LENGTHS, 3, **options)
+        epochs = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            epochs.append(list(sampler))
+            assert len(epochs[-1]) == len(sampler)
+            assert sorted(index for batch in epochs[-1] for index in batch) == list(range(203))
+            tokens = [int(self.LENGTHS[batch].sum()) for batch in epochs[-1]]
+            assert sorted(tokens) == sorted(sampler.tokens)
+            assert sorted(map(len, epochs[-1])) == sorted(sampler.items)
+            assert np.ptp(tokens) < 80
+        assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]}
+        again = TokenBatchSampler(self.LENGTHS, 3, **options)
+        again.set_epoch(1)
+        assert list(again) == epochs[1]
+        assert list(TokenBatchSampler(self.LENGTHS, 4, **options)) != epochs[0]
+
+    def test_as_many_items_as_are_allowed(self):
+        sampler = TokenBatchSampler(self.LENGTHS, 3, batch_size=8)
+        assert len(sampler) == 26
+        assert set(sampler.items) <= {7, 8}
+        full = TokenBatchSampler(self.LENGTHS, 3, batch_size=8, drop_last=True)
+        assert {len(batch) for batch in full} == set(full.items) == {8}
+        assert len(full) == (sampler.items == 8).sum()
+
+    def test_as_many_tokens_as_are_allowed(self):
+        sampler = TokenBatchSampler(self.LENGTHS, 3, max_tokens=700)
+        assert sampler.tokens.max() <= 700
+        assert len(sampler) <= self.LENGTHS.sum() / 700 + 2
+        assert set(TokenBatchSampler([9] * 5, 3, max_tokens=9).items) == {1}
+        with pytest.raises(ValueError, match="an item has 9 tokens, more than max_tokens = 8"):
+            TokenBatchSampler([9], 3, max_tokens=8)
 
 
 class TestExtractor:
@@ -189,6 +232,116 @@ class TestGenerator:
         assert train_generator(arguments)["perplexity"] > 1
 
 
+@pytest.fixture(scope="module")
+def silent_gpt2_dir(tiny_gpt2_dir, tmp_path_factory):
+    """The tiny GPT-2 without dropout."""
+    folder = tmp_path_factory.mktemp("silent_gpt2")
+    GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(tiny_gpt2_dir).save_pretrained(folder)
+    return folder
+
+
+class TestPaddingFree:
+    def test_a_step_is_that_of_padded_dialogues(self, silent_gpt2_dir, trained_extractor, tmp_path):
+        """Sixteen dialogues are one step, however they are batched: loss and norm of the gradient are divided by its labels."""
+        packed, budget = {"padding_free": True}, {"tokens_per_step": 2048}
+        one, two = {"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 2}
+        steps = []
+        for number, options in enumerate(
+            [
+                {"padding_free": False} | two,
+                packed | two,
+                packed | {"per_device_train_batch_size": 16} | one,
+                budget | two,
+                budget | one,
+            ]
+        ):
+            folder = tmp_path / str(number)
+            few = {"max_train_samples": 16, "max_eval_samples": 2, "num_train_epochs": 1}
+            train_generator(generator_arguments(silent_gpt2_dir, trained_extractor[0], folder, **few, **options))
+            history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+            (step,) = [entry for entry in history if "loss" in entry]
+            steps.append([step["loss"], step["grad_norm"]])
+        for step in steps[1:]:
+            assert step == pytest.approx(steps[0], rel=2e-5)
+
+    def test_compiled_training_has_the_same_losses(self, tiny_gpt2_dir, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.compiler.config, "recompile_limit", 1)
+        torch._dynamo.reset()
+        options = {"gamma": 0.0, "padding_free": True, "bf16": True, "max_steps": 3, "max_eval_samples": 2}
+        train_generator(generator_arguments(tiny_gpt2_dir, "", tmp_path / "plain", **options))
+        torch._dynamo.utils.counters.clear()
+        options |= {"torch_compile_backend": "eager"}
+        train_generator(generator_arguments(tiny_gpt2_dir, "", tmp_path / "compiled", **options))
+        assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert torch.compiler.config.recompile_limit > 1
+
+    def test_defaults_are_those_of_the_device(self, tiny_gpt2_dir, tmp_path, monkeypatch):
+        def chosen(**options):
+            args = generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path, **options)
+            return args.padding_free, args.bf16, args.torch_compile
+
+        args = generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path)
+        assert args.optim == "adamw_torch_fused"
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 2)
+        assert chosen() == (False, False, False)
+        assert chosen(tokens_per_step=512) == (True, False, False)
+        assert chosen(padding_free=True, bf16=True, torch_compile=True) == (True, True, True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        has_bf16 = [True]
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16[0])
+        monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would ask the GPU
+        monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 1)
+        monkeypatch.setattr(TrainingArguments, "world_size", 2)
+        assert chosen() == (True, True, True)
+        assert chosen(fp16=True) == (True, False, True)
+        assert chosen(padding_free=False) == (False, True, False)
+        assert chosen(bf16=False, torch_compile=False) == (True, False, False)
+        assert chosen(neftune_noise_alpha=5.0) == (False, True, False), (
+            "the noise would be smaller over packed dialogues"
+        )
+        assert chosen(use_cpu=True) == (False, False, False)
+        has_bf16[0] = False
+        assert chosen() == (True, False, True)
+        args = generator_arguments(tiny_gpt2_dir, "nowhere", tmp_path, tokens_per_step=4096)
+        assert args.tokens_per_batch == 1024, "two processes, two batches each"
+        assert args.accelerator_config == {"non_blocking": True}
+
+    def test_the_card_says_how_batches_were_made(self, tiny_gpt2_dir, tmp_path):
+        options = {"gamma": 0.0, "tokens_per_step": 2048, "gradient_accumulation_steps": 1, "max_steps": 1}
+        train_generator(generator_arguments(tiny_gpt2_dir, "", tmp_path, max_eval_samples=2, **options))
+        card = (tmp_path / "README.md").read_text()
+        assert "| tokens_per_step | 2048 |" in card
+        assert "per_device_train_batch_size" not in card
+
+    def test_a_loss_on_a_gpu_is_read_when_the_next_batch_is_queued(self, monkeypatch):
+        happened = []
+
+        class Event:
+            def __init__(self, device):
+                self.number = len([each for each in happened if each[0] == "copied"])
+
+            def record(self):
+                happened.append(("copied", self.number))
+
+            def synchronize(self):
+                happened.append(("waited", self.number))
+
+        monkeypatch.setattr(torch, "Event", Event)
+        on_gpu = Losses(torch.device("cuda"))
+        found = [on_gpu.find_diverged(torch.tensor(loss), step) for step, loss in enumerate([1.0, float("nan"), 1.0])]
+        assert found == [None, None, 1]
+        assert happened == [("copied", 0), ("copied", 1), ("waited", 0), ("copied", 2), ("waited", 1)]
+        assert Losses(torch.device("cpu")).find_diverged(torch.tensor(float("inf")), 4) == 4
+        assert Losses(torch.device("cpu")).find_diverged(torch.tensor(1.0), 4) is None
+
+
 def command(model, extractor, folder, *more):
     return [
         "train", "generator", "--data", "sample", "--model_name_or_path", str(model), "--extractor", str(extractor),
@@ -198,19 +351,23 @@ def command(model, extractor, folder, *more):
     ]  # fmt: skip
 
 
-def test_killed_run_resumes_to_the_same_losses(tiny_gpt2_dir, trained_extractor, tmp_path):
+@pytest.mark.parametrize(
+    "batches", [(), ("--padding_free", "true"), ("--tokens_per_step", "1600")], ids=["padded", "packed", "tokens"]
+)
+def test_killed_run_resumes_to_the_same_losses(batches, tiny_gpt2_dir, trained_extractor, tmp_path):
     """SIGKILL in the middle, dropout on, an incomplete checkpoint left behind: the losses are those of an unbroken run."""
     extractor = trained_extractor[0]
-    assert main(command(tiny_gpt2_dir, extractor, tmp_path / "whole", "--num_train_epochs", "2")) == 0
+    options = ("--num_train_epochs", "2", *batches)
+    assert main(command(tiny_gpt2_dir, extractor, tmp_path / "whole", *options)) == 0
     expected = losses(tmp_path / "whole")
 
     broken = tmp_path / "broken"
     process = subprocess.Popen(
-        [sys.executable, "-m", "empcause", *command(tiny_gpt2_dir, extractor, broken, "--num_train_epochs", "2")],
+        [sys.executable, "-m", "empcause", *command(tiny_gpt2_dir, extractor, broken, *options)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # on a busy machine the imports alone take minutes
     while not (broken / "checkpoint-4" / "trainer_state.json").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -223,28 +380,35 @@ def test_killed_run_resumes_to_the_same_losses(tiny_gpt2_dir, trained_extractor,
     cut.mkdir()
     (cut / "trainer_state.json").write_text("{")
 
-    options = ("--num_train_epochs", "2", "--resume_from_checkpoint", "true")
-    assert main(command(tiny_gpt2_dir, extractor, broken, *options)) == 0
+    assert main(command(tiny_gpt2_dir, extractor, broken, *options, "--resume_from_checkpoint", "true")) == 0
     assert losses(broken) == expected
+    last = f"checkpoint-{len(expected) // 2 * 2}"
     whole, resumed = (
-        torch.load(folder / "checkpoint-12" / "optimizer.pt", weights_only=True)["state"][0]["exp_avg"]
+        torch.load(folder / last / "optimizer.pt", weights_only=True)["state"][0]["exp_avg"]
         for folder in (tmp_path / "whole", broken)
     )
     assert torch.equal(whole, resumed)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_twice_the_accumulation(tiny_gpt2_dir, trained_extractor, tmp_path):
-    model = tmp_path / "model"
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
-    silent = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    silent.save_pretrained(model)
-    AutoTokenizer.from_pretrained(tiny_gpt2_dir).save_pretrained(model)
-    options = ("--num_train_epochs", "1", "--per_device_train_batch_size", "4")
-    single = command(model, trained_extractor[0], tmp_path / "one", *options, "--gradient_accumulation_steps", "2")
+@pytest.mark.parametrize(
+    "batches",
+    [
+        ("--per_device_train_batch_size", "4"),
+        ("--per_device_train_batch_size", "4", "--padding_free", "true"),
+        ("--tokens_per_step", "1600"),
+    ],
+    ids=["padded", "packed", "tokens"],
+)
+def test_two_processes_equal_twice_the_accumulation(batches, silent_gpt2_dir, trained_extractor, tmp_path):
+    options = ("--num_train_epochs", "1", *batches)
+    single = command(
+        silent_gpt2_dir, trained_extractor[0], tmp_path / "one", *options, "--gradient_accumulation_steps", "2"
+    )
     assert main(single) == 0
-    double = command(model, trained_extractor[0], tmp_path / "two", *options, "--gradient_accumulation_steps", "1")
+    double = command(
+        silent_gpt2_dir, trained_extractor[0], tmp_path / "two", *options, "--gradient_accumulation_steps", "1"
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
     done = subprocess.run(
         [*launcher, "-m", "empcause", *double, "--use_cpu", "true"],
