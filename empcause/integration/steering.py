@@ -565,8 +565,10 @@ def _fit(causes: Tensor, start: int, ranges: dict[int, int]) -> Tensor:
         ranges: the keys of the layers, from `_key_ranges`.
     """
     first = min(ranges.values()) if len(ranges) == 1 else 0
-    end = max(first + keys for keys, first in ranges.items())
-    before, after = start - first, end - start - causes.shape[1]
+    end = max(position + keys for keys, position in ranges.items())
+    if first > start:
+        causes, start = causes[:, first - start :], first
+    before, after = start - first, end - start - causes.shape[1]  # Negative padding cuts off what is not read yet.
     return nn.functional.pad(causes, (before, after)) if before or after else causes
 
 
