@@ -251,7 +251,11 @@ def _fit(module: nn.Module, cause_probs: Tensor, batch: int, keys: int, witness:
         UserError: they have another shape.
         RuntimeError: the witness does not know the positions of so many keys.
     """
-    if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or (witness is None and cause_probs.shape[1] > keys):
+    if (
+        cause_probs.dim() != 2
+        or cause_probs.shape[0] not in (1, batch)
+        or (witness is None and cause_probs.shape[1] > keys)
+    ):
         raise UserError(
             f"cause_probs must be [batch, tokens] = [{batch}, at most {keys}], not {list(cause_probs.shape)}."
         )

@@ -103,7 +103,9 @@ class _Steering:
         if not isinstance(gamma, Real) or not math.isfinite(gamma):
             raise ValueError(f"gamma must be a finite number, not {gamma!r}.")
         # The kernels take fp32; converted here, the layers need not do it in every call.
-        self.causes: Tensor = _tensor(cause_probs).to(torch.float64 if decoder.dtype == torch.float64 else torch.float32)
+        self.causes: Tensor = _tensor(cause_probs).to(
+            torch.float64 if decoder.dtype == torch.float64 else torch.float32
+        )
         causes = self.causes.detach()
         self._right: Tensor = (causes.isfinite() & (1 + gamma * causes >= -1e-6)).all()
         if self._right.is_cpu:

@@ -15,12 +15,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen
 from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
-from empcause.integration.steering import _Steering
+from empcause.integration.steering import _GENERATION, _STEERINGS, _Generation, _Steering
 from empcause.ops.choice import choose_backend
 
 pytestmark = pytest.mark.skipif(not empcause.info()["triton"].built, reason="triton is not installed")
@@ -179,3 +181,49 @@ def test_transformers_decoding_step(fake_cuda, make_model):
         second = model(prompt[:, :1], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
     assert second.logits.shape == (2, 1, 50)
     assert second.logits.device.type == "cuda"
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Records the operators that take and return tensors on more than one device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_of_generate_wait_for_nothing(fake_cuda, make_model, compiled):
+    """A decoding step of `generate` inside `steer` reads no value and copies nothing from or to the host.
+
+    `generate` itself reads values to know when to stop, so that its steps are made here as it makes them.
+    """
+    torch._dynamo.reset()
+    model = make_model().eval()
+    step = torch.compile(model.__call__, backend="eager", fullgraph=True) if compiled else model
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with torch.no_grad(), empcause.steer(model, torch.rand(2, 5)):
+        generation = _GENERATION.set(_Generation(_STEERINGS.get()[0]))
+        model._expand_inputs_for_generation(expand_size=1, input_ids=tokens)
+        options = {"cache": cache, "attention_mask": torch.ones_like(tokens), "use_cache": True}
+        model(**model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **options))
+        causes = []
+        with CopiesBetweenDevices() as copies, torch._dynamo.config.patch(error_on_recompile=True):
+            for length in (6, 7, 8):
+                tokens = torch.zeros(2, length, dtype=torch.int64)
+                options["attention_mask"] = torch.ones_like(tokens)
+                inputs = model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **options)
+                causes.append(inputs["cause_probs"])
+                assert step(**inputs).logits.shape == (2, 1, 50)
+        _GENERATION.reset(generation)
+    assert copies.found == []
+    assert causes[0].shape == (2, 16)
+    assert causes[0] is causes[1] is causes[2], "the causes are made once for all steps"
