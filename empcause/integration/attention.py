@@ -102,10 +102,10 @@ def empcause_attention(
         scaling: the factor of the logits; default `D ** -0.5`.
         is_causal: overrides `module.is_causal` (True if the module has none). With a mask it has no effect: the mask's offset
             determines which keys are visible.
-        cause_probs: `[B or 1, n]`, cause probabilities of the first n <= K keys; later keys have 0. With a witness they belong to
-            the positions from 0 to n - 1, unless n = K.
+        cause_probs: `[B or 1, n]`, cause probabilities of the first n <= K keys; later keys have 0. With a witness either n = K,
+            or they are those of all positions, of which the layer has some.
         cause_gamma: the factor of the strength.
-        cause_witness: the positions of the keys; the layer records here that the causes arrived. For `steer`.
+        cause_witness: from `steer`: tells the positions of the keys, and the layer records here that the causes arrived.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: description of packed sequences in a batch of one row, as
             transformers' DataCollatorWithFlattening makes it: prefix sums `[sequences + 1]` int32, and the longest lengths.
             Without them packed sequences are read from the mask.
@@ -116,7 +116,7 @@ def empcause_attention(
 
     Raises:
         UserError: the module's class, a feature, the mask or a shape is not supported.
-        RuntimeError: the witness knows no layer with this number of keys.
+        RuntimeError: the witness does not know which positions the keys have.
     """
     require(module)
     for name, given in kwargs.items():
@@ -245,28 +245,23 @@ def _check_order(
 def _fit(module: nn.Module, cause_probs: Tensor, batch: int, keys: int, witness: Witness | None) -> Tensor:
     """Return the causes `[batch or 1, keys]` of the layer's keys.
 
-    Those that `steer` passes fit the layers of most models, which then compute nothing here.
-
     Raises:
         UserError: they have another shape.
-        RuntimeError: the witness does not know the positions of so many keys.
+        RuntimeError: the witness does not know which positions so many keys have.
     """
-    if (
-        cause_probs.dim() != 2
-        or cause_probs.shape[0] not in (1, batch)
-        or (witness is None and cause_probs.shape[1] > keys)
-    ):
+    number = cause_probs.shape[-1]
+    if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or (witness is None and number > keys):
         raise UserError(
             f"cause_probs must be [batch, tokens] = [{batch}, at most {keys}], not {list(cause_probs.shape)}."
         )
-    if witness is not None and keys not in witness.ranges:
+    if number == keys:  # This is so in every call that `steer` makes of a model whose layers have equally many keys.
+        return cause_probs
+    if witness is None:
+        return nn.functional.pad(cause_probs, (0, keys - number))
+    if keys not in witness.ranges:
         raise RuntimeError(
             f"{type(module).__name__} attends to {keys} keys where cache and input hold {max(witness.ranges)}: it cannot be "
             "steered, because which of these keys belong to the input is not known."
         )
-    if cause_probs.shape[1] == keys:
-        return cause_probs
-    if witness is not None:  # The model has layers with different numbers of keys.
-        first = witness.ranges[keys]
-        return cause_probs[:, first : first + keys]
-    return nn.functional.pad(cause_probs, (0, keys - cause_probs.shape[1]))
+    first = witness.ranges[keys]
+    return cause_probs[:, first : first + keys]

@@ -102,10 +102,9 @@ class _Steering:
         self.check_implementation()
         if not isinstance(gamma, Real) or not math.isfinite(gamma):
             raise ValueError(f"gamma must be a finite number, not {gamma!r}.")
-        # The kernels take fp32; converted here, the layers need not do it in every call.
-        self.causes: Tensor = _tensor(cause_probs).to(
-            torch.float64 if decoder.dtype == torch.float64 else torch.float32
-        )
+        # The kernels take fp32. Converted here, the causes need not be converted by every layer.
+        dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
+        self.causes: Tensor = _tensor(cause_probs).to(dtype)
         causes = self.causes.detach()
         self._right: Tensor = (causes.isfinite() & (1 + gamma * causes >= -1e-6)).all()
         if self._right.is_cpu:
@@ -146,11 +145,7 @@ class _Steering:
             causes: `[batch or 1, keys]`, from `_fit`.
             ranges: the keys of the call, from `_key_ranges`.
         """
-        return {
-            "cause_probs": causes,
-            "cause_gamma": self.gamma,
-            "cause_witness": _Witness(self.decoder, ranges),
-        }
+        return {"cause_probs": causes, "cause_gamma": self.gamma, "cause_witness": _Witness(self.decoder, ranges)}
 
     def in_direct_call(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments to add to a call of the decoder that is made outside of `generate`.
@@ -393,7 +388,10 @@ def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kw
 
 
 # This function and the next are not compiled, because what they decide depends on state that changes from call to call.
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="steer decides in every call which causes apply; compile without fullgraph=True, or let generate compile its steps "
+    '(cache_implementation="static" with a compile_config)'
+)
 def _direct_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[_Steering | None, dict[str, Any]]:
     """Return the steering of a call that `generate` has not prepared and the keyword arguments to add; None if it has none."""
     generation = _GENERATION.get()
@@ -549,8 +547,9 @@ def _key_ranges(cache: Cache | None, tokens: int) -> dict[int, int]:
         tokens: the number of tokens of the call.
 
     Returns:
-        By the number of keys of a layer, empty slots of a static cache included, the position of the first one. Most models
-        have one entry; layers with a sliding window have dropped the keys before their first.
+        By the number of keys of a layer, empty slots of a static cache included, the position of the first one. In most models
+        all layers have the same keys. A layer with a sliding window has dropped the keys before its first one; layers with
+        equally many keys have dropped equally many.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -559,10 +558,10 @@ def _key_ranges(cache: Cache | None, tokens: int) -> dict[int, int]:
 
 
 def _fit(causes: Tensor, start: int, ranges: dict[int, int]) -> Tensor:
-    """Return the causes `[rows, keys]` of the keys in the range of all layers, or of all keys if the layers' ranges differ.
+    """Return the causes of the keys of all layers, or those of all positions if the layers have different keys.
 
     Args:
-        causes: `[rows, n]`, of the keys at the positions from `start`; others have 0.
+        causes: `[rows, n]`, the causes of the keys at the n positions from `start` on; all other keys have 0.
         start: the position of the first key that has a cause.
         ranges: the keys of the layers, from `_key_ranges`.
     """
@@ -570,7 +569,8 @@ def _fit(causes: Tensor, start: int, ranges: dict[int, int]) -> Tensor:
     end = max(position + keys for keys, position in ranges.items())
     if first > start:
         causes, start = causes[:, first - start :], first
-    before, after = start - first, end - start - causes.shape[1]  # Negative padding cuts off what is not read yet.
+    # Negative padding cuts off the causes of tokens that have not been read yet.
+    before, after = start - first, end - start - causes.shape[1]
     return nn.functional.pad(causes, (before, after)) if before or after else causes
 
 

@@ -375,9 +375,7 @@ def test_keys_that_a_sliding_window_drops(kinds):
 
 
 @fault(
-    Guard(
-        ATTENTION, "    if witness is not None and keys not in witness.ranges:", "    if witness is not None and False:"
-    ),
+    Guard(ATTENTION, "    if keys not in witness.ranges:", "    if False:"),
     Guard(STEERING, "if not isinstance(cache, Cache):", "if False:"),
     cause="keys precede the input in a way of the model's own, or in a cache that does not tell their number",
     place="a call of the model",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import Unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CompileConfig, GPT2Config, LlamaConfig, StaticCache
 
@@ -126,3 +127,15 @@ def test_one_graph_for_all_steps(config, padded):
     assert not [name for name in names if "scalar_dense" in name or "nonzero" in name or "device_put" in name]
     assert names["aten.constant_pad_nd.default"] == 0, "the causes are made outside"
     assert names["aten.amax.default"] <= 1, "the layers share what they read from the mask"
+
+
+def test_a_direct_call_in_one_graph_is_refused(config):
+    """Which causes apply to a direct call depends on its thread and its cache, which a graph cannot look up."""
+    torch._dynamo.reset()
+    model = make(config)
+    inputs, causes = prompts(padded=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), empcause.steer(model, causes):
+        model(inputs["input_ids"])
+        with pytest.raises(Unsupported, match="let generate compile its steps"):
+            compiled(inputs["input_ids"])
