@@ -211,7 +211,9 @@ def test_steps_of_generate_wait_for_nothing(fake_cuda, make_model, compiled):
     cache = StaticCache(config=model.config, max_cache_len=16)
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     with torch.no_grad(), empcause.steer(model, torch.rand(2, 5)):
-        generation = _GENERATION.set(_Generation(_STEERINGS.get()[0]))
+        (steering,) = _STEERINGS.get()
+        steering.called = True
+        generation = _GENERATION.set(_Generation(steering))
         model._expand_inputs_for_generation(expand_size=1, input_ids=tokens)
         options = {"cache": cache, "attention_mask": torch.ones_like(tokens), "use_cache": True}
         model(**model.prepare_inputs_for_generation(tokens, is_first_iteration=True, **options))
