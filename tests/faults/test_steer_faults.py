@@ -376,7 +376,7 @@ def test_keys_that_a_sliding_window_drops(kinds):
 
 @fault(
     Guard(ATTENTION, "    if keys not in witness.ranges:", "    if False:"),
-    Guard(STEERING, "if not isinstance(cache, Cache):", "if False:"),
+    Guard(STEERING, "if cache is not None and not isinstance(cache, Cache):", "if False:"),
     cause="keys precede the input in a way of the model's own, or in a cache that does not tell their number",
     place="a call of the model",
     promise="the call is refused",
