@@ -198,66 +198,32 @@ class CopiesBetweenDevices(TorchDispatchMode):
         return result
 
 
-def decoding_steps(model, step):
-    """Run three decoding steps as `generate` makes them inside `steer` with a static cache, and return the causes of each.
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_steps_of_generate_wait_for_nothing(fake_cuda, make_model):
+    """A decoding step of `generate` inside `steer` with a static cache reads no value and copies nothing between devices.
 
-    `generate` itself cannot run on fake tensors, because it reads values to know when to stop.
+    `generate` itself cannot run on fake tensors, because it reads values to know when to stop: the steps are made here as it
+    makes them.
     """
+    model = make_model().eval()
     options = {"cache": StaticCache(config=model.config, max_cache_len=16), "use_cache": True}
-    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    prompt = torch.zeros(2, 5, dtype=torch.int64)
     causes = []
     with torch.no_grad(), empcause.steer(model, torch.rand(2, 5)):
         (steering,) = _STEERINGS.get()
         steering.called = True
         generation = _GENERATION.set(_Generation(steering))
-        model._expand_inputs_for_generation(expand_size=1, input_ids=tokens)
-        for length in (5, 6, 7, 8):
-            tokens = torch.zeros(2, length, dtype=torch.int64)
-            inputs = model.prepare_inputs_for_generation(
-                tokens,
-                next_sequence_length=None if length == 5 else 1,
-                attention_mask=torch.ones_like(tokens),
-                **options,
-            )
-            if length == 5:
-                model(**inputs)
-            else:
+        model._expand_inputs_for_generation(expand_size=1, input_ids=prompt)
+        model(**model.prepare_inputs_for_generation(prompt, attention_mask=torch.ones_like(prompt), **options))
+        with CopiesBetweenDevices() as copies:
+            for length in (6, 7, 8):
+                tokens = torch.zeros(2, length, dtype=torch.int64)
+                inputs = model.prepare_inputs_for_generation(
+                    tokens, next_sequence_length=1, attention_mask=torch.ones_like(tokens), **options
+                )
+                assert model(**inputs).logits.shape == (2, 1, 50)
                 causes.append(inputs["cause_probs"])
-                assert step(**inputs).logits.shape == (2, 1, 50)
         _GENERATION.reset(generation)
-    return causes
-
-
-@pytest.mark.parametrize("make_model", [gpt2, llama])
-def test_steps_of_generate_wait_for_nothing(fake_cuda, make_model):
-    """A decoding step of `generate` inside `steer` reads no value and copies nothing between devices."""
-    model = make_model().eval()
-    copies = CopiesBetweenDevices()
-
-    def step(**inputs):
-        with copies:
-            return model(**inputs)
-
-    causes = decoding_steps(model, step)
     assert copies.found == []
     assert causes[0].shape == (2, 16)
     assert causes[0] is causes[1] is causes[2], "the causes are made once for all steps"
-
-
-@pytest.mark.parametrize("make_model", [gpt2, llama])
-def test_steps_of_generate_compile_into_one_graph(fake_cuda, make_model):
-    """The graph of a decoding step inside `steer` reads no value, has tensors of the GPU alone, and serves all steps."""
-    torch._dynamo.reset()
-    devices, graphs = set(), []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        values = tree_leaves([node.meta.get("example_value") for node in graph.graph.nodes])
-        devices.update(value.device.type for value in values if isinstance(value, torch.Tensor))
-        return graph.forward
-
-    model = make_model().eval()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        decoding_steps(model, torch.compile(model.__call__, backend=record, fullgraph=True))
-    assert len(graphs) == 1
-    assert devices == {"cuda"}
