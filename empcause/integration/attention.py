@@ -31,13 +31,16 @@ _FEATURES = {
 
 @dataclass(eq=False)
 class Witness:
-    """The record that the attention layers make of one call of a model, for `steer` to check.
+    """What `steer` tells the attention layers in one call of a model, and the record that they make for `steer` to check.
 
     Attributes:
-        keys: by index of the layer, the number of keys to which the layer applied the causes.
+        ranges: by the number of keys that a layer may have, the position of its first key: above 0 once a layer with a sliding
+            window has dropped keys.
+        layers: the indices of the layers that applied the causes.
     """
 
-    keys: dict[int, int] = field(default_factory=dict)
+    ranges: dict[int, int]
+    layers: set[int] = field(default_factory=set)
 
 
 def layer_strength(module: nn.Module, gamma: float) -> float:
@@ -99,9 +102,10 @@ def empcause_attention(
         scaling: the factor of the logits; default `D ** -0.5`.
         is_causal: overrides `module.is_causal` (True if the module has none). With a mask it has no effect: the mask's offset
             determines which keys are visible.
-        cause_probs: `[B or 1, n]`, cause probabilities of the first n <= K keys; later keys have 0.
+        cause_probs: `[B or 1, n]`, cause probabilities of the first n <= K keys; later keys have 0. With a witness either n = K,
+            or they are those of all positions, of which the layer has some.
         cause_gamma: the factor of the strength.
-        cause_witness: the layer records here that the causes arrived, for `steer`.
+        cause_witness: from `steer`: tells the positions of the keys, and the layer records here that the causes arrived.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: description of packed sequences in a batch of one row, as
             transformers' DataCollatorWithFlattening makes it: prefix sums `[sequences + 1]` int32, and the longest lengths.
             Without them packed sequences are read from the mask.
@@ -112,6 +116,7 @@ def empcause_attention(
 
     Raises:
         UserError: the module's class, a feature, the mask or a shape is not supported.
+        RuntimeError: the witness does not know which positions the keys have.
     """
     require(module)
     for name, given in kwargs.items():
@@ -141,10 +146,10 @@ def empcause_attention(
     _check_order(module, query, key, attention_mask, causal, visible, cu_seq_lens_q, kwargs)
     cause, strength = None, 0.0
     if cause_probs is not None:
-        cause = _fit(cause_probs, query.shape[0], key.shape[2])
+        cause = _fit(module, cause_probs, query.shape[0], key.shape[2], cause_witness)
         strength = layer_strength(module, cause_gamma)
         if cause_witness is not None:
-            cause_witness.keys[int(module.layer_idx)] = key.shape[2]  # type: ignore[arg-type]
+            cause_witness.layers.add(int(module.layer_idx))  # type: ignore[arg-type]
     options: dict[str, Any] = {"strength": strength, "causal": causal, "scale": scaling, "dropout_p": dropout}
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1 or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
@@ -237,14 +242,26 @@ def _check_order(
         )
 
 
-def _fit(cause_probs: Tensor, batch: int, keys: int) -> Tensor:
-    """Return the causes `[batch or 1, keys]`, extended with 0 for the keys after those that have a cause.
+def _fit(module: nn.Module, cause_probs: Tensor, batch: int, keys: int, witness: Witness | None) -> Tensor:
+    """Return the causes `[batch or 1, keys]` of the layer's keys.
 
     Raises:
         UserError: they have another shape.
+        RuntimeError: the witness does not know which positions so many keys have.
     """
-    if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or cause_probs.shape[1] > keys:
+    number = cause_probs.shape[-1]
+    if cause_probs.dim() != 2 or cause_probs.shape[0] not in (1, batch) or (witness is None and number > keys):
         raise UserError(
             f"cause_probs must be [batch, tokens] = [{batch}, at most {keys}], not {list(cause_probs.shape)}."
         )
-    return nn.functional.pad(cause_probs, (0, keys - cause_probs.shape[1]))
+    if number == keys:  # This is so in every call that `steer` makes of a model whose layers have equally many keys.
+        return cause_probs
+    if witness is None:
+        return nn.functional.pad(cause_probs, (0, keys - number))
+    if keys not in witness.ranges:
+        raise RuntimeError(
+            f"{type(module).__name__} attends to {keys} keys where cache and input hold {max(witness.ranges)}: it cannot be "
+            "steered, because which of these keys belong to the input is not known."
+        )
+    first = witness.ranges[keys]
+    return cause_probs[:, first : first + keys]

@@ -22,7 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from empcause.integration.attention import Witness
 
@@ -82,7 +83,7 @@ class _Steering:
     Attributes:
         model: the model whose `generate` is steered.
         decoder: the module whose `forward` is steered: the model itself or a part of it.
-        causes: `[batch or 1, tokens]`, floating.
+        causes: `[batch or 1, tokens]`, fp32, or fp64 for a model in fp64.
         open: True until the context ends.
         called: whether a call of the model or of `generate` has been made inside the context.
         starts: for every cache that a steered call has filled, the index of the first key that belongs to the input.
@@ -101,7 +102,9 @@ class _Steering:
         self.check_implementation()
         if not isinstance(gamma, Real) or not math.isfinite(gamma):
             raise ValueError(f"gamma must be a finite number, not {gamma!r}.")
-        self.causes: Tensor = _tensor(cause_probs)
+        # The kernels take fp32. Converted here, the causes need not be converted by every layer.
+        dtype = torch.float64 if decoder.dtype == torch.float64 else torch.float32
+        self.causes: Tensor = _tensor(cause_probs).to(dtype)
         causes = self.causes.detach()
         self._right: Tensor = (causes.isfinite() & (1 + gamma * causes >= -1e-6)).all()
         if self._right.is_cpu:
@@ -135,9 +138,14 @@ class _Steering:
                 "and token of the input needs its value, padding included."
             )
 
-    def keywords(self, causes: Tensor) -> dict[str, Any]:
-        """Return the keyword arguments that the model passes on to its attention layers, with a fresh witness."""
-        return {"cause_probs": causes, "cause_gamma": self.gamma, "cause_witness": _Witness(self.decoder)}
+    def keywords(self, causes: Tensor, ranges: dict[int, int]) -> dict[str, Any]:
+        """Return the keyword arguments that the model passes on to its attention layers, with a fresh witness.
+
+        Args:
+            causes: `[batch or 1, keys]`, from `_fit`.
+            ranges: the keys of the call, from `_key_ranges`.
+        """
+        return {"cause_probs": causes, "cause_gamma": self.gamma, "cause_witness": _Witness(self.decoder, ranges)}
 
     def in_direct_call(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments to add to a call of the decoder that is made outside of `generate`.
@@ -151,7 +159,8 @@ class _Steering:
         given = dict(zip(names, args, strict=False)) | kwargs
         _check_free(given)
         tokens = _tokens(given)
-        cache, past = _cache(given)
+        cache = _cache(given)
+        past = _filled(cache)
         rows, length = tokens.shape[:2]
         start = self.starts.get(cache) if cache is not None else None
         if start is None or past <= start:
@@ -162,9 +171,8 @@ class _Steering:
         if cache is not None:
             self.starts[cache] = start
         self.causes = self.causes.to(tokens.device)
-        keywords = self.keywords(nn.functional.pad(self.causes, (start, 0))[:, : past + length])
-        keywords["cause_witness"].expect(cache, past + length)
-        return keywords
+        ranges = _key_ranges(cache, length)
+        return self.keywords(_fit(self.causes, start, ranges), ranges)
 
     def after_direct_call(self, witness: "_Witness", output: Any) -> None:
         """Check that the causes arrived at all layers, and remember a cache that the model created in this call."""
@@ -180,11 +188,13 @@ class _Generation:
 
     Attributes:
         steering: the steering that applies to the call.
-        causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats those of the prompt; once the prompt is read into
-            a filled cache, with zeros in front for the keys that were there before.
+        causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats those of the prompt.
         rows: the number of rows of every call of the model: the batch times beams or returned sequences.
         tokens: the number of tokens of the prompt.
         read: the number of the prompt's tokens that the model has read.
+        start: the position of the prompt's first token among the keys: above 0 if it is read into a filled cache.
+        ranges: the keys of the last call, from `_key_ranges`.
+        fitted: the causes of these keys, which do not change from step to step with a static cache.
         witness: the witness of the last call of the model, None before the first.
     """
 
@@ -193,6 +203,9 @@ class _Generation:
     rows: int = 0
     tokens: int = 0
     read: int = 0
+    start: int = 0
+    ranges: dict[int, int] | None = None
+    fitted: Tensor | None = None
     witness: "_Witness | None" = None
 
     def expand(self, size: int, prompt: Tensor) -> None:
@@ -223,24 +236,24 @@ class _Generation:
                 f"generate calls the model with {tokens.shape[0]} rows for {self.rows}: it cannot be steered."
             )
         self.causes = self.causes.to(tokens.device)
-        if self.read >= self.tokens:
-            keywords = steering.keywords(self.causes)
-        else:
-            length = tokens.shape[1]
-            cache, past = _cache(inputs)
+        cache, length = _cache(inputs), tokens.shape[1]
+        if self.read < self.tokens:
+            past = _filled(cache)
             if past and not self.read:
                 # The prompt is either all that the cache and the input hold together, or the input alone.
-                start = past + length - self.tokens
-                if input_length != self.tokens or start not in (0, past):
+                self.start = past + length - self.tokens
+                if input_length != self.tokens or self.start not in (0, past):
                     raise ValueError("prefill_chunk_size with a filled cache cannot be steered; leave it out.")
-                self.causes = nn.functional.pad(self.causes, (start, 0))
                 self.read = self.tokens
             else:
                 self.read += length
             if cache is not None:
-                steering.starts[cache] = self.causes.shape[1] - self.tokens
-            keywords = steering.keywords(self.causes[:, : past + length])
-            keywords["cause_witness"].expect(cache, past + length)
+                steering.starts[cache] = self.start
+        ranges = _key_ranges(cache, length)
+        if ranges != self.ranges:
+            self.ranges, self.fitted = ranges, _fit(self.causes, self.start, ranges)
+        assert self.fitted is not None
+        keywords = steering.keywords(self.fitted, ranges)
         self.witness = keywords["cause_witness"]
         return keywords
 
@@ -260,31 +273,21 @@ class _Generation:
 
 
 class _Witness(Witness):
-    """Checks that the causes of one call arrived at all layers and apply to the keys that they belong to."""
+    """Checks that the causes of one call arrived at all layers."""
 
-    def __init__(self, decoder: PreTrainedModel) -> None:
-        super().__init__()
-        self.model, self.layers = type(decoder).__name__, decoder.config.num_hidden_layers
-        self.expected: int | None = None
-
-    def expect(self, cache: Cache | None, keys: int) -> None:
-        """Set the number of keys that every layer must see, unless the cache is static and has more slots than are filled."""
-        self.expected = None if cache is not None and cache.is_compileable else keys
+    def __init__(self, decoder: PreTrainedModel, ranges: dict[int, int]) -> None:
+        super().__init__(ranges)
+        self.model, self.number = type(decoder).__name__, decoder.config.num_hidden_layers
 
     def check(self) -> None:
         """Check what the layers have recorded.
 
         Raises:
-            RuntimeError: the causes did not arrive at all layers, or a layer saw another number of keys than expected.
+            RuntimeError: the causes did not arrive at all layers.
         """
-        if len(self.keys) != self.layers:
+        if len(self.layers) != self.number:
             raise RuntimeError(
-                f"{self.model} handed cause_probs to {len(self.keys)} of its {self.layers} layers: it cannot be steered."
-            )
-        if self.expected is not None and (found := set(self.keys.values())) != {self.expected}:
-            raise RuntimeError(
-                f"{self.model} attends to {max(found)} keys where cache and input hold {self.expected}: it cannot be "
-                "steered, because which of these keys belong to the input is not known."
+                f"{self.model} handed cause_probs to {len(self.layers)} of its {self.number} layers: it cannot be steered."
             )
 
 
@@ -385,7 +388,10 @@ def _forward(decoder: nn.Module, unsteered: Callable[..., Any], *args: Any, **kw
 
 
 # This function and the next are not compiled, because what they decide depends on state that changes from call to call.
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="steer decides in every call which causes apply; compile without fullgraph=True, or let generate compile its steps "
+    '(cache_implementation="static" with a compile_config)'
+)
 def _direct_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[_Steering | None, dict[str, Any]]:
     """Return the steering of a call that `generate` has not prepared and the keyword arguments to add; None if it has none."""
     generation = _GENERATION.get()
@@ -518,16 +524,54 @@ def _tokens(inputs: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def _cache(inputs: Mapping[str, Any]) -> tuple[Cache | None, int]:
-    """Return the cache of a call, if it has one, and the number of keys in it."""
+def _cache(inputs: Mapping[str, Any]) -> Cache | None:
+    """Return the cache of a call, if it has one."""
     cache = next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
-    if cache is None:
-        return None, 0
-    if not isinstance(cache, Cache):
+    if cache is not None and not isinstance(cache, Cache):
         raise ValueError(
             f"The number of keys in a cache of type {type(cache).__name__} is not known: the call cannot be steered."
         )
-    return cache, int(cache.get_seq_length())
+    return cache
+
+
+def _filled(cache: Cache | None) -> int:
+    """Return the number of keys in a cache. A static cache counts them on its device, which is waited for."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _key_ranges(cache: Cache | None, tokens: int) -> dict[int, int]:
+    """Return which keys the layers see in the next call of a model, without waiting for a device.
+
+    Args:
+        cache: the cache that the call reads and fills, if it has one.
+        tokens: the number of tokens of the call.
+
+    Returns:
+        By the number of keys of a layer, empty slots of a static cache included, the position of the first one. In most models
+        all layers have the same keys. A layer with a sliding window has dropped the keys before its first one; layers with
+        equally many keys have dropped equally many.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layers = [] if cache is None else [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    return dict(layer.get_mask_sizes(tokens) for layer in layers) or {tokens: 0}
+
+
+def _fit(causes: Tensor, start: int, ranges: dict[int, int]) -> Tensor:
+    """Return the causes of the keys of all layers, or those of all positions if the layers have different keys.
+
+    Args:
+        causes: `[rows, n]`, the causes of the keys at the n positions from `start` on; all other keys have 0.
+        start: the position of the first key that has a cause.
+        ranges: the keys of the layers, from `_key_ranges`.
+    """
+    first = min(ranges.values()) if len(ranges) == 1 else 0
+    end = max(position + keys for keys, position in ranges.items())
+    if first > start:
+        causes, start = causes[:, first - start :], first
+    # Negative padding cuts off the causes of tokens that have not been read yet.
+    before, after = start - first, end - start - causes.shape[1]
+    return nn.functional.pad(causes, (before, after)) if before or after else causes
 
 
 def _check_free(inputs: Mapping[str, Any]) -> None:

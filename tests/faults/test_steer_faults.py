@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedModel,
+    Qwen2Config,
     StaticCache,
     TextIteratorStreamer,
 )
@@ -31,6 +32,7 @@ import empcause
 from faults.kinds import Guard, fault
 
 STEERING = "empcause/integration/steering.py"
+ATTENTION = "empcause/integration/attention.py"
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 GPT2 = GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64, **SPECIAL)
 LLAMA = LlamaConfig(
@@ -290,8 +292,8 @@ def test_the_context_ends_before_generate():
 
 
 @fault(
-    Guard(STEERING, "nn.functional.pad(self.causes, (start, 0))[:", "self.causes[:"),
-    Guard(STEERING, "self.causes = nn.functional.pad(self.causes, (start, 0))", "pass"),
+    Guard(STEERING, "_fit(self.causes, start, ranges)", "_fit(self.causes, 0, ranges)"),
+    Guard(STEERING, "_fit(self.causes, self.start, ranges)", "_fit(self.causes, 0, ranges)"),
     Guard(STEERING, "if start is None or past <= start:", "if start is None:"),
     cause="keys precede the input: the cache has been filled before",
     place="calls of the model, and generate, with the whole conversation or the new tokens alone",
@@ -342,8 +344,39 @@ def test_keys_before_the_input():
 
 
 @fault(
-    Guard(STEERING, "found := set(self.keys.values())) != {self.expected}", "found := self.keys.values()) is None"),
-    Guard(STEERING, "if not isinstance(cache, Cache):", "if False:"),
+    Guard(STEERING, "        causes, start = causes[:, first - start :], first\n", "        start = first\n"),
+    Guard(ATTENTION, "cause_probs[:, first : first + keys]", "cause_probs[:, :keys]"),
+    cause="a sliding window: the cache drops the oldest keys of all layers, or of some",
+    place="generate beyond the window",
+    promise="causes stay with their keys: the answer of a cache that keeps all keys, which the mask then hides",
+)
+@pytest.mark.parametrize(
+    "kinds", [["sliding_attention"] * 2, ["sliding_attention", "full_attention"]], ids=["all", "some"]
+)
+def test_keys_that_a_sliding_window_drops(kinds):
+    config = Qwen2Config(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=12,
+        use_sliding_window=True,
+        layer_types=kinds,
+        **SPECIAL,
+    )
+    model = make(config)
+    ids, causes = prompts()
+    with empcause.steer(model, causes):
+        expected = model.generate(ids, **NEW | {"max_new_tokens": 20}, **{CACHE: DynamicCache()})
+        for options in ({}, {"cache_implementation": "static"}):
+            assert torch.equal(model.generate(ids, **NEW | {"max_new_tokens": 20}, **options), expected)
+
+
+@fault(
+    Guard(ATTENTION, "    if keys not in witness.ranges:", "    if False:"),
+    Guard(STEERING, "if cache is not None and not isinstance(cache, Cache):", "if False:"),
     cause="keys precede the input in a way of the model's own, or in a cache that does not tell their number",
     place="a call of the model",
     promise="the call is refused",
@@ -422,7 +455,7 @@ def test_repeated_prompts():
 
 
 @fault(
-    Guard(STEERING, "steering.keywords(self.causes[:, : past + length])", "steering.keywords(self.causes)"),
+    Guard(STEERING, "        if ranges != self.ranges:\n", "        if self.ranges is None:\n"),
     Guard(STEERING, "                self.read += length", "                self.read = self.tokens"),
     cause="prefill_chunk_size: the prompt is read in several calls",
     place="generate",
@@ -481,13 +514,13 @@ def test_drafts():
 @fault(
     Guard(
         STEERING,
-        "self.causes = self.causes.to(tokens.device)\n        keywords",
-        "self.causes = self.causes.to(self.model.device)\n        keywords",
+        "self.causes = self.causes.to(tokens.device)\n        ranges",
+        "self.causes = self.causes.to(self.model.device)\n        ranges",
     ),
     Guard(
         STEERING,
-        "self.causes = self.causes.to(tokens.device)\n        if self.read",
-        "self.causes = self.causes.to(steering.model.device)\n        if self.read",
+        "self.causes = self.causes.to(tokens.device)\n        cache",
+        "self.causes = self.causes.to(steering.model.device)\n        cache",
     ),
     Guard(STEERING, "                        setattr(module, name, method.own)\n", "                        pass\n"),
     Guard(STEERING, "if not self.holders:", "if False:"),
@@ -616,7 +649,7 @@ def test_causes_of_other_kinds():
 
 
 @fault(
-    Guard(STEERING, "if len(self.keys) != self.layers:", "if False:"),
+    Guard(STEERING, "if len(self.layers) != self.number:", "if False:"),
     Guard(STEERING, "        self.check()\n        steering = self.steering", "        steering = self.steering"),
     Guard(STEERING, "        generation.check()\n", ""),
     Guard(STEERING, "        if generation.witness is None:\n", "        if False:\n"),

@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import empcause
 from empcause import biased_attention, biased_attention_varlen
 from empcause.data.collation import PackedSizes
 from empcause.generator import EmpatheticGPT2Config, EmpatheticGPT2LMHeadModel
-from empcause.integration.steering import _Steering
+from empcause.integration.steering import _GENERATION, _STEERINGS, _Generation, _Steering
 from empcause.ops import backends, choice
 from empcause.ops.backends import find
 from empcause.ops.choice import choose_backend
@@ -285,3 +285,49 @@ def test_transformers_decoding_step(fake_cuda, make_model):
         second = model(prompt[:, :1], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
     assert second.logits.shape == (2, 1, 50)
     assert second.logits.device.type == "cuda"
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Records the operators that take and return tensors on more than one device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_steps_of_generate_wait_for_nothing(fake_cuda, make_model):
+    """A decoding step of `generate` inside `steer` with a static cache reads no value and copies nothing between devices.
+
+    `generate` itself cannot run on fake tensors, because it reads values to know when to stop: the steps are made here as it
+    makes them.
+    """
+    model = make_model().eval()
+    options = {"cache": StaticCache(config=model.config, max_cache_len=16), "use_cache": True}
+    prompt = torch.zeros(2, 5, dtype=torch.int64)
+    causes = []
+    with torch.no_grad(), empcause.steer(model, torch.rand(2, 5)):
+        (steering,) = _STEERINGS.get()
+        steering.called = True
+        generation = _GENERATION.set(_Generation(steering))
+        model._expand_inputs_for_generation(expand_size=1, input_ids=prompt)
+        model(**model.prepare_inputs_for_generation(prompt, attention_mask=torch.ones_like(prompt), **options))
+        with CopiesBetweenDevices() as copies:
+            for length in (6, 7, 8):
+                tokens = torch.zeros(2, length, dtype=torch.int64)
+                inputs = model.prepare_inputs_for_generation(
+                    tokens, next_sequence_length=1, attention_mask=torch.ones_like(tokens), **options
+                )
+                assert model(**inputs).logits.shape == (2, 1, 50)
+                causes.append(inputs["cause_probs"])
+        _GENERATION.reset(generation)
+    assert copies.found == []
+    assert causes[0].shape == (2, 16)
+    assert causes[0] is causes[1] is causes[2], "the causes are made once for all steps"
