@@ -48,7 +48,7 @@ ENDLESS = ("reduce_lr_on_plateau", "constant", "constant_with_warmup", "inverse_
 
 # These work as transformers documents them, or do not affect what is trained.
 WORKING = frozenset(
-    "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim average_tokens_across_devices bf16 fp16 tf32 "
+    "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim bf16 fp16 tf32 "
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode use_cache "
     "logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level "
@@ -78,6 +78,7 @@ REFUSED = {
     "do_predict": "this command trains; `empcause evaluate` measures a finished model",
     "fp16_full_eval": _PRECISION,
     "bf16_full_eval": _PRECISION,
+    "average_tokens_across_devices": "all tokens of a step count alike, on whichever device they are",
     "auto_find_batch_size": "a run must be repeatable; give a smaller per_device_train_batch_size",
     "train_sampling_strategy": _GROUPING,
     "length_column_name": _GROUPING,
