@@ -77,8 +77,8 @@ def extract(
         max_length: greatest number of tokens per text. Words beyond have probability 0, and a warning says in how many texts
             there are some. Default is the number that the encoder can read.
         progress: show a progress bar.
-        share: `(k, n)`: read every n-th batch, from the k-th on. Together n processes that are given the same texts read each text
-            once, in the batches in which one process would read it, so that its probabilities are the same.
+        share: `(k, n)`: read every n-th batch, from the k-th on. Together n processes that are given the same texts read each
+            text once, in the batch in which one process would read it, so that its probabilities are the same.
 
     Returns:
         What was found in the texts, in their order; with `n > 1` only in those of the share.

@@ -97,7 +97,7 @@ class CauseExtractor(PreTrainedModel):
             emotion_labels: `[B]` int64 emotion ids, or -100 for texts that do not count.
             cause_labels: `[B, S]` int64: 0, 1, or -100 for tokens without a label (default: all of them).
             automatic: `[B]` bool, texts whose cause labels are made here from the attention (Algorithm 1).
-            counts: `[3]`, numbers by which the summed losses are divided, as for `extractor_losses`; default is those of the batch.
+            counts: `[3]`, numbers by which the summed losses are divided (see `extractor_losses`); default is those of the batch.
 
         Raises:
             ValueError: `special_tokens_mask` or `word_ids` are missing and needed.

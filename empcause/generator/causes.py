@@ -66,7 +66,8 @@ class CauseCache:
             part = missing[start : start + SAVED_AT_A_TIME]
             shown = progress and state.is_local_main_process
             mine = extract(self.model, self.tokenizer, part, progress=shown, share=share)
-            self._known |= dict(gather_object([(self._key(found.text), found.causes) for found in mine]))
+            together = dict(gather_object([(found.text, found.causes) for found in mine]))
+            self._known |= {self._key(text): together[text] for text in part}
             if not state.is_local_main_process:
                 continue
             try:

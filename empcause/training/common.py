@@ -279,8 +279,6 @@ class StageTrainer(CheckpointedTrainer):
         except (ValueError, ImportError) as error:
             raise UserError(_one_line(error)) from error
         args = self.args
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(f"FSDP and DeepSpeed cannot be used here: {REFUSED['fsdp']}.")
         self.batches = self.make_batches(
             [len(item["input_ids"]) for item in self.train_dataset],
             args.seed if args.data_seed is None else args.data_seed,
@@ -483,8 +481,10 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
     Raises:
         OSError, SafetensorError: the disk is full or fails.
     """
+    # All processes gather the weights of a sharded model; one of them writes.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        save_finished(trainer, metrics, card)
+        save_finished(trainer, metrics, card, weights)
     return metrics
 
 

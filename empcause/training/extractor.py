@@ -371,7 +371,7 @@ def measure_causes(
 class ExtractorTrainer(StageTrainer):
     """Trains without automatic labels in the first epochs if so told, logs the three losses, and evaluates by ranking words.
 
-    The losses of an optimiser step are those of one batch with all its texts, however these are divided over batches and processes.
+    The losses of an optimiser step are those of one batch with all its texts, however many batches and processes share these.
     """
 
     loss_is_scaled_for_ga = True

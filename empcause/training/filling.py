@@ -12,8 +12,8 @@ from empcause.data.sequences import IGNORED
 class FilledBatches(Sampler[list[int]]):
     """Yields a sampler's batches, and then the first ones again without labels until each process has the same number.
 
-    Processes take the batches in turn. Without these, accelerate repeats the first batches with their labels, which would then count
-    twice. An index is written as its bitwise complement where the labels are to be left out; `FilledDataset` reads it.
+    Processes take the batches in turn. Without these, accelerate would repeat the first batches with their labels, which would
+    count twice. An index is written as its bitwise complement where the labels are to be left out; `FilledDataset` reads it.
 
     Args:
         batches: the sampler.
@@ -34,12 +34,11 @@ class FilledBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         first: list[list[int]] = []
-        number = 0
-        for number, batch in enumerate(self.batches, 1):
+        for batch in self.batches:
             if len(first) < self.processes:
                 first.append(batch)
             yield batch
-        for place in range(-number % self.processes):
+        for place in range(len(self) - len(self.batches)):  # type: ignore[arg-type]
             yield [~index for index in first[place % len(first)]]
 
 
@@ -61,5 +60,5 @@ class FilledDataset(Dataset[Mapping[str, Any]]):
             return self.items[index]
         item = self.items[~index]
         names = [name for name in ("labels", "emotion_labels", "cause_labels") if name in item]
-        without = {name: np.full_like(item[name], IGNORED) for name in names}
+        without = {name: np.full_like(item[name], IGNORED)[()] for name in names}
         return {**item, **without, **({"automatic": False} if "automatic" in item else {})}

@@ -379,7 +379,9 @@ class CheckpointedTrainer(Trainer):
         super()._load_best_model()
 
 
-def save_finished(trainer: "StageTrainer", metrics: Mapping[str, float], card: str) -> None:
+def save_finished(
+    trainer: "StageTrainer", metrics: Mapping[str, float], card: str, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the finished model, its tokenizer, training history, `metrics.json` and model card to the output folder.
 
     They are written to a folder inside it first, so that an earlier model stays until the new one is whole.
@@ -388,6 +390,7 @@ def save_finished(trainer: "StageTrainer", metrics: Mapping[str, float], card: s
         trainer: the trainer after `train`, with the best model.
         metrics: figures of the final evaluation.
         card: text of the model card, in Markdown.
+        weights: the model's weights where each process has a part of them; default is those that the model holds.
 
     Raises:
         OSError, SafetensorError: the disk is full or fails.
@@ -397,7 +400,7 @@ def save_finished(trainer: "StageTrainer", metrics: Mapping[str, float], card: s
     claim(folder, STAGING)
     staging.mkdir(exist_ok=True)
     remove_made(staging)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging)
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=weights)
     trainer.processing_class.save_pretrained(staging)
     trainer.state.save_to_json(str(staging / STATE))
     (staging / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

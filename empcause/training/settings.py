@@ -56,7 +56,7 @@ WORKING = frozenset(
     "eval_strategy eval_on_start save_only_model save_strategy save_on_each_node load_best_model_at_end "
     "metric_for_best_model greater_is_better full_determinism use_cpu dataloader_drop_last dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_find_unused_parameters ddp_broadcast_buffers "
-    "ddp_backend debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank".split()
+    "ddp_backend fsdp fsdp_config debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank".split()
 )
 
 _FIGURES = "the stages evaluate by figures of their own over the whole validation set"
@@ -92,8 +92,6 @@ REFUSED = {
     "use_liger_kernel": _KERNELS,
     "liger_kernel_config": _KERNELS,
     "ddp_static_graph": "batches with and without cause labels have different graphs",
-    "fsdp": _SHARDING,
-    "fsdp_config": _SHARDING,
     "deepspeed": _SHARDING,
     "parallelism_config": _SHARDING,
     "enable_jit_checkpoint": "a run that is interrupted saves a checkpoint without it",
