@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerState,
@@ -33,7 +34,15 @@ from empcause.ranges import NOT_NEGATIVE, Range, check_values
 from empcause.training.filling import FilledBatches, FilledDataset
 from empcause.training.fingerprint import check_same, fingerprint
 from empcause.training.folder import CheckpointedTrainer, save_finished
-from empcause.training.settings import OPTIMIZERS, RANGES, REFUSED, WITHOUT_OPTIONS, WITHOUT_WARMUP, WORKING
+from empcause.training.settings import (
+    FSDP_CONFIG,
+    OPTIMIZERS,
+    RANGES,
+    REFUSED,
+    WITHOUT_OPTIONS,
+    WITHOUT_WARMUP,
+    WORKING,
+)
 
 # Files in a tokenizer's folder that tell the class of the tokenizer.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -131,6 +140,7 @@ class StageTrainingArguments(TrainingArguments):
             raise UserError(_one_line(error)) from error
         self._check_schedule()
         self._check_strategies()
+        self._check_sharding()
 
     def _check_settings(self) -> None:
         """Refuse values out of range, options that would be ignored or have another effect, and unknown figures."""
@@ -198,6 +208,18 @@ class StageTrainingArguments(TrainingArguments):
             raise UserError(
                 f"There are {self.n_gpu} GPUs; start the command with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
             )
+
+    def _check_sharding(self) -> None:
+        """Refuse settings of FSDP that would have no effect, or that change results or checkpoints."""
+        if not self.fsdp and self.fsdp_config:
+            raise UserError("fsdp_config has no effect without fsdp; give --fsdp too.")
+        for name, value in (self.fsdp_config or {}).items():
+            if name not in FSDP_CONFIG:
+                raise UserError(
+                    f"fsdp_config: {name} cannot be used here; those that work are {', '.join(FSDP_CONFIG)}."
+                )
+            if (allowed := FSDP_CONFIG[name]) is not None and value not in allowed:
+                raise UserError(f"fsdp_config: {name} is {value!r}; expected {allowed[0]!r}, as by default.")
 
 
 def _check_local(name: str, value: str | None) -> None:
@@ -274,11 +296,17 @@ class StageTrainer(CheckpointedTrainer):
     def __init__(
         self, *, made_from: Mapping[str, str | None], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> None:
+        args, model = kwargs["args"], kwargs["model"]
+        if args.fsdp and "transformer_cls_names_to_wrap" not in args.fsdp_plugin_args:
+            args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(_layer_classes(model)) or None
         try:
             super().__init__(**kwargs)
         except (ValueError, ImportError) as error:
             raise UserError(_one_line(error)) from error
-        args = self.args
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not args.fsdp):
+            raise UserError(f"The settings of `accelerate launch` cannot be used here: {REFUSED['deepspeed']}.")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise UserError("fsdp cannot be used on a CPU, where accelerate would train without it; leave it out.")
         self.batches = self.make_batches(
             [len(item["input_ids"]) for item in self.train_dataset],
             args.seed if args.data_seed is None else args.data_seed,
@@ -417,6 +445,16 @@ class StageTrainer(CheckpointedTrainer):
             generator=torch.Generator(),  # the workers' seeds are not drawn from the numbers that dropout uses
         )
         return self.accelerator.prepare(loader)
+
+
+def _layer_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the classes whose modules FSDP shards each by itself.
+
+    These are transformers' `_no_split_modules` but for those around the input embeddings, which accelerate shards by themselves.
+    """
+    embeddings = model.get_input_embeddings()
+    around = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
+    return sorted(set(model._no_split_modules or ()) - around)
 
 
 class Losses:

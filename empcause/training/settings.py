@@ -46,6 +46,20 @@ WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 # Schedules that do not depend on the number of steps, so that a run may be made longer.
 ENDLESS = ("reduce_lr_on_plateau", "constant", "constant_with_warmup", "inverse_sqrt")
 
+# Settings of FSDP2 that work, with the values that they may have; None allows every value that transformers takes. Among those
+# that are left out, FSDP's own activation checkpointing drops out other elements when it computes again, and sharded checkpoints
+# hold pickles.
+FSDP_CONFIG = {
+    "version": (2,),
+    "reshard_after_forward": None,
+    "transformer_layer_cls_to_wrap": None,
+    "state_dict_type": ("FULL_STATE_DICT",),
+    "min_num_params": (0,),
+    "xla": (False,),
+    "xla_fsdp_v2": (False,),
+    "xla_fsdp_grad_ckpt": (False,),
+}
+
 # These work as transformers documents them, or do not affect what is trained.
 WORKING = frozenset(
     "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim bf16 fp16 tf32 "
@@ -61,7 +75,7 @@ WORKING = frozenset(
 
 _FIGURES = "the stages evaluate by figures of their own over the whole validation set"
 _PUBLISHING = "training publishes nothing; upload the finished folder with `hf upload`"
-_SHARDING = "sharded models are not tested; on several GPUs start the command with torchrun"
+_SHARDING = "a model is sharded by FSDP2 alone; start the command with torchrun and give --fsdp"
 _PRECISION = "evaluation has the precision of the training; give bf16 or fp16"
 _GROUPING = "batches always hold texts of similar length"
 _KERNELS = "Liger's kernels do not know these models"

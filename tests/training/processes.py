@@ -6,17 +6,18 @@ Each process writes to `texts-RANK.json` how many texts it extracted causes from
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from empcause.extractor import extract
+from empcause.extractor import CauseExtractorConfig, extract
 from empcause.generator import causes
-from empcause.training.extractor import ExtractorTrainingArguments, train_extractor
+from empcause.training import extractor
 from empcause.training.generator import GeneratorTrainingArguments, train_generator
 
 STAGES = {
-    "extractor": (ExtractorTrainingArguments, train_extractor),
+    "extractor": (extractor.ExtractorTrainingArguments, extractor.train_extractor),
     "generator": (GeneratorTrainingArguments, train_generator),
 }
 
@@ -33,9 +34,10 @@ def counted(numbers):
 
 
 def train(stage, options):
-    """Train a stage on the embedded sample with one thread, so that sums are rounded alike however often it is started."""
+    """Train a stage on the embedded sample; with one thread, so that sums are rounded alike, and no dropout in the heads."""
     arguments, function = STAGES[stage]
     torch.set_num_threads(1)
+    extractor.CauseExtractorConfig = partial(CauseExtractorConfig, head_dropout=0.0)
     return function(arguments(data="sample", use_cpu=True, disable_tqdm=True, seed=1, **options))
 
 
