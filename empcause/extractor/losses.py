@@ -96,8 +96,8 @@ def extractor_losses(
         )
         / texts
     }
-    labelled = (cause_labels != IGNORED).any(-1)
-    if labelled.any():
+    if tokens > 0:  # the same on all processes of a step, which must compute gradients of the same weights
+        labelled = (cause_labels != IGNORED).any(-1)
         logits = cause_logits.float()
         losses["cause_loss"] = cause_loss(logits, cause_labels, config.cause_reduction, tokens)
         cause_probs = logits.softmax(-1)[..., 1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -213,6 +214,8 @@ class StageTrainingArguments(TrainingArguments):
         """Refuse settings of FSDP that would have no effect, or that change results or checkpoints."""
         if not self.fsdp and self.fsdp_config:
             raise UserError("fsdp_config has no effect without fsdp; give --fsdp too.")
+        if self.fsdp and (self.fp16 or self.torch_compile):
+            raise UserError("fp16 and torch_compile cannot be used with fsdp here; bf16 can.")
         for name, value in (self.fsdp_config or {}).items():
             if name not in FSDP_CONFIG:
                 raise UserError(
@@ -297,8 +300,12 @@ class StageTrainer(CheckpointedTrainer):
         self, *, made_from: Mapping[str, str | None], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> None:
         args, model = kwargs["args"], kwargs["model"]
-        if args.fsdp and "transformer_cls_names_to_wrap" not in args.fsdp_plugin_args:
-            args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(_layer_classes(model)) or None
+        if args.fsdp:
+            # bf16 is autocast's, as without FSDP, which would round losses and causes to it.
+            defaults = {"mixed_precision_policy": MixedPrecisionPolicy()}
+            if classes := _layer_classes(model):
+                defaults["transformer_cls_names_to_wrap"] = ",".join(classes)
+            args.fsdp_plugin_args = defaults | args.fsdp_plugin_args
         try:
             super().__init__(**kwargs)
         except (ValueError, ImportError) as error:
@@ -404,7 +411,8 @@ class StageTrainer(CheckpointedTrainer):
             UserError: a weight or a figure is not finite.
         """
         self._require_finite_parameters()
-        metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
+        with self.accelerator.autocast():  # FSDP's models, unlike others, do not enter it themselves
+            metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
         if not all(map(math.isfinite, metrics.values())):
             raise self._diverged("a figure of the evaluation", self.state.global_step)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

@@ -50,6 +50,8 @@ STATE = "trainer_state.json"
 STAGING = ".saving"
 SHARED = "give a folder on a file system that they share"
 RESUME = "`empcause train` with --resume_from_checkpoint true"
+# Files of a checkpoint that torch.load reads; the last two are those of FSDP.
+_READ = re.compile(r".*\.(pt|pth)|optimizer\.bin|pytorch_model_fsdp\.bin")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Names of everything that a training writes into its folder.
 _WRITTEN = re.compile(
@@ -190,7 +192,7 @@ def check_checkpoint(folder: Path, with_best: bool) -> None:
     weight_files(folder)
     if not (folder / "scheduler.pt").exists():
         raise UserError(f"{folder} has weights alone (save_only_model); a training cannot go on from it.")
-    for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+    for file in sorted(path for path in folder.iterdir() if _READ.fullmatch(path.name)):
         try:
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True, mmap=True)
