@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
 from empcause.extractor import load_extractor
 from empcause.generator import causes, load_generator
+from empcause.training import folder
 from empcause.training.filling import FilledBatches, FilledDataset
-from empcause.training.folder import check_checkpoint
 from training.processes import STAGES, counted, train
 
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -42,8 +43,8 @@ def one_thread():
 def silent(tiny_encoder_dir, tiny_gpt2_dir, tmp_path_factory):
     """Folders of the tiny encoder and the tiny GPT-2 without dropout, by stage."""
     folders = {}
-    for stage, folder in (("extractor", tiny_encoder_dir), ("generator", tiny_gpt2_dir)):
-        folders[stage] = shutil.copytree(folder, tmp_path_factory.mktemp("silent") / stage)
+    for stage, source in (("extractor", tiny_encoder_dir), ("generator", tiny_gpt2_dir)):
+        folders[stage] = shutil.copytree(source, tmp_path_factory.mktemp("silent") / stage)
         config = json.loads((folders[stage] / "config.json").read_text())
         (folders[stage] / "config.json").write_text(json.dumps(config | dict.fromkeys(DROPOUTS, 0.0)))
     return folders
@@ -53,8 +54,8 @@ def silent(tiny_encoder_dir, tiny_gpt2_dir, tmp_path_factory):
 def job(silent, small_extractor):
     """Makes a job of `processes.py`: a stage and its options."""
 
-    def make(stage, folder, **options):
-        given = UNWATCHED | {"model_name_or_path": str(silent[stage]), "output_dir": str(folder)}
+    def make(stage, output_dir, **options):
+        given = UNWATCHED | {"model_name_or_path": str(silent[stage]), "output_dir": str(output_dir)}
         if stage == "generator":
             # 20 dialogues are 5 batches, which two processes cannot share evenly.
             given |= {"extractor": str(small_extractor), "max_train_samples": 20, "max_eval_samples": 6}
@@ -64,25 +65,24 @@ def job(silent, small_extractor):
     return make
 
 
-def run(folder, jobs, processes=2):
-    """Do jobs by several processes, one after another, and return what they said."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def run(place, jobs):
+    """Do jobs in a folder by two processes, one after another."""
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "EMPCAUSE_CACHE_DIR": str(folder / "cache")},
+        [*launcher, str(SCRIPT), str(place)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "EMPCAUSE_CACHE_DIR": str(place / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    return done.stdout
 
 
-def losses(folder):
+def losses(trained):
     """All losses that a training logged, and their parts."""
-    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     return [
         {name: value for name, value in entry.items() if name.endswith("loss")} for entry in history if "loss" in entry
     ]
@@ -191,7 +191,25 @@ def test_sharded_models(tmp_path, job):
     with (tmp_path / "sharded" / "checkpoint-2" / "optimizer.bin").open("r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match=r"optimizer\.bin is not as it was saved"):
-        check_checkpoint(tmp_path / "sharded" / "checkpoint-2", with_best=False)
+        folder.check_checkpoint(tmp_path / "sharded" / "checkpoint-2", with_best=False)
+
+
+class TestSeparateDisks:
+    """Nodes that do not share output_dir are noticed, and never train from different checkpoints."""
+
+    def test_processes_that_find_different_checkpoints(self, job, tmp_path, monkeypatch):
+        stage, given = job("generator", tmp_path, resume_from_checkpoint="true")
+        monkeypatch.setattr(folder, "gather_object", lambda found: [*found, "checkpoint-2"])
+        with pytest.raises(UserError, match="find different checkpoints to go on from; give a folder on a file system"):
+            folder.find_checkpoint(STAGES[stage][0](**given))
+
+    def test_random_states_on_another_disk(self, tmp_path):
+        (tmp_path / "rng_state_0.pth").touch()
+        trainer = SimpleNamespace(args=SimpleNamespace(world_size=2, save_only_model=False, output_dir="runs/x"))
+        with pytest.raises(UserError, match="runs/x is not the same folder on all nodes; give a folder"):
+            folder.CheckpointedTrainer._check_shared(trainer, tmp_path)
+        (tmp_path / "rng_state_1.pth").touch()
+        folder.CheckpointedTrainer._check_shared(trainer, tmp_path)
 
 
 class TestShardingOptions:
