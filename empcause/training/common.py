@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerState,
@@ -35,15 +33,7 @@ from empcause.ranges import NOT_NEGATIVE, Range, check_values
 from empcause.training.filling import FilledBatches, FilledDataset
 from empcause.training.fingerprint import check_same, fingerprint
 from empcause.training.folder import CheckpointedTrainer, save_finished
-from empcause.training.settings import (
-    FSDP_CONFIG,
-    OPTIMIZERS,
-    RANGES,
-    REFUSED,
-    WITHOUT_OPTIONS,
-    WITHOUT_WARMUP,
-    WORKING,
-)
+from empcause.training.settings import OPTIMIZERS, RANGES, REFUSED, WITHOUT_OPTIONS, WITHOUT_WARMUP, WORKING
 
 # Files in a tokenizer's folder that tell the class of the tokenizer.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -141,7 +131,6 @@ class StageTrainingArguments(TrainingArguments):
             raise UserError(_one_line(error)) from error
         self._check_schedule()
         self._check_strategies()
-        self._check_sharding()
 
     def _check_settings(self) -> None:
         """Refuse values out of range, options that would be ignored or have another effect, and unknown figures."""
@@ -209,20 +198,6 @@ class StageTrainingArguments(TrainingArguments):
             raise UserError(
                 f"There are {self.n_gpu} GPUs; start the command with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
             )
-
-    def _check_sharding(self) -> None:
-        """Refuse settings of FSDP that would have no effect, or that change results or checkpoints."""
-        if not self.fsdp and self.fsdp_config:
-            raise UserError("fsdp_config has no effect without fsdp; give --fsdp too.")
-        if self.fsdp and (self.fp16 or self.torch_compile):
-            raise UserError("fp16 and torch_compile cannot be used with fsdp here; bf16 can.")
-        for name, value in (self.fsdp_config or {}).items():
-            if name not in FSDP_CONFIG:
-                raise UserError(
-                    f"fsdp_config: {name} cannot be used here; those that work are {', '.join(FSDP_CONFIG)}."
-                )
-            if (allowed := FSDP_CONFIG[name]) is not None and value not in allowed:
-                raise UserError(f"fsdp_config: {name} is {value!r}; expected {allowed[0]!r}, as by default.")
 
 
 def _check_local(name: str, value: str | None) -> None:
@@ -299,21 +274,13 @@ class StageTrainer(CheckpointedTrainer):
     def __init__(
         self, *, made_from: Mapping[str, str | None], phases: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> None:
-        args, model = kwargs["args"], kwargs["model"]
-        if args.fsdp:
-            # bf16 is autocast's, as without FSDP, which would round losses and causes to it.
-            defaults = {"mixed_precision_policy": MixedPrecisionPolicy()}
-            if classes := _layer_classes(model):
-                defaults["transformer_cls_names_to_wrap"] = ",".join(classes)
-            args.fsdp_plugin_args = defaults | args.fsdp_plugin_args
         try:
             super().__init__(**kwargs)
         except (ValueError, ImportError) as error:
             raise UserError(_one_line(error)) from error
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not args.fsdp):
-            raise UserError(f"The settings of `accelerate launch` cannot be used here: {REFUSED['deepspeed']}.")
-        if args.fsdp and not self.is_fsdp_enabled:
-            raise UserError("fsdp cannot be used on a CPU, where accelerate would train without it; leave it out.")
+        args = self.args
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(f"FSDP and DeepSpeed cannot be used here: {REFUSED['fsdp']}.")
         self.batches = self.make_batches(
             [len(item["input_ids"]) for item in self.train_dataset],
             args.seed if args.data_seed is None else args.data_seed,
@@ -411,8 +378,7 @@ class StageTrainer(CheckpointedTrainer):
             UserError: a weight or a figure is not finite.
         """
         self._require_finite_parameters()
-        with self.accelerator.autocast():  # FSDP's models, unlike others, do not enter it themselves
-            metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
+        metrics = self.measure(self.accelerator.unwrap_model(self.model), eval_dataset or self.eval_dataset)
         if not all(map(math.isfinite, metrics.values())):
             raise self._diverged("a figure of the evaluation", self.state.global_step)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -453,16 +419,6 @@ class StageTrainer(CheckpointedTrainer):
             generator=torch.Generator(),  # the workers' seeds are not drawn from the numbers that dropout uses
         )
         return self.accelerator.prepare(loader)
-
-
-def _layer_classes(model: PreTrainedModel) -> list[str]:
-    """Names of the classes whose modules FSDP shards each by itself.
-
-    These are transformers' `_no_split_modules` but for those around the input embeddings, which accelerate shards by themselves.
-    """
-    embeddings = model.get_input_embeddings()
-    around = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
-    return sorted(set(model._no_split_modules or ()) - around)
 
 
 class Losses:
@@ -527,10 +483,8 @@ def finish(trainer: StageTrainer, metrics: dict[str, float], card: str) -> dict[
     Raises:
         OSError, SafetensorError: the disk is full or fails.
     """
-    # All processes gather the weights of a sharded model; one of them writes.
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        save_finished(trainer, metrics, card, weights)
+        save_finished(trainer, metrics, card)
     return metrics
 
 

@@ -203,8 +203,7 @@ def train_extractor(args: ExtractorTrainingArguments) -> dict[str, float]:
         },
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    with trainer.accelerator.autocast():
-        metrics = measure_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
+    metrics = measure_causes(model, tokenizer, validation, args.per_device_eval_batch_size)
     assert corpus.annotations is not None, "split_annotations refuses data without annotations"
     abilities = _abilities(args, corpus.annotations.title)
     trained_on = f"{len(labelled):,} annotated and {len(dialogues):,} other situations, validated on "

@@ -50,8 +50,6 @@ STATE = "trainer_state.json"
 STAGING = ".saving"
 SHARED = "give a folder on a file system that they share"
 RESUME = "`empcause train` with --resume_from_checkpoint true"
-# Files of a checkpoint that torch.load reads; the last two are those of FSDP.
-_READ = re.compile(r".*\.(pt|pth)|optimizer\.bin|pytorch_model_fsdp\.bin")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Names of everything that a training writes into its folder.
 _WRITTEN = re.compile(
@@ -192,7 +190,7 @@ def check_checkpoint(folder: Path, with_best: bool) -> None:
     weight_files(folder)
     if not (folder / "scheduler.pt").exists():
         raise UserError(f"{folder} has weights alone (save_only_model); a training cannot go on from it.")
-    for file in sorted(path for path in folder.iterdir() if _READ.fullmatch(path.name)):
+    for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
         try:
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -381,9 +379,7 @@ class CheckpointedTrainer(Trainer):
         super()._load_best_model()
 
 
-def save_finished(
-    trainer: "StageTrainer", metrics: Mapping[str, float], card: str, weights: dict[str, torch.Tensor] | None = None
-) -> None:
+def save_finished(trainer: "StageTrainer", metrics: Mapping[str, float], card: str) -> None:
     """Write the finished model, its tokenizer, training history, `metrics.json` and model card to the output folder.
 
     They are written to a folder inside it first, so that an earlier model stays until the new one is whole.
@@ -392,7 +388,6 @@ def save_finished(
         trainer: the trainer after `train`, with the best model.
         metrics: figures of the final evaluation.
         card: text of the model card, in Markdown.
-        weights: the model's weights where each process has a part of them; default is those that the model holds.
 
     Raises:
         OSError, SafetensorError: the disk is full or fails.
@@ -402,7 +397,7 @@ def save_finished(
     claim(folder, STAGING)
     staging.mkdir(exist_ok=True)
     remove_made(staging)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state_dict=weights)
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging)
     trainer.processing_class.save_pretrained(staging)
     trainer.state.save_to_json(str(staging / STATE))
     (staging / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -110,8 +110,7 @@ class GeneratorTrainingArguments(StageTrainingArguments):
         metadata={"help": "train in bf16 (weights stay fp32); default: on a GPU that has it"},
     )
     torch_compile: bool | None = field(
-        default=None,
-        metadata={"help": "compile the model by torch.compile; default: on a GPU, with padding_free and without fsdp"},
+        default=None, metadata={"help": "compile the model by torch.compile; default: on a GPU, with padding_free"}
     )
 
     def __post_init__(self) -> None:
@@ -121,7 +120,7 @@ class GeneratorTrainingArguments(StageTrainingArguments):
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.torch_compile is None:
-            self.torch_compile = on_gpu and self.padding_free and not self.fsdp
+            self.torch_compile = on_gpu and self.padding_free
         super().__post_init__()
         if self.gamma > 0 and not self.extractor:
             raise UserError("a bias (gamma > 0) needs an extractor.")
@@ -220,8 +219,7 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
         made_from=made_from,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    with trainer.accelerator.autocast():
-        metrics = measure_perplexity(model, tokenizer, validation, args.per_device_eval_batch_size)
+    metrics = measure_perplexity(model, tokenizer, validation, args.per_device_eval_batch_size)
     bias = "its attention is not biased (gamma 0)"
     if args.gamma > 0:
         assert args.extractor is not None

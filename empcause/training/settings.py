@@ -46,20 +46,6 @@ WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 # Schedules that do not depend on the number of steps, so that a run may be made longer.
 ENDLESS = ("reduce_lr_on_plateau", "constant", "constant_with_warmup", "inverse_sqrt")
 
-# Settings of FSDP2 that work, with the values that they may have; None allows every value that transformers takes. Among those
-# that are left out, FSDP's own activation checkpointing drops out other elements when it computes again, and sharded checkpoints
-# hold pickles.
-FSDP_CONFIG = {
-    "version": (2,),
-    "reshard_after_forward": None,
-    "transformer_layer_cls_to_wrap": None,
-    "state_dict_type": ("FULL_STATE_DICT",),
-    "min_num_params": (0,),
-    "xla": (False,),
-    "xla_fsdp_v2": (False,),
-    "xla_fsdp_grad_ckpt": (False,),
-}
-
 # These work as transformers documents them, or do not affect what is trained.
 WORKING = frozenset(
     "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim bf16 fp16 tf32 "
@@ -70,12 +56,15 @@ WORKING = frozenset(
     "eval_strategy eval_on_start save_only_model save_strategy save_on_each_node load_best_model_at_end "
     "metric_for_best_model greater_is_better full_determinism use_cpu dataloader_drop_last dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_multiprocessing_context ddp_find_unused_parameters ddp_broadcast_buffers "
-    "ddp_backend fsdp fsdp_config debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank".split()
+    "ddp_backend debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank".split()
 )
 
 _FIGURES = "the stages evaluate by figures of their own over the whole validation set"
 _PUBLISHING = "training publishes nothing; upload the finished folder with `hf upload`"
-_SHARDING = "a model is sharded by FSDP2 alone; start the command with torchrun and give --fsdp"
+_SHARDING = (
+    "sharded training is not tested, because accelerate does not shard models (FSDP2) on a CPU; on several GPUs start the command "
+    "with torchrun, which gives each GPU a whole model"
+)
 _PRECISION = "evaluation has the precision of the training; give bf16 or fp16"
 _GROUPING = "batches always hold texts of similar length"
 _KERNELS = "Liger's kernels do not know these models"
@@ -106,6 +95,8 @@ REFUSED = {
     "use_liger_kernel": _KERNELS,
     "liger_kernel_config": _KERNELS,
     "ddp_static_graph": "batches with and without cause labels have different graphs",
+    "fsdp": _SHARDING,
+    "fsdp_config": _SHARDING,
     "deepspeed": _SHARDING,
     "parallelism_config": _SHARDING,
     "enable_jit_checkpoint": "a run that is interrupted saves a checkpoint without it",

@@ -8,11 +8,8 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 
 from empcause.extractor import CauseExtractorConfig, extract
 from empcause.generator import causes
@@ -36,19 +33,6 @@ def counted(numbers):
     return run
 
 
-def shard_on_cpu():
-    """Let accelerate shard a model on the CPU as it does on GPUs, which it does not by itself."""
-    original = AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **options):
-        # One of the types of processes whose models accelerate shards; nothing asks for its device.
-        kind = {} if fsdp_plugin is None else {"distributed_type": DistributedType.MULTI_XPU}
-        with mock.patch.dict(PartialState._shared_state, kind):
-            original(self, *args, fsdp_plugin=fsdp_plugin, **options)
-
-    AcceleratorState.__init__ = init
-
-
 def train(stage, options):
     """Train a stage on the embedded sample; with one thread, so that sums are rounded alike, and no dropout in the heads."""
     arguments, function = STAGES[stage]
@@ -59,7 +43,6 @@ def train(stage, options):
 
 def main(folder):
     numbers = []
-    shard_on_cpu()
     causes.extract = counted(numbers)
     for stage, options in json.loads((folder / "jobs.json").read_text()):
         train(stage, options)

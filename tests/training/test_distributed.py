@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
-from transformers.training_args import ParallelMode
 
 from empcause.data.batching import LengthBatchSampler
 from empcause.errors import UserError
-from empcause.extractor import load_extractor
-from empcause.generator import causes, load_generator
+from empcause.generator import causes
 from empcause.training import folder
 from empcause.training.filling import FilledBatches, FilledDataset
 from training.processes import STAGES, counted, train
@@ -164,36 +161,6 @@ def test_checkpoints(tmp_path, monkeypatch, job, tiny_gpt2_dir):
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"]), "processes drop out different elements"
 
 
-@pytest.mark.slow
-def test_sharded_models(tmp_path, job):
-    """FSDP2 gives the losses and weights of DDP's processes, a whole finished model, and checkpoints to resume from."""
-    watched = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    watched |= {"save_total_limit": 20, "load_best_model_at_end": True, "padding_free": True, "num_train_epochs": 2}
-    sharded = {"fsdp": True, "resume_from_checkpoint": str(tmp_path / "sharded" / "checkpoint-2")}
-    supervised = {"supervision": "supervised", "num_train_epochs": 2}
-    jobs = [
-        job("generator", tmp_path / "replicated", **watched),
-        job("generator", tmp_path / "sharded", **watched, fsdp=True),
-        job("generator", tmp_path / "resumed", **watched, **sharded),
-        job("extractor", tmp_path / "replicated-extractor", **supervised),
-        job("extractor", tmp_path / "sharded-extractor", **supervised, fsdp=True),
-    ]
-    run(tmp_path, jobs)
-    assert_same(tmp_path / "sharded", tmp_path / "replicated")
-    assert_same(tmp_path / "sharded-extractor", tmp_path / "replicated-extractor")
-    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("sharded", "replicated")]
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "sharded")
-    whole, found = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "resumed"))
-    assert all(torch.equal(found[name], weights) for name, weights in whole.items())
-    load_generator(tmp_path / "sharded")
-    load_extractor(tmp_path / "sharded-extractor")
-    with (tmp_path / "sharded" / "checkpoint-2" / "optimizer.bin").open("r+b") as file:
-        file.truncate(100)
-    with pytest.raises(UserError, match=r"optimizer\.bin is not as it was saved"):
-        folder.check_checkpoint(tmp_path / "sharded" / "checkpoint-2", with_best=False)
-
-
 class TestSeparateDisks:
     """Nodes that do not share output_dir are noticed, and never train from different checkpoints."""
 
@@ -210,33 +177,6 @@ class TestSeparateDisks:
             folder.CheckpointedTrainer._check_shared(trainer, tmp_path)
         (tmp_path / "rng_state_1.pth").touch()
         folder.CheckpointedTrainer._check_shared(trainer, tmp_path)
-
-
-class TestShardingOptions:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"fsdp_config": {"version": 2}}, "fsdp_config has no effect without fsdp"),
-            ({"fsdp": True, "fsdp_config": {"version": 1}}, "version is 1; expected 2"),
-            (
-                {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
-                "activation_checkpointing cannot be used",
-            ),
-            ({"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, "expected 'FULL_STATE_DICT'"),
-            ({"fsdp": True, "torch_compile": True}, "torch_compile cannot be used with fsdp"),
-            ({"deepspeed": "zero.json"}, "deepspeed cannot be used here: a model is sharded by FSDP2 alone"),
-        ],
-    )
-    def test_refused_by_name(self, options, message, job, tmp_path):
-        stage, given = job("generator", tmp_path, **options)
-        with pytest.raises(UserError, match=message):
-            STAGES[stage][0](**given)
-
-    def test_refused_where_accelerate_would_train_without_it(self, job, tmp_path, monkeypatch):
-        monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
-        stage, given = job("generator", tmp_path, gamma=0.0, fsdp=True)
-        with pytest.raises(UserError, match="fsdp cannot be used on a CPU"):
-            train(stage, given)
 
 
 class TestFilling:
