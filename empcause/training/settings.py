@@ -62,8 +62,8 @@ WORKING = frozenset(
 _FIGURES = "the stages evaluate by figures of their own over the whole validation set"
 _PUBLISHING = "training publishes nothing; upload the finished folder with `hf upload`"
 _SHARDING = (
-    "sharded training is not tested, because accelerate does not shard models (FSDP2) on a CPU; on several GPUs start the command "
-    "with torchrun, which gives each GPU a whole model"
+    "sharded training is not tested, because accelerate does not shard models (FSDP2) on a CPU; on several GPUs start the "
+    "command with torchrun, which gives each GPU a whole model"
 )
 _PRECISION = "evaluation has the precision of the training; give bf16 or fp16"
 _GROUPING = "batches always hold texts of similar length"
