@@ -64,6 +64,7 @@ def extract(
     batch_size: int = 64,
     max_length: int | None = None,
     progress: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Extraction]:
     """Find emotion and causes of texts.
 
@@ -76,6 +77,11 @@ def extract(
         max_length: greatest number of tokens per text. Words beyond have probability 0, and a warning says in how many texts
             there are some. Default is the number that the encoder can read.
         progress: show a progress bar.
+        share: `(k, n)`: read every n-th batch, from the k-th on. Together n processes that are given the same texts read each
+            text once, in the batch in which one process would read it, so that its probabilities are the same.
+
+    Returns:
+        What was found in the texts, in their order; with `n > 1` only in those of the share.
 
     Raises:
         ValueError: `words` and `texts` differ in number.
@@ -90,7 +96,7 @@ def extract(
     cut = sum(is_cut(item, text, limit) for item, text in zip(items, texts, strict=True))
     if cut:
         logger.warning(f"{cut} of {len(texts)} texts have more than {limit} tokens; no causes are found in the rest.")
-    batches = length_batches([len(item["input_ids"]) for item in items], batch_size)
+    batches = length_batches([len(item["input_ids"]) for item in items], batch_size)[share[0] :: share[1]]
     results: dict[int, Extraction] = {}
     was_training = model.training
     model.eval()
@@ -114,7 +120,7 @@ def extract(
             word_probs = align_max(*causes, [(word.start, word.end) for word in words[index]])
             results[index] = Extraction(texts[index], emotion_probs[row], tuple(words[index]), word_probs, causes)
     model.train(was_training)
-    return [results[index] for index in range(len(items))]
+    return [results[index] for index in sorted(results)]
 
 
 def longest_input(model: CauseExtractor, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -84,6 +84,7 @@ class CauseExtractor(PreTrainedModel):
         emotion_labels: Tensor | None = None,
         cause_labels: Tensor | None = None,
         automatic: Tensor | None = None,
+        counts: Tensor | None = None,
         **kwargs: Any,
     ) -> CauseExtractorOutput:
         """Predict emotions and causes, and compute the losses if `emotion_labels` are given.
@@ -93,9 +94,10 @@ class CauseExtractor(PreTrainedModel):
             attention_mask: `[B, S]`, 0 at padding.
             special_tokens_mask: `[B, S]`, 1 at special tokens; needed for the losses.
             word_ids: `[B, S]` index of each token's content word, -1 for none; needed for automatic labels.
-            emotion_labels: `[B]` int64 emotion ids.
+            emotion_labels: `[B]` int64 emotion ids, or -100 for texts that do not count.
             cause_labels: `[B, S]` int64: 0, 1, or -100 for tokens without a label (default: all of them).
             automatic: `[B]` bool, texts whose cause labels are made here from the attention (Algorithm 1).
+            counts: `[3]`, numbers by which the summed losses are divided (see `extractor_losses`); default is those of the batch.
 
         Raises:
             ValueError: `special_tokens_mask` or `word_ids` are missing and needed.
@@ -119,7 +121,7 @@ class CauseExtractor(PreTrainedModel):
             made = automatic_labels(attention.detach(), word_ids, real_tokens, self.config.automatic_top_k)
             cause_labels = torch.where(automatic[:, None], made, cause_labels)
         losses = extractor_losses(
-            self.config, emotion_logits, cause_logits, attention, real_tokens, emotion_labels, cause_labels
+            self.config, emotion_logits, cause_logits, attention, real_tokens, emotion_labels, cause_labels, counts
         )
         return CauseExtractorOutput(**{**output, **losses})
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from filelock import FileLock
 from transformers.utils import logging
 
@@ -49,14 +51,25 @@ class CauseCache:
     def get(self, texts: Sequence[str], progress: bool = False) -> list[Causes]:
         """Give the causes of texts; those that are not known yet are extracted and added to the file.
 
+        Where several processes train together, all of them call this with the same texts. Each extracts its share and gets the
+        others' from them, and one of each node writes the file.
+
         Raises:
             UserError: the extractor's probabilities are not finite.
         """
-        missing = [text for text in dict.fromkeys(texts) if self._key(text) not in self._known]
+        state = PartialState()
+        share = (state.process_index, state.num_processes)
+        # The processes may have read different files, on different nodes or at different times.
+        unknown = set(gather_object([key for key in map(self._key, texts) if key not in self._known]))
+        missing = [text for text in dict.fromkeys(texts) if self._key(text) in unknown]
         for start in range(0, len(missing), SAVED_AT_A_TIME):
             part = missing[start : start + SAVED_AT_A_TIME]
-            for found in extract(self.model, self.tokenizer, part, progress=progress):
-                self._known[self._key(found.text)] = found.causes
+            shown = progress and state.is_local_main_process
+            mine = extract(self.model, self.tokenizer, part, progress=shown, share=share)
+            together = dict(gather_object([(found.text, found.causes) for found in mine]))
+            self._known |= {self._key(text): together[text] for text in part}
+            if not state.is_local_main_process:
+                continue
             try:
                 self._save()
             except OSError as error:

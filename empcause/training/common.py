@@ -30,6 +30,7 @@ from empcause.errors import UserError
 from empcause.hub import not_found, reach_hub
 from empcause.outputs import read_record
 from empcause.ranges import NOT_NEGATIVE, Range, check_values
+from empcause.training.filling import FilledBatches, FilledDataset
 from empcause.training.fingerprint import check_same, fingerprint
 from empcause.training.folder import CheckpointedTrainer, save_finished
 from empcause.training.settings import OPTIMIZERS, RANGES, REFUSED, WITHOUT_OPTIONS, WITHOUT_WARMUP, WORKING
@@ -320,6 +321,9 @@ class StageTrainer(CheckpointedTrainer):
             UserError: the checkpoint belongs to another training, or lies beyond the end of this one.
         """
         if resume_from_checkpoint is None:
+            if self.args.world_size > 1:
+                # With one seed, all processes would drop out the same elements.
+                torch.manual_seed(self.args.seed + self.args.process_index)
             return super().train()
         record = read_record(resume_from_checkpoint)
         check_same(resume_from_checkpoint, record.about if record else {}, self.about)
@@ -401,11 +405,11 @@ class StageTrainer(CheckpointedTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """A loader of the sampler's batches, in a repeatable order."""
+        """A loader of this process's share of the sampler's batches, in a repeatable order."""
         args = self.args
         loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
+            FilledDataset(self.train_dataset),
+            batch_sampler=FilledBatches(self.batches, args.world_size),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",

@@ -19,6 +19,7 @@ from empcause.data.sequences import IGNORED, MIN_LENGTH
 from empcause.errors import Missing, UserError
 from empcause.extractor import CauseExtractor, CauseExtractorConfig, encode_text, extract, longest_input
 from empcause.extractor.encoding import is_cut
+from empcause.extractor.losses import count_labels
 from empcause.metrics import emotion_correct, score_causes
 from empcause.ranges import COUNT, NOT_NEGATIVE, Range
 from empcause.training.card import model_card
@@ -34,6 +35,9 @@ from empcause.training.fingerprint import digest
 from empcause.training.folder import find_checkpoint, in_output_folder
 
 logger = logging.get_logger(__name__)
+
+# Parts of the loss, in the order of their numbers in `count_labels`.
+LOSSES = ("emotion_loss", "cause_loss", "aux_loss")
 
 SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
 
@@ -365,27 +369,60 @@ def measure_causes(
 
 
 class ExtractorTrainer(StageTrainer):
-    """Trains without automatic labels in the first epochs if so told, logs the three losses, and evaluates by ranking words."""
+    """Trains without automatic labels in the first epochs if so told, logs the three losses, and evaluates by ranking words.
+
+    The losses of an optimiser step are those of one batch with all its texts, however many batches and processes share these.
+    """
+
+    loss_is_scaled_for_ga = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._parts: dict[str, list[float]] = {}
+        self._sums = torch.zeros(len(LOSSES), device=self.args.device)
+        self._steps = torch.zeros(len(LOSSES), device=self.args.device)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Compute the model's loss; its three parts are kept for the log."""
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Take the batches of an optimiser step.
+
+        Returns:
+            The batches of this process, and the sum of `count_labels` over those of all processes, `[3]`.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(len(LOSSES), dtype=torch.long, device=device)
+        for batch in batches:
+            self._start_automatic_labels(batch)
+            real_tokens = (batch["attention_mask"] != 0) & (batch["special_tokens_mask"] == 0)
+            made = torch.where(real_tokens, 0, IGNORED)  # as many as the model makes, whichever words it chooses
+            labels = torch.where(batch["automatic"][:, None], made, batch["cause_labels"])
+            counts += count_labels(batch["emotion_labels"], labels).to(device)
+        counts = self.accelerator.reduce(counts, "sum")
+        self._steps += counts > 0
+        return batches, counts
+
+    def _start_automatic_labels(self, batch: Any) -> None:
+        """Leave automatic labels out until the epoch in which they begin."""
         if (self.state.epoch or 0.0) < self.args.automatic_label_start:
-            inputs["automatic"] = torch.zeros_like(inputs["automatic"])
-        output = model(**inputs)
-        for name in ("emotion_loss", "cause_loss", "aux_loss"):
+            batch["automatic"] = torch.zeros_like(batch["automatic"])
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the model's loss; its three parts are kept for the log."""
+        self._start_automatic_labels(inputs)
+        output = model(**inputs, counts=num_items_in_batch)
+        for place, name in enumerate(LOSSES):
             if (part := getattr(output, name)) is not None:
-                self._parts.setdefault(name, []).append(part.detach())
-        return (output.loss, output) if return_outputs else output.loss
+                self._sums[place] += part.detach()
+        loss = output.loss * self.accelerator.num_processes  # the gradients' mean over processes is taken
+        return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss since the last log."""
+        """Add the mean of each loss over the optimiser steps since the last log that had it."""
         if "loss" in logs:
-            logs = logs | {name: float(sum(values)) / len(values) for name, values in self._parts.items()}
-            self._parts.clear()
+            sums, steps = self.accelerator.reduce(self._sums, "sum").tolist(), self._steps.tolist()
+            logs = logs | {name: sums[place] / steps[place] for place, name in enumerate(LOSSES) if steps[place]}
+            self._sums.zero_()
+            self._steps.zero_()
         super().log(logs, *args, **kwargs)
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:

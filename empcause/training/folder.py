@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import distributed
 from transformers import Trainer, TrainerCallback
@@ -47,6 +48,7 @@ Training = TypeVar("Training", bound=Callable[..., Any])
 
 STATE = "trainer_state.json"
 STAGING = ".saving"
+SHARED = "give a folder on a file system that they share"
 RESUME = "`empcause train` with --resume_from_checkpoint true"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Names of everything that a training writes into its folder.
@@ -138,8 +140,16 @@ def find_checkpoint(args: "StageTrainingArguments") -> str | None:
     In output_dir, a checkpoint that is not whole, or whose best checkpoint is not, is passed over with a warning.
 
     Raises:
-        UserError: the named checkpoint is missing or not whole.
+        UserError: the named checkpoint is missing or not whole, or the processes of a training find different ones.
     """
+    found = _find(args)
+    if _wanted(args) is not None and len(set(gather_object([found and Path(found).name]))) > 1:
+        raise UserError(f"The processes find different checkpoints to go on from; {SHARED}.")
+    return found
+
+
+def _find(args: "StageTrainingArguments") -> str | None:
+    """Find the checkpoint to resume from, as this process sees the file system."""
     wanted = _wanted(args)
     if wanted is None:
         return None
@@ -298,10 +308,12 @@ class CheckpointedTrainer(Trainer):
             claim(output, folder.name)
             if folder.is_dir():
                 remove_made(folder)
+        self.accelerator.wait_for_everyone()  # what other processes write there must not be removed
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                self._check_shared(folder)
                 seal(folder, CHECKPOINT, self.about)
         except BaseException:
             if self.args.should_save and folder.is_dir():
@@ -311,6 +323,14 @@ class CheckpointedTrainer(Trainer):
             raise
         if self.args.should_save:
             self._remove_older(output, folder)
+        self.accelerator.wait_for_everyone()  # another process must not read a checkpoint that has no record yet
+
+    def _check_shared(self, folder: Path) -> None:
+        """Refuse a checkpoint that lacks a process' random state, because that process wrote it to another node's disk."""
+        if self.args.world_size == 1 or self.args.save_only_model:
+            return
+        if any(not (folder / f"rng_state_{rank}.pth").exists() for rank in range(self.args.world_size)):
+            raise UserError(f"output_dir {self.args.output_dir} is not the same folder on all nodes; {SHARED}.")
 
     def _remove_older(self, output: Path, newest: Path) -> None:
         """Keep at most `save_total_limit` checkpoints, the newest and the best among them, and none that is incomplete."""

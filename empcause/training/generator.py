@@ -203,9 +203,8 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     if args.gamma > 0:
         assert args.extractor is not None
         pairs = [*train_pairs, *valid_pairs]
-        with args.main_process_first(desc="extracting causes"):
-            cache = CauseCache(args.extractor)
-            found = cache.get([pair.text for pair in pairs], progress=True)
+        cache = CauseCache(args.extractor)
+        found = cache.get([pair.text for pair in pairs], progress=True)
         pairs = [replace(pair, causes=causes) for pair, causes in zip(pairs, found, strict=True)]
         train_pairs, valid_pairs = pairs[: len(train_pairs)], pairs[len(train_pairs) :]
         made_from["extractor"] = cache.digest

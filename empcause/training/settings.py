@@ -48,7 +48,7 @@ ENDLESS = ("reduce_lr_on_plateau", "constant", "constant_with_warmup", "inverse_
 
 # These work as transformers documents them, or do not affect what is trained.
 WORKING = frozenset(
-    "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim average_tokens_across_devices bf16 fp16 tf32 "
+    "output_dir max_steps lr_scheduler_type lr_scheduler_kwargs optim bf16 fp16 tf32 "
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
     "torch_compile torch_compile_backend torch_compile_mode use_cache "
     "logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level "
@@ -61,7 +61,10 @@ WORKING = frozenset(
 
 _FIGURES = "the stages evaluate by figures of their own over the whole validation set"
 _PUBLISHING = "training publishes nothing; upload the finished folder with `hf upload`"
-_SHARDING = "sharded models are not tested; on several GPUs start the command with torchrun"
+_SHARDING = (
+    "sharded training is not tested, because accelerate does not shard models (FSDP2) on a CPU; on several GPUs start the "
+    "command with torchrun, which gives each GPU a whole model"
+)
 _PRECISION = "evaluation has the precision of the training; give bf16 or fp16"
 _GROUPING = "batches always hold texts of similar length"
 _KERNELS = "Liger's kernels do not know these models"
@@ -78,6 +81,7 @@ REFUSED = {
     "do_predict": "this command trains; `empcause evaluate` measures a finished model",
     "fp16_full_eval": _PRECISION,
     "bf16_full_eval": _PRECISION,
+    "average_tokens_across_devices": "all tokens of a step count alike, on whichever device they are",
     "auto_find_batch_size": "a run must be repeatable; give a smaller per_device_train_batch_size",
     "train_sampling_strategy": _GROUPING,
     "length_column_name": _GROUPING,
