@@ -178,9 +178,7 @@ def run(
     cases = [case for case in chosen_cases(suites, dtypes) if not results.has("attention", case.title)]
     for case in tqdm(cases, desc="attention", unit="case", disable=None):
         limit = limits.of(case)
-        results.add(
-            time_case(case, peers, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, limit=limit)
-        )
+        results.add(time_case(case, peers, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, limit=limit))
 
 
 def peak_memory(name: str, length: int) -> int:

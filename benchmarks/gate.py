@@ -21,8 +21,8 @@ LAST_ROWS = 256
 class Gate:
     """Judges peers on the very tensors that are timed.
 
-    The last sequences of the batch are compared, without their padding, of long ones the last rows. Dropout is checked where its bits are known, that is in
-    this package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
+    The last sequences of the batch are compared, without their padding, of long ones the last rows. Dropout is checked where its
+    bits are known, that is in this package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
     """
 
     def __init__(self, inputs: Inputs) -> None:

@@ -1,8 +1,8 @@
 """What `empcause bench` does on a GPU: correctness first, then attention and models beside the other ways to them.
 
-Kernels are compiled beforehand, in as many processes as there are cores. Cases are measured in the order of their importance, each
-with all peers before the next one begins, and written when they are complete, so that a run that is stopped loses none and can be
-continued. Every case is judged before it is timed; one that is wrong has no figures.
+Kernels are compiled beforehand, in as many processes as there are cores. Cases are measured in the order of their importance,
+each with all peers before the next one begins, and written when they are complete, so that a run that is stopped loses none and
+can be continued. Every case is judged before it is timed; one that is wrong has no figures.
 """
 
 import os
@@ -34,8 +34,8 @@ SUITES = ("lengths", "dialogues", "overhead", "decoding", "steps", "generation",
 BACKENDS = ["triton", "cuda"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FIRST = "bf16"  # the dtype of what is measured in one dtype
-# Seconds that compiling and checking beforehand may take; and that a case, a training step (not compiled, compiled), and the prompts
-# of a model need at least.
+# Seconds that compiling and checking beforehand may take; and that a case, a training step (not compiled, compiled), and a model
+# need at least.
 BEFOREHAND, CASE_SECONDS, STEP_SECONDS, MODEL_SECONDS = 180.0, 8.0, (6.0, 60.0), 20.0
 MEMORY_LENGTHS = (1024, 2048, 4096)
 PROMPTS = (8, 256, 64)  # batch, tokens, new tokens
@@ -364,15 +364,9 @@ def bench(
     table = None if output is None else output / FILES[0]
     results = resumed(facts, (), table) if resume and table is not None else Results(facts, table)
     plan = Plan(peers, device, seconds, budget)
-    jobs = [
-        job
-        for job in plan.jobs(suites, dtypes)
-        if not results.has(job.section, job.case, job.direction, job.peer)
-    ]
+    jobs = [job for job in plan.jobs(suites, dtypes) if not results.has(job.section, job.case, job.direction, job.peer)]
     if not results.has("correctness", "matrix"):
-        results.add(
-            check_beforehand(plan.backends, plan.tasks(suites, dtypes), device, min(BEFOREHAND, budget.left()))
-        )
+        results.add(check_beforehand(plan.backends, plan.tasks(suites, dtypes), device, min(BEFOREHAND, budget.left())))
     _print(results.rows, console)
     for job in jobs:
         if budget.allows(job.name, job.seconds):

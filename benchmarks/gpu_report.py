@@ -47,8 +47,8 @@ def cuda_is_not_slower(rows: Iterable[Row]) -> frozenset[tuple[tuple[int, int], 
         rows: of a table; those without a compute capability do not count.
 
     Returns:
-        Compute capability, dtype and class of the head size of which both backends have figures of attention, and the CUDA kernels
-        are not slower in any case and direction that both have.
+        Compute capability, dtype and class of the head size for which both backends have figures of attention and the CUDA
+        kernels are not slower in any case and direction that both have.
     """
     times: dict[tuple, dict[str, float]] = {}
     for row in rows:

@@ -1,7 +1,7 @@
 """Time and memory of attention from 1k to 128k tokens, one head: this package, the eager formula, FlexAttention, SDPA.
 
-The eager formula runs until memory ends, which is a status and no crash. On the CPU each length of a peer has a process of its own,
-so that its peak is not another's and memory that is not there ends that process alone.
+The eager formula runs until memory ends, which is a status and no crash. On the CPU each peer has a process of its own, so that its
+peak is not another's and memory that is not there ends that process alone.
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def measure(peer: Peer, case: Case, device: str, seconds: float, wanted: Sequenc
 
 
 def measure_on_cpu(name: str, case: Case, seconds: float, wanted: Sequence[str], most_bytes: int) -> list[Row]:
-    """Do what `measure` does, in a process that was made for it.
+    """Do what `measure` does, in a process of the peer's own.
 
     Args:
         name: of the peer.
@@ -101,40 +102,43 @@ def run_on_cpu(
     """
     require_linux()
     expected: dict[tuple[str, str], float] = {}  # seconds of a call, by peer and direction
-    failed: set[str] = set()
-    for length in lengths:
-        case = long_case(length, dtype)
-        for peer in chosen_peers(cpu_peers()):
-            if done(case.title, peer.name):
-                continue
-            identity = (SECTION, case.title)
-            if peer.name in failed:
-                yield [Row(*identity, "all", peer.name, peer.weighted, "left out: half the length did not run")]
-                continue
-            rows, wanted = [], []
-            for direction in DIRECTIONS:
-                spent = expected.get((peer.name, direction), 0.0)
-                if spent <= patience:
-                    wanted.append(direction)
-                else:
-                    status = f"left out: a call would take about {spent:.0f} s"
-                    rows.append(Row(*identity, direction, peer.name, peer.weighted, status))
-            if wanted:
-                rows = [*_in_a_process(peer, case, seconds, wanted), *rows]
-            for row in rows:
-                if row.timing:
-                    expected[row.peer, row.direction] = 4 * row.timing.median / 1e3
-            if not any(row.timing for row in rows):
-                failed.add(peer.name)
-            yield rows
+    context = multiprocessing.get_context("spawn")
+    peers = chosen_peers(cpu_peers())
+    with ExitStack() as running:
+        processes = {peer.name: running.enter_context(ProcessPoolExecutor(1, context)) for peer in peers}
+        for case in (long_case(length, dtype) for length in lengths):
+            for peer in peers:
+                if done(case.title, peer.name):
+                    continue
+                identity = (SECTION, case.title)
+                if peer.name not in processes:
+                    yield [Row(*identity, "all", peer.name, peer.weighted, "left out: half the length did not run")]
+                    continue
+                rows, wanted = [], []
+                for direction in DIRECTIONS:
+                    spent = expected.get((peer.name, direction), 0.0)
+                    if spent <= patience:
+                        wanted.append(direction)
+                    else:
+                        status = f"left out: a call would take about {spent:.0f} s"
+                        rows.append(Row(*identity, direction, peer.name, peer.weighted, status))
+                if wanted:
+                    rows = [*_in_process(processes[peer.name], peer, case, seconds, wanted), *rows]
+                for row in rows:
+                    if row.timing:
+                        expected[row.peer, row.direction] = 4 * row.timing.median / 1e3
+                if wanted and not any(row.timing for row in rows):
+                    del processes[peer.name]
+                yield rows
 
 
-def _in_a_process(peer: Peer, case: Case, seconds: float, wanted: Sequence[str]) -> list[Row]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        try:
-            return executor.submit(measure_on_cpu, peer.name, case, seconds, wanted, _available() // 2).result()
-        except BrokenProcessPool:
-            return [Row(SECTION, case.title, "all", peer.name, peer.weighted, "does not run: its process was ended")]
+def _in_process(
+    process: ProcessPoolExecutor, peer: Peer, case: Case, seconds: float, wanted: Sequence[str]
+) -> list[Row]:
+    try:
+        return process.submit(measure_on_cpu, peer.name, case, seconds, wanted, _available() // 2).result()
+    except BrokenProcessPool:
+        return [Row(SECTION, case.title, "all", peer.name, peer.weighted, "does not run: its process was ended")]
 
 
 def _available() -> int:

@@ -17,7 +17,9 @@ def require_linux() -> None:
         UserError: not on Linux.
     """
     if sys.platform != "linux":
-        raise UserError("The peak of a process is Linux's to tell, and this system is another: leave out memory and long.")
+        raise UserError(
+            "The peak of a process is Linux's to tell, and this system is another: leave out memory and long."
+        )
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:

@@ -1,4 +1,4 @@
-"""Stock GPT-2 with this package's attention, steered or not, beside other attention: generation, and the host's time of a call."""
+"""Stock GPT-2 with this package's attention, steered or not, beside other attention: generation, and the host's time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

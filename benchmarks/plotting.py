@@ -58,7 +58,12 @@ def plot_long_context(rows: Sequence[Row], machine: str, path: Path) -> bool:
     colors |= dict(zip(ours, ("#DD8452", "#C44E52"), strict=False))
     for (peer, direction), points in lines.items():
         tokens, seconds, peaks = zip(*sorted(points), strict=True)
-        style = {"color": colors[peer], "marker": "o", "markersize": 3, "linestyle": ("-", "--")[DIRECTIONS.index(direction)]}
+        style = {
+            "color": colors[peer],
+            "marker": "o",
+            "markersize": 3,
+            "linestyle": ("-", "--")[DIRECTIONS.index(direction)],
+        }
         for axes, values in zip(panels, (seconds, peaks), strict=True):
             axes.plot(tokens, values, label=f"{peer}, {direction}", **style)
     for axes, name in zip(panels, ("seconds", "peak memory beside the inputs, MiB"), strict=True):

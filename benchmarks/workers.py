@@ -8,14 +8,17 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.pool import AsyncResult
 from typing import Any
 
 NOT_REACHED = "not reached"
+# Seconds in which no task ends, after which those that are left are given up: they hang, or their process died.
+PATIENCE = 90.0
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def run_all(tasks: Sequence[Task], seconds: float, processes: int | None = None) -> list[Any]:
-    """Run tasks in processes, in their order, and return their results.
+    """Run tasks in processes, begun in their order, and return their results.
 
     A process that hangs or dies costs its own task, not the run: what is not done in time is ended.
 
@@ -27,27 +30,34 @@ def run_all(tasks: Sequence[Task], seconds: float, processes: int | None = None)
     Returns:
         For each task its result, the exception that it raised, or NOT_REACHED.
     """
-    processes = processes or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    results: list[Any] = []
     if not tasks:
-        return results
-    end = time.monotonic() + seconds
+        return []
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(tasks)), _begin) as pool:
+    with context.Pool(min(processes or _cores(), len(tasks)), _begin) as pool:
         pending = [pool.apply_async(function, arguments) for function, arguments in tasks]
-        for one in pending:
-            try:
-                results.append(one.get(max(0.0, end - time.monotonic())))
-            except multiprocessing.TimeoutError:
-                results.append(NOT_REACHED)
-            except Exception as error:  # a compiler's too
-                results.append(error)
-    return results
+        end, done, since = time.monotonic() + seconds, 0, time.monotonic()
+        while time.monotonic() < min(end, since + PATIENCE) and done < len(tasks):
+            time.sleep(0.05)
+            if (now_done := sum(one.ready() for one in pending)) > done:
+                done, since = now_done, time.monotonic()
+        return [_result(one) for one in pending]
+
+
+def _result(one: AsyncResult) -> Any:
+    if not one.ready():
+        return NOT_REACHED
+    try:
+        return one.get()
+    except Exception as error:  # a compiler's too
+        return error
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _begin() -> None:
-    """Leave each process one core: Inductor would otherwise start compilers of its own in every one of them."""
-    import torch
-
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    torch.set_num_threads(1)
+    """Leave each process one core, before it imports torch: Inductor would start compilers of its own in every one of them."""
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}

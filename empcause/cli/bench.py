@@ -52,7 +52,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--threads", type=number(int, Range(1, 4096)), help="of torch on the CPU")
     parser.add_argument("--seconds", type=number(float, NOT_NEGATIVE), default=1.5, help="for each direction of a case")
     parser.add_argument(
-        "--minutes", type=number(float, POSITIVE), default=float("inf"), help="on a GPU: nothing new is begun after these"
+        "--minutes",
+        type=number(float, POSITIVE),
+        default=float("inf"),
+        help="on a GPU: nothing new is begun after these",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a CSV and plots there")
     kept = parser.add_mutually_exclusive_group()
