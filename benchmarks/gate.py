@@ -22,7 +22,7 @@ class Gate:
     """Judges peers on the very tensors that are timed.
 
     The last sequences of the batch are compared, without their padding, of long ones the last rows. Dropout is checked where its
-    bits are known, that is in this package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
+    bits are known, that is in this package; other peers are checked without it. Decoding and some peers have no backward pass.
     """
 
     def __init__(self, inputs: Inputs) -> None:

@@ -1,7 +1,7 @@
 """Time and memory of attention from 1k to 128k tokens, one head: this package, the eager formula, FlexAttention, SDPA.
 
-The eager formula runs until memory ends, which is a status and no crash. On the CPU each peer has a process of its own, so that its
-peak is not another's and memory that is not there ends that process alone.
+The eager formula runs until memory ends, which is a status and no crash. On the CPU each peer has a process of its own, so that
+its peak is not another's and memory that is not there ends that process alone.
 """
 
 import multiprocessing
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from empcause.benchmarks.comparison import directions, prepare
+from empcause.benchmarks.comparison import prepare
 from empcause.benchmarks.figures import Row
 from empcause.benchmarks.memory import peak_bytes, require_linux
-from empcause.benchmarks.peers import FLEX, PLAIN, Peer, cpu_peers, make_inputs
+from empcause.benchmarks.peers import FLEX, PLAIN, Peer, cpu_peers
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch, Timing, capability
 
@@ -75,9 +75,8 @@ def measure_on_cpu(name: str, case: Case, seconds: float, wanted: Sequence[str],
     import resource
 
     peer = next(peer for peer in cpu_peers() if peer.name == name)
-    small = make_inputs(replace(case, queries=8, keys=8), "cpu")
-    for call in directions(small, peer, peer.prepare(small, 0.0)).values():
-        call()  # what is loaded once
+    for _ in prepare(replace(case, queries=128, keys=128), [peer], "cpu"):
+        pass  # what is loaded once is there now
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (has + most_bytes, resource.RLIM_INFINITY))
     return measure(peer, case, "cpu", seconds, wanted)

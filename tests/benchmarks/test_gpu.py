@@ -305,10 +305,9 @@ def small(monkeypatch, in_this_process):
     """Small cases, texts and models in place of all, on the CPU."""
     monkeypatch.setattr(gpu, "BACKENDS", ["cpu"])
     flash = {"flash": SDPBackend.FLASH_ATTENTION}
-    monkeypatch.setattr(gpu, "gpu_peers", lambda: peers(["cpu", "triton"], flash, compiled=False))
-    monkeypatch.setattr(
-        gpu, "GPU_SUITES", {"lengths": [SMALL, CASES["packed"]], "dialogues": [], "shapes": [CASES["grouped"]]}
-    )
+    monkeypatch.setattr(gpu, "gpu_peers", lambda: peers(["cpu", "cuda"], flash, compiled=False))
+    cases = {"lengths": [SMALL, CASES["packed"]], "shapes": [CASES["grouped"]]}
+    monkeypatch.setattr(gpu, "GPU_SUITES", dict.fromkeys(GPU_SUITES, []) | cases)
     monkeypatch.setattr(gpu, "TINY", [replace(SMALL, name="tiny")])
     monkeypatch.setattr(gpu, "TEXTS", [Texts("padded", 3, 24), Texts("packed", 3, 24, packed=True)])
     monkeypatch.setattr(gpu, "COMPILED_TEXTS", 0)
@@ -341,7 +340,7 @@ class TestRun:
         assert all((row.timing is None) == (row.status != "ok") for row in rows)
         assert any("no packed sequences" in row.status for row in rows)
         assert any(row.status == "not installed: flash_attn" for row in rows)
-        assert any("'triton' cannot run this" in row.status for row in rows)
+        assert any("'cuda' cannot run this" in row.status for row in rows)
         marked = {row.peer for row in attention if not row.same_function}
         assert marked == {"sdpa flash, no weights", "sdpa, no weights", "flash_attn, no weights"}
         assert {(row.dtype, row.head_dim) for row in attention} == {("float32", 16)}
