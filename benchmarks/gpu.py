@@ -28,6 +28,7 @@ from empcause.benchmarks.shapes import GPU_SUITES, TINY, Case
 from empcause.benchmarks.timing import Budget, HostStopwatch, Stopwatch, Timing, capability
 from empcause.benchmarks.training_steps import Texts
 from empcause.benchmarks.workers import NOT_REACHED, Task, run_all
+from empcause.errors import UserError
 
 # In the order of their importance: those of attention by shape (GPU_SUITES), the host's time, and models.
 SUITES = ("lengths", "dialogues", "overhead", "decoding", "steps", "generation", "shapes", "dropout", "long", "memory")
@@ -354,7 +355,7 @@ def bench(
         minutes: after these, nothing new is begun.
 
     Raises:
-        UserError: an unknown peer; plots without matplotlib; see `resumed`.
+        UserError: an unknown peer; plots without matplotlib; see `resumed`; the GPU does not answer any more.
     """
     require_matplotlib(output)
     check_names(names, gpu_peers())
@@ -370,17 +371,43 @@ def bench(
     _print(results.rows, console)
     for job in jobs:
         if budget.allows(job.name, job.seconds):
-            rows = list(job.measure())
+            rows = _measured(job)
             results.add(rows)
             _print(rows, console)
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            try:
+                settle(device)
+            except Exception as error:
+                said = f"The GPU does not answer any more after {job.name} ({first_sentence(error)})"
+                raise UserError(f"{said}; --resume goes on with the next case.") from error
     if output is not None:
         plot_all(results.rows, facts, output)
         console.print(f"Results are in {output}{os.sep}.")
     for what in budget.skipped:
         console.print(f"not reached: {what}")
     return results.rows
+
+
+def _measured(job: Job) -> list[Row]:
+    """Return the rows of a job, the last with what it died of if it did."""
+    rows: list[Row] = []
+    try:
+        for row in job.measure():
+            rows.append(row)
+    except Exception as error:  # memory that ends while a peer is timed, for example
+        identity = (job.section, job.case, job.direction or "all", job.peer or "the next peer")
+        rows.append(Row(*identity, True, f"does not run: {first_sentence(error)}"))
+    return rows
+
+
+def settle(device: str) -> None:
+    """Wait for the device, and give back the memory that it does not need.
+
+    Raises:
+        RuntimeError: an earlier call broke it, so that no later call could succeed.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def count_wrong(rows: Iterable[Row]) -> int:

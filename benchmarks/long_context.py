@@ -17,6 +17,7 @@ import torch
 
 from empcause.benchmarks.comparison import prepare
 from empcause.benchmarks.figures import Row
+from empcause.benchmarks.gate import first_sentence
 from empcause.benchmarks.memory import peak_bytes, require_linux
 from empcause.benchmarks.peers import FLEX, PLAIN, Peer, cpu_peers
 from empcause.benchmarks.shapes import Case
@@ -55,12 +56,16 @@ def measure(peer: Peer, case: Case, device: str, seconds: float, wanted: Sequenc
         if found.call is None:
             rows.append(Row(*identity, found.status, **kind))  # type: ignore[arg-type]
         elif found.direction in wanted:
-            start = time.perf_counter()
-            peak = peak_bytes(found.call, device)
-            spent = time.perf_counter() - start
-            timing = Timing.of([spent * 1e3])
-            if spent < seconds:
-                timing = stopwatch.interleave({peer.name: found.call}, seconds)[peer.name]
+            try:
+                start = time.perf_counter()
+                peak = peak_bytes(found.call, device)
+                spent = time.perf_counter() - start
+                timing = Timing.of([spent * 1e3])
+                if spent < seconds:
+                    timing = stopwatch.interleave({peer.name: found.call}, seconds)[peer.name]
+            except RuntimeError as error:  # memory has ended
+                rows.append(Row(*identity, f"does not run: {first_sentence(error)}", **kind))  # type: ignore[arg-type]
+                continue
             rows.append(Row(*identity, "ok", timing, peak_mib=peak / 2**20, **kind))  # type: ignore[arg-type]
     return rows
 

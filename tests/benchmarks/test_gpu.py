@@ -307,7 +307,7 @@ def small(monkeypatch, in_this_process):
     flash = {"flash": SDPBackend.FLASH_ATTENTION}
     monkeypatch.setattr(gpu, "gpu_peers", lambda: peers(["cpu", "cuda"], flash, compiled=False))
     cases = {"lengths": [SMALL, CASES["packed"]], "shapes": [CASES["grouped"]]}
-    monkeypatch.setattr(gpu, "GPU_SUITES", dict.fromkeys(GPU_SUITES, []) | cases)
+    monkeypatch.setattr(gpu, "GPU_SUITES", {suite: [] for suite in GPU_SUITES} | cases)
     monkeypatch.setattr(gpu, "TINY", [replace(SMALL, name="tiny")])
     monkeypatch.setattr(gpu, "TEXTS", [Texts("padded", 3, 24), Texts("packed", 3, 24, packed=True)])
     monkeypatch.setattr(gpu, "COMPILED_TEXTS", 0)
@@ -384,6 +384,28 @@ class TestRun:
         monkeypatch.setattr(gpu, "machine", lambda device: {"gpu": "another"})
         with pytest.raises(UserError, match="of another machine"):
             bench(["lengths"], tmp_path, resume=True)
+
+    def test_a_device_that_broke_ends_the_run(self, tmp_path, monkeypatch):
+        """With the rows up to there, and of the case that broke it."""
+        monkeypatch.setattr(gpu, "GPU_SUITES", {"lengths": [SMALL, replace(SMALL, name="second")]})
+
+        def broken(case, *_, **__):
+            yield Row("attention", case.title, "all", "first peer", True, "output: wrong")
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        def settle(device):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        monkeypatch.setattr(gpu, "time_case", broken)
+        rows = bench(["lengths"], tmp_path)
+        assert [row.status for row in rows if row.case == "second, float32"] == [
+            "output: wrong",
+            "does not run: CUDA error: device-side assert triggered",
+        ]
+        monkeypatch.setattr(gpu, "settle", settle)
+        with pytest.raises(UserError, match=r"does not answer any more after attention, small, float32 .* --resume"):
+            bench(["lengths"], tmp_path)
+        assert {row.case for row in read_csv(tmp_path / "gpu.csv")[0]} == {"matrix", "small, float32"}
 
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     def test_models(self):
