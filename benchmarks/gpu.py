@@ -89,7 +89,7 @@ class Plan:
         self.peers, self.device, self.seconds, self.budget = peers, device, seconds, budget
         self.sizes = training_steps.GPT2 if sizes is None else sizes
         self.stopwatch, self.host_stopwatch = Stopwatch(device), HostStopwatch(device)
-        self.kind = {"capability": capability(device)}
+        self.kind: dict[str, Any] = {"capability": capability(device)}
         self.backends = [name for name in BACKENDS if empcause.info()[name].runs]
         self._verdicts: dict[Any, str | None] = {}
 
@@ -109,8 +109,8 @@ class Plan:
                 elif number == 0:
                     yield from jobs_of[suite](DTYPES[dtype])
 
-    def tasks(self, suites: Iterable[str], dtypes: Sequence[str]) -> list[Task]:
-        """Return what compiles the kernels of jobs beforehand."""
+    def tasks(self, suites: Iterable[str], dtypes: Sequence[str], results: Results) -> list[Task]:
+        """Return what compiles the kernels of jobs beforehand, but for cases that the results have."""
         found: list[Task] = []
         if "steps" in suites:
             for index in range(min(COMPILED_TEXTS, len(TEXTS))):
@@ -119,7 +119,9 @@ class Plan:
         compiled = [peer.name for peer in self.peers if peer.name in (f"{OURS} triton", FLEX, FLEX_FLASH)]
         for dtype in _ordered(dtypes):
             for suite in _ordered_suites(suites):
-                for case in self._cases(suite, dtype):
+                section = "host time" if suite == "overhead" else "attention"
+                cases = (case for case in self._cases(suite, dtype) if not results.has(section, case.title))
+                for case in cases:
                     found += [(compile_case, (case, name, self.device)) for name in compiled]
         return found
 
@@ -161,7 +163,7 @@ class Plan:
                 identity = ("host time", title)
                 status = self._judge_model(attention)
                 if status is not None:
-                    yield Row(*identity, "all", attention.name, True, status, **self.kind)  # type: ignore[arg-type]
+                    yield Row(*identity, "all", attention.name, True, status, **self.kind)
                     continue
                 prompts = models.Prompts(self.sizes, *HOST_PROMPTS, self.device, dtype)
                 prompts.model.set_attn_implementation(attention.implementation)
@@ -171,7 +173,7 @@ class Plan:
                     calls.setdefault(direction, {})[attention.name] = call
             for direction, found in calls.items():
                 for name, timing in self.host_stopwatch.interleave(found, self.seconds).items():
-                    yield Row("host time", title, direction, name, True, "ok", timing, **self.kind)  # type: ignore[arg-type]
+                    yield Row("host time", title, direction, name, True, "ok", timing, **self.kind)
 
     def _judge_model(self, attention: models.Attention) -> str | None:
         """Say what is wrong with a model's attention, judged once; None if nothing is."""
@@ -186,18 +188,27 @@ class Plan:
 
     def _generation(self, dtype: torch.dtype) -> Iterator[Job]:
         batch, tokens, new = PROMPTS
+        every = models.attentions(self.backends)
         for cache in models.CACHES:
             title = f"GPT-2, {batch} prompts of {tokens} tokens, {new} new tokens, {cache}, {_name(dtype)}"
-            yield Job(
-                "generation",
-                title,
-                MODEL_SECONDS,
-                lambda cache=cache, title=title: self._generate(cache, title, dtype),  # type: ignore[misc]
-            )
+            # What is compiled is timed by itself, since the compiler keeps few forms of a function at a time.
+            for attentions in [[each] for each in every] if cache == models.COMPILED else [every]:
+                yield Job(
+                    "generation",
+                    title,
+                    MODEL_SECONDS,
+                    lambda cache=cache, title=title, attentions=attentions: self._generate(  # type: ignore[misc]
+                        cache, title, dtype, attentions
+                    ),
+                    peer=attentions[0].name if len(attentions) == 1 else None,
+                )
 
-    def _generate(self, cache: str, title: str, dtype: torch.dtype) -> Iterator[Row]:
+    def _generate(
+        self, cache: str, title: str, dtype: torch.dtype, attentions: Sequence[models.Attention]
+    ) -> Iterator[Row]:
+        torch.compiler.reset()
         prompts, calls = models.Prompts(self.sizes, *PROMPTS, self.device, dtype), {}
-        for attention in models.attentions(self.backends):
+        for attention in attentions:
             status = self._judge_model(attention)
             if status is None:
                 try:
@@ -207,9 +218,9 @@ class Plan:
                 except Exception as error:  # models refuse in many ways
                     status = f"does not run: {first_sentence(error)}"
             if status is not None:
-                yield Row("generation", title, "generate", attention.name, True, status, **self.kind)  # type: ignore[arg-type]
+                yield Row("generation", title, "generate", attention.name, True, status, **self.kind)
         for name, timing in self.stopwatch.interleave(calls, self.seconds).items():
-            yield Row("generation", title, "generate", name, True, "ok", timing, **self.kind)  # type: ignore[arg-type]
+            yield Row("generation", title, "generate", name, True, "ok", timing, **self.kind)
 
     def _steps(self, dtype: torch.dtype) -> Iterator[Job]:
         """Training steps, which are in bf16 under autocast whatever `dtype` is: not compiled, then compiled."""
@@ -236,7 +247,7 @@ class Plan:
                 self._verdicts[key] = training_steps.judge(variant, smallest, self.sizes, self.device)
             verdict = self._verdicts.get(key)
             if verdict is not None:
-                return Row(*identity, verdict, **self.kind)  # type: ignore[arg-type]
+                return Row(*identity, verdict, **self.kind)
             torch.compiler.reset()
             calls: dict[str, Callable[[], object]] = {}
             timing: Timing | None = None
@@ -248,9 +259,9 @@ class Plan:
                     timing = self.stopwatch.interleave(calls, self.seconds)[variant.name]
 
             peak = peak_bytes(measure, self.device)
-            return Row(*identity, "ok", timing, peak_mib=peak / 2**20, **self.kind)  # type: ignore[arg-type]
+            return Row(*identity, "ok", timing, peak_mib=peak / 2**20, **self.kind)
         except Exception as error:  # models refuse in many ways
-            return Row(*identity, f"does not run: {first_sentence(error)}", **self.kind)  # type: ignore[arg-type]
+            return Row(*identity, f"does not run: {first_sentence(error)}", **self.kind)
 
     def _long(self, dtype: torch.dtype) -> Iterator[Job]:
         for length in long_context.LENGTHS:
@@ -366,8 +377,9 @@ def bench(
     results = resumed(facts, (), table) if resume and table is not None else Results(facts, table)
     plan = Plan(peers, device, seconds, budget)
     jobs = [job for job in plan.jobs(suites, dtypes) if not results.has(job.section, job.case, job.direction, job.peer)]
-    if not results.has("correctness", "matrix"):
-        results.add(check_beforehand(plan.backends, plan.tasks(suites, dtypes), device, min(BEFOREHAND, budget.left())))
+    to_check = [] if results.has("correctness", "matrix") else plan.backends
+    tasks = plan.tasks(suites, dtypes, results)
+    results.add(check_beforehand(to_check, tasks, device, min(BEFOREHAND, budget.left())))
     _print(results.rows, console)
     for job in jobs:
         if budget.allows(job.name, job.seconds):

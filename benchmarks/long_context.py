@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,12 +50,17 @@ def measure(peer: Peer, case: Case, device: str, seconds: float, wanted: Sequenc
     """
     if "forward+backward" not in wanted:
         peer = replace(peer, backward=False)
-    kind = {"capability": capability(device), "dtype": case.dtype_name, "head_dim": case.dim, "shape": case}
+    kind: dict[str, Any] = {
+        "capability": capability(device),
+        "dtype": case.dtype_name,
+        "head_dim": case.dim,
+        "shape": case,
+    }
     stopwatch, rows = Stopwatch(device), []
     for found in prepare(case, [peer], device, warm=False):
         identity = (SECTION, case.title, found.direction, peer.name, peer.weighted)
         if found.call is None:
-            rows.append(Row(*identity, found.status, **kind))  # type: ignore[arg-type]
+            rows.append(Row(*identity, found.status, **kind))
         elif found.direction in wanted:
             try:
                 start = time.perf_counter()
@@ -64,9 +70,9 @@ def measure(peer: Peer, case: Case, device: str, seconds: float, wanted: Sequenc
                 if spent < seconds:
                     timing = stopwatch.interleave({peer.name: found.call}, seconds)[peer.name]
             except RuntimeError as error:  # memory has ended
-                rows.append(Row(*identity, f"does not run: {first_sentence(error)}", **kind))  # type: ignore[arg-type]
+                rows.append(Row(*identity, f"does not run: {first_sentence(error)}", **kind))
                 continue
-            rows.append(Row(*identity, "ok", timing, peak_mib=peak / 2**20, **kind))  # type: ignore[arg-type]
+            rows.append(Row(*identity, "ok", timing, peak_mib=peak / 2**20, **kind))
     return rows
 
 

@@ -11,11 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from empcause import steer, use_backend
 
+COMPILED = "static cache, compiled"
 # By their names in the results: what `generate` is told about its cache.
 CACHES: dict[str, dict[str, Any]] = {
     "dynamic cache": {},
     "static cache": {"cache_implementation": "static", "disable_compile": True},
-    "static cache, compiled": {"cache_implementation": "static"},
+    COMPILED: {"cache_implementation": "static"},
 }
 JUDGED_TOKENS = 8
 

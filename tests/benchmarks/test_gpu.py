@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from empcause.benchmarks import correctness, gpu, long_context, models, training_steps, workers
 from empcause.benchmarks.comparison import time_case
-from empcause.benchmarks.figures import Row, ratios, read_csv, write_csv
+from empcause.benchmarks.figures import Results, Row, ratios, read_csv, write_csv
 from empcause.benchmarks.gate import Gate
 from empcause.benchmarks.gpu_report import cuda_is_not_slower, plot
 from empcause.benchmarks.models import Attention
@@ -450,10 +450,14 @@ class TestRun:
     def test_what_is_compiled_beforehand_runs(self, monkeypatch):
         monkeypatch.setattr(gpu, "COMPILED_TEXTS", 1)
         plan = gpu.Plan(gpu.gpu_peers(), "cpu", 0.0, Budget(), SIZES)
-        names = {(function.__name__, arguments[0].name) for function, arguments in plan.tasks(gpu.SUITES, ["fp32"])}
+        tasks = plan.tasks(gpu.SUITES, ["fp32"], Results({}))
+        names = {(function.__name__, arguments[0].name) for function, arguments in tasks}
         assert ("compile_step", "generator, empcause cpu") in names
         assert ("compile_case", "small") in names
         assert ("compile_case", "tiny") in names
+        done = Results({}, rows=[Row("host time", "tiny, float32", "all", "", True, "ok")])
+        left = plan.tasks(["overhead", "lengths"], ["fp32"], done)
+        assert {arguments[0].name for _, arguments in left} == {"small"}
         gpu.compile_case(SMALL, "empcause cpu", "cpu")
         variant = training_steps.variants(["cpu"], False)[0]
         gpu.compile_step(variant, gpu.TEXTS[0], SIZES, "cpu")
