@@ -298,8 +298,10 @@ def bench(
         for row in run_memory(done=lambda case, peer: results.has("memory", case, peer=peer)):
             results.add([row])
     if "long" in suites:
+        every = cpu_peers() if names is None else chosen_peers(names)
         done = partial(results.has, long_context.SECTION)
-        for rows in long_context.run_on_cpu(seconds, done=lambda case, peer: done(case, peer=peer)):
+        peers = long_context.chosen_peers(every)
+        for rows in long_context.run_on_cpu(peers, seconds, done=lambda case, peer: done(case, peer=peer)):
             results.add(rows)
     print_table(results.rows, limits, console)
     if output is not None:

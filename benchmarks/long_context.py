@@ -94,6 +94,7 @@ def measure_on_cpu(name: str, case: Case, seconds: float, wanted: Sequence[str],
 
 
 def run_on_cpu(
+    peers: Sequence[Peer],
     seconds: float,
     dtype: torch.dtype = torch.float32,
     lengths: Sequence[int] = LENGTHS,
@@ -103,6 +104,7 @@ def run_on_cpu(
     """Yield the rows of each peer at each length.
 
     Args:
+        peers: of `cpu_peers`.
         seconds: for the rounds of a direction.
         patience: a direction that would take more seconds a call than these is left out.
         done: says of a case and a peer whether they are left out.
@@ -113,7 +115,6 @@ def run_on_cpu(
     require_linux()
     expected: dict[tuple[str, str], float] = {}  # seconds of a call, by peer and direction
     context = multiprocessing.get_context("spawn")
-    peers = chosen_peers(cpu_peers())
     with ExitStack() as running:
         processes = {peer.name: running.enter_context(ProcessPoolExecutor(1, context)) for peer in peers}
         for case in (long_case(length, dtype) for length in lengths):

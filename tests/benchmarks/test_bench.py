@@ -9,7 +9,7 @@ import torch
 from empcause.benchmarks import cpu, long_context, test_attention
 from empcause.benchmarks.comparison import Limit, time_case
 from empcause.benchmarks.cpu import SUITES, Limits, best_peers
-from empcause.benchmarks.figures import Results, Row, compare, write_csv
+from empcause.benchmarks.figures import Results, Row, compare, read_csv, write_csv
 from empcause.benchmarks.peers import cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch, Timing
@@ -168,31 +168,29 @@ def test_a_stopped_run_is_continued(small, tmp_path, capsys):
     """What it has is not measured again, and is in the plots."""
     arguments = ["bench", "--output", str(tmp_path), "--seconds", "0", "--dtypes"]
     assert main([*arguments, "fp32"]) == 0
-    before = (tmp_path / "cpu.csv").read_text().splitlines()
+    before, _ = read_csv(tmp_path / "cpu.csv")
     assert main([*arguments, "fp32", "bf16"]) == 2
     assert "--resume" in capsys.readouterr().err
     (tmp_path / "cpu_ratios.png").unlink()
     assert main([*arguments, "fp32", "bf16", "--resume"]) == 0
-    after = (tmp_path / "cpu.csv").read_text().splitlines()
+    after, _ = read_csv(tmp_path / "cpu.csv")
     assert after[: len(before)] == before
-    assert all("bfloat16" in line for line in after[len(before) :])
+    assert {row.dtype for row in after[len(before) :]} == {"bfloat16"}
     assert len(after) > len(before)
     assert (tmp_path / "cpu_ratios.png").stat().st_size > 0
 
 
 class TestLongContext:
-    def test_each_peer_is_measured_in_a_process_of_its_own(self, monkeypatch):
-        monkeypatch.setattr(long_context, "chosen_peers", lambda every: every[:2])
-        (ours, eager) = long_context.run_on_cpu(0.0, lengths=(512,))
+    def test_each_peer_is_measured_in_a_process_of_its_own(self):
+        (ours, eager) = long_context.run_on_cpu(cpu_peers()[:2], 0.0, lengths=(512,))
         assert [row.direction for row in ours] == ["forward", "forward+backward"]
         assert all(row.timing.median > 0 and row.status == "ok" for row in (*ours, *eager))
         assert 0 < ours[1].peak_mib < eager[1].peak_mib
 
     def test_memory_that_is_not_there_is_a_status(self, monkeypatch):
         """Of that length and the longer ones; the others go on."""
-        monkeypatch.setattr(long_context, "chosen_peers", lambda every: every[1:2])
         monkeypatch.setattr(long_context, "_available", lambda: 2**26)
-        (first,), (second,) = long_context.run_on_cpu(0.0, lengths=(4096, 8192))
+        (first,), (second,) = long_context.run_on_cpu(cpu_peers()[1:2], 0.0, lengths=(4096, 8192))
         assert (first.direction, first.timing) == ("all", None)
         assert first.status.startswith("does not run: ")
         assert second.status == "left out: half the length did not run"
@@ -203,14 +201,13 @@ class TestLongContext:
             timings = {name: Timing(*[1e3 * spent[name] * case.keys / 1024] * 3, 1) for name in wanted}
             return [Row("long context", case.title, name, peer.name, True, "ok", timings[name]) for name in wanted]
 
-        monkeypatch.setattr(long_context, "chosen_peers", lambda every: every[:1])
         monkeypatch.setattr(long_context, "_in_process", measured)
-        found = list(long_context.run_on_cpu(0.0, lengths=(1024, 2048), patience=100.0))
+        found = list(long_context.run_on_cpu(cpu_peers()[:1], 0.0, lengths=(1024, 2048), patience=100.0))
         assert [[row.status for row in rows] for rows in found] == [
             ["ok", "ok"],
             ["ok", "left out: a call would take about 120 s"],
         ]
-        assert list(long_context.run_on_cpu(0.0, lengths=(1024,), done=lambda case, peer: True)) == []
+        assert list(long_context.run_on_cpu(cpu_peers()[:1], 0.0, lengths=(1024,), done=lambda case, peer: True)) == []
 
 
 @pytest.mark.parametrize(
