@@ -69,7 +69,7 @@ def measure(peer: Peer, case: Case, device: str, seconds: float, wanted: Sequenc
                 timing = Timing.of([spent * 1e3])
                 if spent < seconds:
                     timing = stopwatch.interleave({peer.name: found.call}, seconds)[peer.name]
-            except RuntimeError as error:  # memory has ended
+            except (RuntimeError, MemoryError) as error:  # memory has ended
                 rows.append(Row(*identity, f"does not run: {first_sentence(error)}", **kind))
                 continue
             rows.append(Row(*identity, "ok", timing, peak_mib=peak / 2**20, **kind))
