@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from empcause.benchmarks.figures import Row
 from empcause.benchmarks.gate import Gate, first_sentence
 from empcause.benchmarks.peers import Inputs, Peer, make_inputs
 from empcause.benchmarks.shapes import Case
-from empcause.benchmarks.timing import ROUNDS_SECONDS, Stopwatch
+from empcause.benchmarks.timing import ROUNDS_SECONDS, Stopwatch, capability
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Prepared:
 
     Attributes:
         direction: "forward", "forward+backward", "forward+backward+cause" (with the gradient of cause); "all" without a call.
-        call: what is timed; it ran once. None: see `status`.
+        call: what is timed. None: see `status`.
         status: "ok", or why there is no call.
         refused: whether the peer itself raised an error.
     """
@@ -68,13 +69,19 @@ def directions(inputs: Inputs, peer: Peer, call: Callable[..., Tensor]) -> dict[
 
 
 def prepare(
-    case: Case, peers: Sequence[Peer], device: str, seconds: float = float("inf"), patience: float = float("inf")
+    case: Case,
+    peers: Sequence[Peer],
+    device: str,
+    seconds: float = float("inf"),
+    patience: float = float("inf"),
+    warm: bool = True,
 ) -> Iterator[Prepared]:
     """Judge peers on the very tensors that are timed, and yield every direction of those that are right.
 
     Args:
         seconds: after this many, peers that are left are not judged.
         patience: a peer of others whose check takes longer than this many seconds is left out.
+        warm: call every direction once.
     """
     begun = time.monotonic()
     torch.compiler.reset()
@@ -94,8 +101,11 @@ def prepare(
                 if wrong is None and checked > patience and not peer.ours:
                     wrong = f"right, but too slow: its check took {checked:.0f} s"
                 found = directions(inputs, peer, call) if wrong is None else {}
-                for timed in found.values():
+                for timed in found.values() if warm else ():
                     timed()
+        except ModuleNotFoundError as error:
+            yield Prepared(peer, "all", None, f"not installed: {error.name}", refused=True)
+            continue
         except Exception as error:  # peers refuse in many ways
             yield Prepared(peer, "all", None, f"does not run: {first_sentence(error)}", refused=True)
             continue
@@ -113,18 +123,21 @@ def time_case(
     patience: float = float("inf"),
     rounds_seconds: float = ROUNDS_SECONDS,
     limit: Limit | None = None,
+    section: str = "attention",
 ) -> Iterator[Row]:
     """Judge the peers (see `prepare`), then time those that are right, in turn; what is not timed has a row with the reason.
 
     Args:
         rounds_seconds: what timing one direction may take.
         limit: gets a row with the time that it would take for the work of this case.
+        section: of the rows. Rates are counted in the section "attention" alone.
     """
-    name = f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
+    kind: dict[str, Any] = {"capability": capability(device), "dtype": case.dtype_name, "head_dim": case.dim}
     calls: dict[str, dict[str, Callable[[], object]]] = {}
     for item in prepare(case, peers, device, seconds, patience):
         if item.call is None:
-            yield Row("attention", name, item.direction, item.peer.name, item.peer.weighted, item.status)
+            identity = (section, case.title, item.direction, item.peer.name, item.peer.weighted, item.status)
+            yield Row(*identity, shape=case, **kind)
         else:
             calls.setdefault(item.direction, {})[item.peer.name] = item.call
     weighted = {peer.name: peer.weighted for peer in peers}
@@ -134,6 +147,6 @@ def time_case(
         for peer_name, timing in stopwatch.interleave(found, rounds_seconds).items():
             if limit is not None and peer_name == limit.name:
                 timing = timing.scaled(limit.needs(case, direction) / limit.work)
-            gflops = case.flops(direction) / timing.median / 1e6
-            same = weighted.get(peer_name, False)
-            yield Row("attention", name, direction, peer_name, same, "ok", timing, gflops, shape=case)
+            gflops = case.flops(direction) / timing.median / 1e6 if section == "attention" else None
+            identity = (section, case.title, direction, peer_name, weighted.get(peer_name, False), "ok")
+            yield Row(*identity, timing, gflops, shape=case, **kind)

@@ -4,17 +4,15 @@ Every peer is judged against fp64 first; one that is wrong is not timed. Peers t
 them all: compare ratios, not milliseconds. The machine's limits are measured in the same run.
 """
 
-import csv
-import importlib.util
 import math
 import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,13 +23,15 @@ from tqdm import tqdm
 
 import empcause
 from empcause._C import build_info, multiply_adds, read_all
+from empcause.benchmarks import long_context
 from empcause.benchmarks.comparison import Limit, directions, time_case
-from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline
-from empcause.benchmarks.figures import OURS, Row, ratios, write_csv
-from empcause.benchmarks.peers import FLEX, Peer, cpu_peers, make_inputs
+from empcause.benchmarks.cpu_report import plot_ratios, plot_roofline, where
+from empcause.benchmarks.figures import OURS, Results, Row, ratios, resumed
+from empcause.benchmarks.memory import peak_bytes, require_linux
+from empcause.benchmarks.peers import FLEX, Peer, check_names, cpu_peers, make_inputs
+from empcause.benchmarks.plotting import plot_long_context, require_matplotlib
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch
-from empcause.errors import UserError
 
 CPU = f"{OURS} cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -160,52 +160,57 @@ def chosen_peers(names: Sequence[str] | None = None) -> list[Peer]:
 
 
 def run(
-    suites: Sequence[str], dtypes: Sequence[str], names: Sequence[str] | None, seconds: float, limits: Limits
-) -> Iterator[Row]:
-    """Judge and time the peers on every case.
+    suites: Sequence[str],
+    dtypes: Sequence[str],
+    names: Sequence[str] | None,
+    seconds: float,
+    limits: Limits,
+    results: Results,
+) -> None:
+    """Judge and time the peers on every case that the results do not have yet.
 
     Args:
         suites, dtypes, names: as in `chosen_cases` and `chosen_peers`.
         seconds: for the rounds of one direction of a case.
+        results: get the rows of each case when it is complete.
     """
     peers, stopwatch = chosen_peers(names), Stopwatch("cpu")
-    for case in tqdm(chosen_cases(suites, dtypes), desc="attention", unit="case", disable=None):
+    cases = [case for case in chosen_cases(suites, dtypes) if not results.has("attention", case.title)]
+    for case in tqdm(cases, desc="attention", unit="case", disable=None):
         limit = limits.of(case)
-        yield from time_case(case, peers, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, limit=limit)
+        results.add(time_case(case, peers, "cpu", stopwatch, patience=PATIENCE, rounds_seconds=seconds, limit=limit))
 
 
 def peak_memory(name: str, length: int) -> int:
-    """Return the bytes that a forward and backward pass takes at its peak beside its inputs, by Linux's account."""
+    """Return the bytes that a forward and backward pass takes at its peak beside its inputs."""
     inputs = make_inputs(Case("memory", 1, 12, 12, length, length, 64, torch.float32), "cpu")
     peer = next(peer for peer in cpu_peers() if peer.name == name)
     call = directions(inputs, peer, peer.prepare(inputs, 0.0))["forward+backward"]
     small = make_inputs(Case("memory", 1, 12, 12, 8, 8, 64, torch.float32), "cpu")
     directions(small, peer, peer.prepare(small, 0.0))["forward+backward"]()  # what is loaded once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
+    return peak_bytes(call, "cpu")
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def run_memory(
+    lengths: Sequence[int] = (1024, 2048, 4096), done: Callable[[str, str], bool] = lambda case, peer: False
+) -> Iterator[Row]:
+    """Yield the peak memory of this package and of the eager formula, each in a process of its own.
 
-
-def run_memory(lengths: Sequence[int] = (1024, 2048, 4096)) -> Iterator[Row]:
-    """Peak memory of this package and of the eager formula, each in a process of its own.
+    Args:
+        done: says of a case and a peer whether they are left out.
 
     Raises:
         UserError: not on Linux.
     """
-    if sys.platform != "linux":
-        raise UserError('The suite "memory" asks Linux for the peak of a process, and this system is another.')
+    require_linux()
     context = multiprocessing.get_context("spawn")
     for length in lengths:
+        case = f"GPT-2 1x12x{length}x64, float32"
         for peer in (CPU, "eager formula"):
+            if done(case, peer):
+                continue
             with context.Pool(1) as pool:
                 extra = pool.apply(peak_memory, (peer, length))
-            case = f"GPT-2 1x12x{length}x64, float32"
             yield Row("memory", case, "forward+backward", peer, True, "ok", peak_mib=extra / 2**20)
 
 
@@ -227,7 +232,7 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
     for column in table.columns[2:7] + table.columns[8:]:
         column.justify = "right"
     for row in rows:
-        if row.timing and row.peer == CPU:
+        if row.timing and row.peer == CPU and row.section == "attention":
             name, ratio = best.get(row.group, ("", math.nan))
             times = (f"{value:.3g}" for value in (row.timing.median, row.timing.p20, row.timing.p80))
             assert row.shape is not None
@@ -244,7 +249,8 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
         console.print(f"GPT-2 lengths, {dtype}, {direction}: {mean:.2f} (geometric mean), {min(values):.2f} at least")
     for row in rows:
         if row.peak_mib is not None:
-            console.print(f"peak memory, {row.case}, {row.peer}: {row.peak_mib:.0f} MiB")
+            spent = f"{row.timing.median:.4g} ms, " if row.timing else ""
+            console.print(f"{row.case}, {row.direction}, {row.peer}: {spent}peak memory {row.peak_mib:.0f} MiB")
         elif row.timing is None:
             console.print(f"not timed: {row.case}, {row.peer}: {row.status}")
     console.print(
@@ -253,8 +259,8 @@ def print_table(rows: Sequence[Row], limits: Limits, console: Console) -> None:
     )
 
 
-# What `bench` writes: a table and two plots.
-FILES = ("cpu.csv", "cpu_ratios.png", "cpu_roofline.png")
+# What `bench` writes, the last if the suite "long" was measured.
+FILES = ("cpu.csv", "cpu_ratios.png", "cpu_roofline.png", "cpu_long_context.png")
 
 
 def bench(
@@ -263,75 +269,45 @@ def bench(
     names: Sequence[str] | None = None,
     output: Path | None = None,
     seconds: float = 1.5,
+    resume: bool = False,
     console: Console | None = None,
 ) -> list[Row]:
-    """Measure, print and, given a folder, write FILES there.
+    """Measure, print and, given a folder, write FILES there, the table whenever a case is complete.
 
     Args:
-        suites: of SUITES, and "memory".
+        suites: of SUITES, and "memory" and "long".
         output: folder of the results.
+        resume: go on with the run whose table is in that folder.
 
     Raises:
-        UserError: an unknown peer; plots are asked for without matplotlib.
+        UserError: an unknown peer; plots without matplotlib; see `resumed`.
     """
-    if output is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError('The plots of --output need matplotlib: pip install "empcause[evaluation]".')
-    known = [peer.name for peer in cpu_peers() if not peer.ours]
-    for name in names or []:
-        if name not in known:
-            raise UserError(f"There is no peer {name!r}; expected one of {', '.join(map(repr, known))}.")
+    require_matplotlib(output)
+    check_names(names, cpu_peers())
     console = console or Console()
     console.width = max(console.width, 150 if not console.is_terminal else 0)
     limits = Limits()
-    rows = list(run([suite for suite in suites if suite != "memory"], dtypes, names, seconds, limits))
+    facts, table = machine(limits), None if output is None else output / FILES[0]
+    results = Results(facts, table)
+    if resume and table is not None:
+        results = resumed(facts, ("peak_gflops", "peak_gflops_bf16", "read_gbytes"), table)
+        shapes = {case.title: case for case in chosen_cases()}
+        results.rows = [replace(row, shape=shapes.get(row.case)) for row in results.rows]
+    run([suite for suite in suites if suite in SUITES], dtypes, names, seconds, limits, results)
     if "memory" in suites:
-        rows += run_memory()
-    print_table(rows, limits, console)
+        for row in run_memory(done=lambda case, peer: results.has("memory", case, peer=peer)):
+            results.add([row])
+    if "long" in suites:
+        every = cpu_peers() if names is None else chosen_peers(names)
+        done = partial(results.has, long_context.SECTION)
+        peers = long_context.chosen_peers(every)
+        for rows in long_context.run_on_cpu(peers, seconds, done=lambda case, peer: done(case, peer=peer)):
+            results.add(rows)
+    print_table(results.rows, limits, console)
     if output is not None:
-        facts = machine(limits)
-        table, ratios, roofline = (output / name for name in FILES)
-        write_csv(rows, facts, table)
-        plot_ratios(rows, facts, ratios)
-        plot_roofline(rows, {*limits.gflops.values()}, limits.gigabytes, facts, roofline)
+        ratios, roofline, long = (output / name for name in FILES[1:])
+        plot_ratios(results.rows, results.facts, ratios)
+        plot_roofline(results.rows, {*limits.gflops.values()}, limits.gigabytes, results.facts, roofline)
+        plot_long_context(results.rows, where(results.facts), long)
         console.print(f"Results are in {output}{os.sep}.")
-    return rows
-
-
-def compare(old: Path, new: Path, tolerance: float) -> list[str]:
-    """Return where the second run is slower beside a peer than the first was, by more than the tolerance; a sentence for each.
-
-    Both the peer and the machine may have changed, so that a case counts by its best ratio over the peers that both runs timed.
-
-    Raises:
-        UserError: a file that is no table of `empcause bench`, or tables without a case in common.
-    """
-    first, second = _read_ratios(old), _read_ratios(new)
-    if not first.keys() & second.keys():
-        raise UserError(f"{old} and {new} have no case in common.")
-    found = []
-    for key in first.keys() & second.keys():
-        common = first[key].keys() & second[key].keys()
-        changes = [second[key][peer] / first[key][peer] for peer in common]
-        if changes and max(changes) < 1 - tolerance:
-            found.append(f"{', '.join(key)}: {max(changes):.2f} of what it was beside the peer that it lost least to")
-    return sorted(found)
-
-
-def _read_ratios(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    column = f"time / {CPU}"
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            lines = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    if column not in (reader.fieldnames or []):
-        raise UserError(f"{path} is not a table of `empcause bench`: it has no column {column!r}.")
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    try:
-        for line in lines:
-            if line[column]:
-                found.setdefault((line["case"], line["direction"]), {})[line["peer"]] = float(line[column])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
-    return found
+    return results.rows

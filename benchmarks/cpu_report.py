@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from empcause.benchmarks.figures import OURS, Row, ratios
+from empcause.benchmarks.plotting import load_pyplot
 
 COLORS = {
     "eager formula": "#DD8452",
@@ -14,16 +14,8 @@ COLORS = {
 }
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _where(facts: dict[str, str]) -> str:
+def where(facts: dict[str, str]) -> str:
+    """Return the machine that figures are from, in a line."""
     return f"{facts['cpu']}, {facts['isa']}, {facts['threads']} threads, torch {facts['torch']}"
 
 
@@ -42,7 +34,7 @@ def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
             panel.setdefault(row.peer, []).append((row.shape.keys, ratio))
     if not lines:
         return False
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     panels = sorted(lines, key=lambda key: (key[0] != "float32", key[1]))
     columns = max(sum(dtype == kind for kind, _ in panels) for dtype, _ in panels)
     count = -(-len(panels) // columns)
@@ -65,7 +57,7 @@ def plot_ratios(rows: Sequence[Row], facts: dict[str, str], path: Path) -> bool:
     grid.flat[0].legend(frameon=False, fontsize=7)
     figure.supxlabel("tokens", fontsize=9)
     figure.supylabel("time of the peer / time of empcause", fontsize=9)
-    figure.suptitle(_where(facts), fontsize=8)
+    figure.suptitle(where(facts), fontsize=8)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
     return True
@@ -91,7 +83,7 @@ def plot_roofline(
     ]
     if not points:
         return False
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
     low, high = min(x for _, x in points) / 2, max(max(x for _, x in points) * 2, 4 * max(gflops) / gigabytes)
     for roof in gflops:
@@ -109,7 +101,7 @@ def plot_roofline(
     axes.set_xlabel("useful FLOPs per byte of inputs and outputs", fontsize=8)
     axes.set_ylabel("GFLOP/s", fontsize=8)
     axes.legend(frameon=False, fontsize=7)
-    axes.set_title(_where(facts), fontsize=8)
+    axes.set_title(where(facts), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -12,13 +12,17 @@ from empcause.ops.reference import biased_attention_reference
 from empcause.testing import disagreement, gradients
 
 ROWS = 512  # of keys, that are judged at least: few values have no error of typical size
+# Of sequences with more keys than this, the last rows alone are judged: no earlier query sees the last keys, so that the exact
+# gradients of these keys follow from the last queries.
+LONGEST = 8192
+LAST_ROWS = 256
 
 
 class Gate:
     """Judges peers on the very tensors that are timed.
 
-    The last sequences of the batch are compared, without their padding. Dropout is checked where its bits are known, that is in
-    this package; other peers are checked without it. Decoding has no backward pass, nor has every peer.
+    The last sequences of the batch are compared, without their padding, of long ones the last rows. Dropout is checked where its
+    bits are known, that is in this package; other peers are checked without it. Decoding and some peers have no backward pass.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -45,7 +49,7 @@ class Gate:
             )
             self._expected[key] = truth, plain
         truth, plain = self._expected[key]
-        judged = _joined([_sequence(case, got, index) for index in _judged(case)])
+        judged = _joined([_last_rows(case, _sequence(case, got, index)) for index in _judged(case)])
         return disagreement(truth, judged, plain, case.dtype)
 
 
@@ -72,6 +76,13 @@ def _sequence(case: Case, tensors: Sequence[Tensor], index: int) -> list[Tensor]
     return [x[index, None, :, :length] if x.dim() == 4 else x[index, None, :length] for x in tensors]
 
 
+def _last_rows(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return of a sequence's tensors `[1, H, N, D]` or `[1, N]` the rows that are judged."""
+    if case.queries != case.keys or case.keys <= LONGEST or case.dropout_p:
+        return list(tensors)
+    return [x[:, :, -LAST_ROWS:] if x.dim() == 4 else x[:, -LAST_ROWS:] for x in tensors]
+
+
 def _joined(sequences: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Return the tensors `[1, H, N, D]` and `[1, N]` of several sequences as one each: `[rows, D]` and `[rows]`."""
     return [
@@ -80,13 +91,14 @@ def _joined(sequences: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtype: torch.dtype | None) -> list[Tensor]:
-    """Return output and gradients for one sequence.
+    """Return output and gradients for one sequence, of a long one for the rows that are judged.
 
     Args:
         dtype: of the reference; None: the formula in plain torch in the dtype of the case.
     """
     case = inputs.case
     *tensors, cause, grad_output = _sequence(case, (*inputs.leaves, inputs.grad_output), index)
+    tensors[0], grad_output = _last_rows(case, [tensors[0], grad_output])
     cause = cause if weighted else torch.zeros_like(cause)
     keep = torch.ones((), dtype=torch.bool, device=cause.device).expand(1, case.heads, 1, 1)
     if dropout_p:
@@ -111,4 +123,4 @@ def _expected(inputs: Inputs, index: int, dropout_p: float, weighted: bool, dtyp
         else:
             parts.append(gradients(exactly, [leaf.to(dtype) for leaf in leaves], grad.to(dtype)))
     heads = [torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:4]]
-    return [*heads, torch.stack([part[4] for part in parts]).sum(0)]
+    return _last_rows(case, [*heads, torch.stack([part[4] for part in parts]).sum(0)])

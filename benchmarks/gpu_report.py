@@ -1,17 +1,24 @@
-"""Plots of the GPU benchmark, and what machine its figures are from.
+"""Plots of `empcause bench` on a GPU, what machine its figures are from, and what they say about the default backend.
 
 python -m empcause.benchmarks.gpu_report FOLDER    draws the plots anew from FOLDER/gpu.csv
 """
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from empcause.benchmarks.figures import OURS, Row, read_csv
+from empcause.benchmarks.plotting import load_pyplot, plot_long_context
 from empcause.benchmarks.timing import Timing
+from empcause.ops.backends import head_dim_class
+
+# The sections that are drawn as bars.
+_BARS = ("attention", "host time", "training step", "generation")
+# What `empcause bench` writes on a GPU: the table, and a plot of each section that was measured.
+FILES = ("gpu.csv", *(f"gpu_{section.replace(' ', '_')}.png" for section in _BARS), "gpu_long_context.png")
 
 
 def machine(device: str) -> dict[str, str]:
@@ -33,10 +40,36 @@ def machine(device: str) -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(device), "driver": driver, **facts}
 
 
+def cuda_is_not_slower(rows: Iterable[Row]) -> frozenset[tuple[tuple[int, int], torch.dtype, int]]:
+    """Return for which calls the CUDA kernels are measured to be no slower than Triton's: what `CUDA_IS_NOT_SLOWER` should be.
+
+    Args:
+        rows: of a table; those without a compute capability do not count.
+
+    Returns:
+        Compute capability, dtype and class of the head size for which both backends have figures of attention and the CUDA
+        kernels are not slower in any case and direction that both have.
+    """
+    times: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row.section == "attention" and row.timing and row.capability and row.head_dim is not None:
+            major, minor = row.capability.split(".")
+            call = (int(major), int(minor)), getattr(torch, row.dtype), head_dim_class(row.head_dim)
+            times.setdefault((call, row.group), {})[row.peer] = row.timing.median
+    not_slower: dict[tuple[tuple[int, int], torch.dtype, int], bool] = {}
+    for (call, _), found in times.items():
+        if f"{OURS} cuda" in found and f"{OURS} triton" in found:
+            faster = found[f"{OURS} cuda"] <= found[f"{OURS} triton"]
+            not_slower[call] = not_slower.get(call, True) and faster
+    return frozenset(call for call, every in not_slower.items() if every)
+
+
 def plot_all(rows: Sequence[Row], facts: dict[str, str], folder: Path) -> None:
-    """Draw `gpu_attention.png` and `gpu_training_step.png`, each if there is something to draw."""
-    for section in ("attention", "training step"):
-        plot(rows, section, facts, folder / f"gpu_{section.replace(' ', '_')}.png")
+    """Draw every plot of FILES for which there is something to draw."""
+    for section, name in zip(_BARS, FILES[1:-1], strict=True):
+        plot(rows, section, facts, folder / name)
+    where = f"{facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}"
+    plot_long_context(rows, where, folder / FILES[-1])
 
 
 def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -> bool:
@@ -47,11 +80,6 @@ def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -
     Returns:
         Whether there was anything to draw.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels: dict[tuple[str, str, str], list[tuple[Row, Timing]]] = {}
     for row in rows:
         if row.timing and row.section == section:
@@ -59,6 +87,7 @@ def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -
     panels = {group: found for group, found in panels.items() if len(found) > 1}
     if not panels:
         return False
+    pyplot = load_pyplot()
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.24 * max(len(found) for found in panels.values()) + 0.9
@@ -81,7 +110,7 @@ def plot(rows: Sequence[Row], section: str, facts: dict[str, str], path: Path) -
         axes.set_title(f"{case}, {direction}", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("milliseconds (grey: without weights, another function)", fontsize=8)
+    figure.supxlabel("milliseconds (grey: another function, which weighs no keys)", fontsize=8)
     figure.suptitle(f"{section}: {facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -4,23 +4,30 @@ A peer is prepared once for the inputs of a case (masks are made, functions comp
 and cause. A peer that cannot weigh keys computes another function: it is there to compare speed, and `weighted` is False.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask, flex_attention
 
 from empcause import biased_attention, biased_attention_varlen
 from empcause.benchmarks.shapes import Case
+from empcause.errors import UserError
 
 STRENGTH = 0.5
 SEED = 7
 # The logarithm of 0 where a mask is one more feature of the keys: far below all others, yet fp16 holds it.
 HIDDEN = -3e4
 FLEX = "flex score_mod"
+FLEX_FLASH = "flex score_mod, FLASH"
+PLAIN = "sdpa, no weights"
+# Above this many keys, the mask of FlexAttention's blocks is made by compiled code, which has no matrix of all queries and keys.
+MOST_KEYS_AS_MATRIX = 8192
 
 Call = Callable[..., Tensor]
 
@@ -175,7 +182,9 @@ def _sdpa_row(inputs: Inputs, dropout_p: float) -> Call:
     )
 
 
-def _sdpa_plain(kernel: SDPBackend) -> Callable[[Inputs, float], Call]:
+def _sdpa_plain(kernel: SDPBackend | None) -> Callable[[Inputs, float], Call]:
+    """torch's attention without weights, through one of its kernels; None: through the one that it chooses, as users call it."""
+
     def prepare(inputs: Inputs, dropout_p: float) -> Call:
         case = inputs.case
         # Padding on the right is out of sight of the real queries; a causal mask of one query hides nothing.
@@ -185,7 +194,7 @@ def _sdpa_plain(kernel: SDPBackend) -> Callable[[Inputs, float], Call]:
             raise ValueError("its causal mask is aligned at the first key")
 
         def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
-            with sdpa_kernel(kernel):
+            with nullcontext() if kernel is None else sdpa_kernel(kernel):
                 return nn.functional.scaled_dot_product_attention(
                     query,
                     key,
@@ -200,8 +209,8 @@ def _sdpa_plain(kernel: SDPBackend) -> Callable[[Inputs, float], Call]:
     return prepare
 
 
-def _varlen_plain(inputs: Inputs, dropout_p: float, kernel: SDPBackend) -> Call:
-    if kernel != SDPBackend.FLASH_ATTENTION or dropout_p:
+def _varlen_plain(inputs: Inputs, dropout_p: float, kernel: SDPBackend | None) -> Call:
+    if kernel not in (None, SDPBackend.FLASH_ATTENTION) or dropout_p:
         raise ValueError("torch packs sequences with FlashAttention and without dropout only")
     from torch.nn.attention.varlen import varlen_attn
 
@@ -217,12 +226,37 @@ def _varlen_plain(inputs: Inputs, dropout_p: float, kernel: SDPBackend) -> Call:
     return call
 
 
-def _flex(compiled: bool) -> Callable[[Inputs, float], Call]:
-    """FlexAttention, the logarithm of the weight added by its score function."""
+def _flash_attn(inputs: Inputs, dropout_p: float) -> Call:
+    """The package flash_attn, without weights."""
+    package, case = import_module("flash_attn"), inputs.case
+    if case.packed:
+        longest = max(case.lengths)
+        packing = (inputs.sums, inputs.sums, longest, longest)
+        return lambda q, k, v, c: package.flash_attn_varlen_func(q, k, v, *packing, dropout_p=dropout_p, causal=True)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return package.flash_attn_func(query, key, value, dropout_p=dropout_p, causal=True).transpose(1, 2)
+
+    return call
+
+
+def _flex(compiled: bool, backend: str = "AUTO") -> Callable[[Inputs, float], Call]:
+    """FlexAttention, the logarithm of the weight added by its score function.
+
+    Args:
+        compiled: make a kernel of it.
+        backend: of FlexAttention. "FLASH" takes a score function that reads a tensor, but gives that tensor no gradient.
+    """
 
     def prepare(inputs: Inputs, dropout_p: float) -> Call:
         if dropout_p:
             raise ValueError("FlexAttention has no dropout")
+        options: Any = None
+        if backend != "AUTO":
+            if "BACKEND" not in FlexKernelOptions.__annotations__:
+                raise ValueError(f"FlexAttention of torch {torch.__version__} has no choice of backends")
+            options = {"BACKEND": backend}
         case, device = inputs.case, inputs.query.device
         queries, keys, offset = case.queries, case.keys, case.keys - case.queries
         sequence = None
@@ -233,7 +267,8 @@ def _flex(compiled: bool) -> Callable[[Inputs, float], Call]:
         def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return q + offset >= k if sequence is None else (q >= k) & (sequence[q] == sequence[k])
 
-        mask = create_block_mask(visible, None, None, queries, keys, device=device.type)
+        large = compiled and keys > MOST_KEYS_AS_MATRIX
+        mask = create_block_mask(visible, None, None, queries, keys, device=device.type, _compile=large)
 
         def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
             log_weight = _log_weight(cause, inputs.key_mask)
@@ -244,7 +279,8 @@ def _flex(compiled: bool) -> Callable[[Inputs, float], Call]:
             def weigh(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return score + log_weight[batch, k]
 
-            output = flex_attention(query, key, value, weigh, mask, enable_gqa=case.heads != case.key_heads)
+            grouped = case.heads != case.key_heads
+            output = flex_attention(query, key, value, weigh, mask, enable_gqa=grouped, kernel_options=options)
             return output if sequence is None else output[0].transpose(0, 1)
 
         return torch.compile(call, dynamic=False, fullgraph=True) if compiled else call
@@ -301,8 +337,24 @@ def peers(backends: list[str], kernels: dict[str, SDPBackend], compiled: bool = 
             found.append(Peer(f"sdpa {name}, log-weight mask", _sdpa_weighted(kernel), cause_gradient=False))
     for name, kernel in kernels.items():
         found.append(Peer(f"sdpa {name}, no weights", _sdpa_plain(kernel), weighted=False, cause_gradient=False))
-    found.append(Peer(FLEX, _flex(compiled)))  # the last, since it is compiled for every case
+    found.append(Peer(PLAIN, _sdpa_plain(None), weighted=False, cause_gradient=False))
+    found.append(Peer("flash_attn, no weights", _flash_attn, weighted=False, cause_gradient=False))
+    # The last, since they are compiled for every case.
+    found.append(Peer(FLEX, _flex(compiled)))
+    found.append(Peer(FLEX_FLASH, _flex(compiled, "FLASH"), cause_gradient=False))
     return found
+
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def gpu_peers() -> list[Peer]:
+    """Return all peers on a GPU; one that is not built or not installed says so when it is prepared."""
+    return peers(["triton", "cuda"], KERNELS)
 
 
 def cpu_peers() -> list[Peer]:
@@ -314,9 +366,21 @@ def cpu_peers() -> list[Peer]:
         Peer("folded, sdpa", _folded(flash)),
         Peer("sdpa, log-weight mask", _sdpa_weighted(flash), cause_gradient=False),
         Peer("sdpa, log-weight row", _sdpa_row, cause_gradient=False),
-        Peer("sdpa, no weights", _sdpa_plain(flash), weighted=False, cause_gradient=False),
+        Peer(PLAIN, _sdpa_plain(flash), weighted=False, cause_gradient=False),
         Peer(FLEX, _flex(compiled=True), cause_gradient=False, backward=False),
     ]
+
+
+def check_names(names: Sequence[str] | None, every: Sequence[Peer]) -> None:
+    """Check the names of peers that a user gave.
+
+    Raises:
+        UserError: one of them is no peer.
+    """
+    known = [peer.name for peer in every if not peer.ours]
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"There is no peer {name!r}; expected one of {', '.join(map(repr, known))}.")
 
 
 def _log_weight(cause: Tensor, key_mask: Tensor | None) -> Tensor:

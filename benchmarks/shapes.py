@@ -33,6 +33,16 @@ class Case:
     mixed: tuple[int, ...] = ()
 
     @property
+    def dtype_name(self) -> str:
+        """Name of the dtype, such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        """Name and dtype: the case in the results."""
+        return f"{self.name}, {self.dtype_name}"
+
+    @property
     def lengths(self) -> list[int]:
         """Keys of each sequence."""
         if not (self.padded or self.packed):
@@ -68,16 +78,33 @@ class Case:
         return rows * self.dim * self.dtype.itemsize * (1 if direction == "forward" else 3)
 
 
-CASES = [
-    Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64),
-    Case("decode 16x12x1/4096x64", 16, 12, 12, 1, 4096, 64),
-    Case("dialogues 16x12x256x64, padded", 16, 12, 12, 256, 256, 64, padded=True),
-    Case("dialogues 16x12x256x64, packed", 16, 12, 12, 256, 256, 64, packed=True),
-    Case("long 4x32x4096x64", 4, 32, 32, 4096, 4096, 64),
-    Case("grouped 4x32/8x2048x128", 4, 32, 8, 2048, 2048, 128),
-    Case("GPT-2 8x12x1024x64, dropout", 8, 12, 12, 1024, 1024, 64, dropout_p=0.1),
-    Case("decode grouped 8x32/8x1/8192x128", 8, 32, 8, 1, 8192, 128),
-    Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64, torch.float16),
-    Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64, torch.float32),
-    Case("wide 4x8x2048x256", 4, 8, 8, 2048, 2048, 256),
+# By suite, for GPUs, each in every dtype. The most important come first.
+GPU_SUITES: dict[str, list[Case]] = {
+    "lengths": [
+        Case("GPT-2 8x12x1024x64", 8, 12, 12, 1024, 1024, 64),
+        Case("long 4x32x4096x64", 4, 32, 32, 4096, 4096, 64),
+    ],
+    "dialogues": [
+        Case("dialogues 16x12x256x64, padded", 16, 12, 12, 256, 256, 64, padded=True),
+        Case("dialogues 16x12x256x64, packed", 16, 12, 12, 256, 256, 64, packed=True),
+    ],
+    "decoding": [
+        Case("decode 16x12x1/4096x64", 16, 12, 12, 1, 4096, 64),
+        Case("decode grouped 8x32/8x1/8192x128", 8, 32, 8, 1, 8192, 128),
+    ],
+    "shapes": [
+        Case("grouped 4x32/8x2048x128", 4, 32, 8, 2048, 2048, 128),
+        Case("wide 4x8x2048x256", 4, 8, 8, 2048, 2048, 256),
+        Case("head size 8x12x1024x32", 8, 12, 12, 1024, 1024, 32),
+        Case("head size 8x12x1024x96", 8, 12, 12, 1024, 1024, 96),
+    ],
+    "dropout": [Case("GPT-2 8x12x1024x64, dropout", 8, 12, 12, 1024, 1024, 64, dropout_p=0.1)],
+}
+
+# So small that the host's time is all there is.
+TINY = [
+    Case("tiny 1x12x64x64", 1, 12, 12, 64, 64, 64),
+    Case("tiny 2x12x64x64, with key_mask", 2, 12, 12, 64, 64, 64, padded=True),
+    Case("tiny 1x12x64x64, dropout", 1, 12, 12, 64, 64, 64, dropout_p=0.1),
+    Case("tiny 2x12x64x64, packed", 2, 12, 12, 64, 64, 64, packed=True),
 ]

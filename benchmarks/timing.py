@@ -14,6 +14,11 @@ MIN_REPEATS, MAX_REPEATS = 5, 100
 ROUNDS_SECONDS = 1.5
 
 
+def capability(device: str) -> str:
+    """Return the compute capability of a CUDA device, such as "9.0"; "" for the CPU."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device)) if device.startswith("cuda") else ""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds: the median, and the 20th and 80th percentile."""
@@ -100,30 +105,39 @@ class Stopwatch:
             torch.cuda.synchronize()
 
 
+class HostStopwatch(Stopwatch):
+    """Times how long the host is busy with a call, whether or not the device has done the work by then."""
+
+    CALLS = 20  # in a row, for one timing: few enough that the device's queue never holds up the host
+
+    def _span(self, call: Callable[[], object]) -> tuple:
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.CALLS):
+            call()
+        return start, time.perf_counter()
+
+    def _milliseconds(self, span: tuple) -> float:
+        return (span[1] - span[0]) * 1e3 / self.CALLS
+
+
 @dataclass
 class Budget:
-    """Seconds of a whole run, of which each section may use up to a point in time.
+    """Seconds of a whole run. `skipped` collects what was not begun because too few of them were left."""
 
-    A section that is done early leaves its time to the next ones. `skipped` collects what was not reached.
-    """
-
+    seconds: float = float("inf")
     clock: Callable[[], float] = time.monotonic
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._start = self._end = self.clock()
-
-    def begin(self, section: str, until: float) -> None:
-        """Begin a section that may last until `until` seconds after the start of the run."""
-        print(f"== {section} ({self.clock() - self._start:.0f} s)", flush=True)
-        self._end = self._start + until
+        self._end = self.clock() + self.seconds
 
     def left(self) -> float:
-        """Seconds left to the section."""
+        """Seconds left to the run."""
         return self._end - self.clock()
 
     def allows(self, what: str, seconds: float) -> bool:
-        """Whether the section has this many seconds left for `what`; if not, `what` is noted as not reached."""
+        """Whether this many seconds are left for `what`; if not, `what` is noted as not reached."""
         if self.left() >= seconds:
             return True
         self.skipped.append(what)

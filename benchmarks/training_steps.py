@@ -142,6 +142,12 @@ def make_step(model: nn.Module, variant: Variant, batch: dict[str, Any]) -> Call
     return step
 
 
+def prepare(variant: Variant, texts: Texts, sizes: dict[str, Any], device: str) -> Callable[[], None]:
+    """Return a step of a model that was built for it, on a batch of these texts."""
+    model = build(variant, sizes, device)
+    return make_step(model, variant, make_batch(texts, sizes["vocab_size"], device))
+
+
 def judge(variant: Variant, texts: Texts, sizes: dict[str, Any], device: str) -> str | None:
     """Say where a backend's loss or gradients are not the reference's for the same weights; None if they are.
 

@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from empcause.benchmarks import cpu, test_attention
+from empcause.benchmarks import cpu, long_context, test_attention
 from empcause.benchmarks.comparison import Limit, time_case
-from empcause.benchmarks.cpu import SUITES, Limits, best_peers, compare
-from empcause.benchmarks.figures import Row
+from empcause.benchmarks.cpu import SUITES, Limits, best_peers
+from empcause.benchmarks.figures import Results, Row, compare, read_csv, write_csv
 from empcause.benchmarks.peers import cpu_peers, make_inputs
 from empcause.benchmarks.shapes import Case
 from empcause.benchmarks.timing import Stopwatch, Timing
 from empcause.cli import main
-from empcause.cli.bench import SUITES as CHOICES
+from empcause.cli.bench import CPU_DTYPES
+from empcause.cli.bench import CPU_SUITES as CHOICES
 from empcause.errors import UserError
 
 SMALL = Case("GPT-2 2x2x16x8", 2, 2, 2, 16, 16, 8)
@@ -32,7 +33,8 @@ def small(monkeypatch):
 
 
 def test_choices_are_the_suites():
-    assert {*CHOICES} == {*SUITES, "memory"}
+    assert {*CHOICES} == {*SUITES, "memory", "long"}
+    assert {*CPU_DTYPES} == {*cpu.DTYPES}
 
 
 def test_limits_are_positive_and_finite():
@@ -106,7 +108,8 @@ def test_a_wrong_kernel_is_not_timed(small, monkeypatch, capsys):
 def test_pytest_benchmark_has_the_same_cases_and_peers(monkeypatch):
     timed = []
     monkeypatch.setattr(cpu, "time_case", lambda case, peers, *_, **__: timed.append((case, peers)) or [])
-    list(cpu.run(list(SUITES), list(cpu.DTYPES), None, 0.0, Limits(rounds=1000, bytes_read=2**16, repeats=1)))
+    limits = Limits(rounds=1000, bytes_read=2**16, repeats=1)
+    cpu.run(list(SUITES), list(cpu.DTYPES), None, 0.0, limits, Results({}))
     given = {mark.args[0]: list(mark.args[1]) for mark in test_attention.test_attention.pytestmark}
     cases = [test_attention.CASES[name] for name in given["case"]]
     assert len(cases) == len(timed)
@@ -139,7 +142,7 @@ def test_the_best_peer_computes_the_same_function():
 def test_compare_finds_what_fell_behind(tmp_path):
     def write(name, ours, eager, folded):
         rows = [row("a", "forward", *pair) for pair in (("empcause cpu", ours), ("eager", eager), ("folded", folded))]
-        cpu.write_csv(rows, {}, tmp_path / name)
+        write_csv(rows, {}, tmp_path / name)
         return tmp_path / name
 
     first, slower_machine = write("first.csv", 1.0, 8.0, 4.0), write("machine.csv", 3.0, 24.0, 12.0)
@@ -159,6 +162,52 @@ def test_memory_of_a_pass_is_that_of_a_fresh_process():
     rows = list(cpu.run_memory(lengths=(512,)))
     ours, eager = (row.peak_mib for row in rows)
     assert 0 < ours < eager
+
+
+def test_a_stopped_run_is_continued(small, tmp_path, capsys):
+    """What it has is not measured again, and is in the plots."""
+    arguments = ["bench", "--output", str(tmp_path), "--seconds", "0", "--dtypes"]
+    assert main([*arguments, "fp32"]) == 0
+    before, _ = read_csv(tmp_path / "cpu.csv")
+    assert main([*arguments, "fp32", "bf16"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    (tmp_path / "cpu_ratios.png").unlink()
+    assert main([*arguments, "fp32", "bf16", "--resume"]) == 0
+    after, _ = read_csv(tmp_path / "cpu.csv")
+    assert after[: len(before)] == before
+    assert {row.dtype for row in after[len(before) :]} == {"bfloat16"}
+    assert len(after) > len(before)
+    assert (tmp_path / "cpu_ratios.png").stat().st_size > 0
+
+
+class TestLongContext:
+    def test_each_peer_is_measured_in_a_process_of_its_own(self):
+        (ours, eager) = long_context.run_on_cpu(cpu_peers()[:2], 0.0, lengths=(512,))
+        assert [row.direction for row in ours] == ["forward", "forward+backward"]
+        assert all(row.timing.median > 0 and row.status == "ok" for row in (*ours, *eager))
+        assert 0 < ours[1].peak_mib < eager[1].peak_mib
+
+    def test_memory_that_is_not_there_is_a_status(self, monkeypatch):
+        """Of that length and the longer ones; the others go on."""
+        monkeypatch.setattr(long_context, "_available", lambda: 2**26)
+        (first,), (second,) = long_context.run_on_cpu(cpu_peers()[1:2], 0.0, lengths=(4096, 8192))
+        assert (first.direction, first.timing) == ("all", None)
+        assert first.status.startswith("does not run: ")
+        assert second.status == "left out: half the length did not run"
+
+    def test_what_would_take_too_long_is_left_out(self, monkeypatch):
+        def measured(process, peer, case, seconds, wanted):
+            spent = {"forward": 1.0, "forward+backward": 30.0}
+            timings = {name: Timing(*[1e3 * spent[name] * case.keys / 1024] * 3, 1) for name in wanted}
+            return [Row("long context", case.title, name, peer.name, True, "ok", timings[name]) for name in wanted]
+
+        monkeypatch.setattr(long_context, "_in_process", measured)
+        found = list(long_context.run_on_cpu(cpu_peers()[:1], 0.0, lengths=(1024, 2048), patience=100.0))
+        assert [[row.status for row in rows] for rows in found] == [
+            ["ok", "ok"],
+            ["ok", "left out: a call would take about 120 s"],
+        ]
+        assert list(long_context.run_on_cpu(cpu_peers()[:1], 0.0, lengths=(1024,), done=lambda case, peer: True)) == []
 
 
 @pytest.mark.parametrize(
