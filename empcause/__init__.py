@@ -12,16 +12,30 @@ from empcause.on_import import watch_imports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from empcause.integration import check_model, steer
+    from empcause.integration import Emphasis, Passage, check_model, emphasis, steer
     from empcause.ops import biased_attention, biased_attention_varlen, info, use_backend
 
-__all__ = ["__version__", "biased_attention", "biased_attention_varlen", "check_model", "info", "steer", "use_backend"]
+__all__ = [
+    "Emphasis",
+    "Passage",
+    "__version__",
+    "biased_attention",
+    "biased_attention_varlen",
+    "check_model",
+    "emphasis",
+    "info",
+    "steer",
+    "use_backend",
+]
 
 # By name: the package that it is from, which is imported when somebody asks for it.
 _PACKAGES = {
+    "Emphasis": "integration",
+    "Passage": "integration",
     "biased_attention": "ops",
     "biased_attention_varlen": "ops",
     "check_model": "integration",
+    "emphasis": "integration",
     "info": "ops",
     "steer": "integration",
     "use_backend": "ops",

@@ -1,4 +1,4 @@
-"""transformers: the attention implementation "empcause", the check of models that run with it, and `steer`.
+"""transformers: the attention implementation "empcause", the check of models that run with it, `steer` and `emphasis`.
 
 Importing this package registers the implementation with transformers.
 """
@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from empcause.integration.attention import empcause_attention, layer_strength
 from empcause.integration.checking import check_model
 from empcause.integration.classes import refuse_unchecked_models
+from empcause.integration.emphasis import Emphasis, Passage, emphasis
 from empcause.integration.masks import biased_attention_mask
 from empcause.integration.steering import steer
 
@@ -16,4 +17,13 @@ AttentionInterface.register("empcause", empcause_attention)
 AttentionMaskInterface.register("empcause", biased_attention_mask)
 refuse_unchecked_models()
 
-__all__ = ["biased_attention_mask", "check_model", "empcause_attention", "layer_strength", "steer"]
+__all__ = [
+    "Emphasis",
+    "Passage",
+    "biased_attention_mask",
+    "check_model",
+    "emphasis",
+    "empcause_attention",
+    "layer_strength",
+    "steer",
+]
