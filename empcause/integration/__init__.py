@@ -22,8 +22,8 @@ __all__ = [
     "Passage",
     "biased_attention_mask",
     "check_model",
-    "emphasis",
     "empcause_attention",
+    "emphasis",
     "layer_strength",
     "steer",
 ]
