@@ -90,8 +90,8 @@ void backward_rows(const AttentionBackward& g, float* scratch, Stream stream) {
   const Attention& a = g.forward;
   const int64_t batch = a.cu_queries == nullptr ? a.num_heads * a.total_queries : 0;
   BackwardArguments f{g, DropoutRate(a.dropout_p), true, {scratch, batch, a.total_queries}};
-  for (const Matrices* m : {&a.query, &a.key, &a.value, &a.output, &g.grad_output, &g.grad_query, &g.grad_key,
-                            &g.grad_value}) {
+  for (const Matrices* m :
+       {&a.query, &a.key, &a.value, &a.output, &g.grad_output, &g.grad_query, &g.grad_key, &g.grad_value}) {
     f.whole_chunks = f.whole_chunks && has_whole_chunks(a, *m);
   }
   with_head_dim(a.head_dim, [&](auto head_dim) {
