@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from empcause.integration.attention import empcause_attention, layer_strength
 from empcause.integration.checking import check_model
 from empcause.integration.classes import refuse_unchecked_models
-from empcause.integration.emphasis import Emphasis, Passage, emphasis
+from empcause.integration.marking import Emphasis, Passage, emphasis
 from empcause.integration.masks import biased_attention_mask
 from empcause.integration.steering import steer
 
