@@ -475,7 +475,7 @@ class TestRun:
         monkeypatch.setattr(integration, "biased_attention", wrong_on_the_cpu)
         assert "with the reference" in training_steps.judge(variant, texts, SIZES, "cpu")
 
-    def test_a_model_that_generates_other_tokens_is_red(self, monkeypatch):
+    def test_a_model_with_other_logits_is_red(self, monkeypatch):
         right = integration.biased_attention
         attention = Attention("empcause cpu, steered", "empcause", "cpu", steered=True)
         assert models.judge(attention, SIZES, "cpu") is None
@@ -486,7 +486,7 @@ class TestRun:
             return output.flip(-1) if wrong else output
 
         monkeypatch.setattr(integration, "biased_attention", wrong_on_the_cpu)
-        assert "other tokens than the reference" in models.judge(attention, SIZES, "cpu")
+        assert "logits with a dynamic cache are off" in models.judge(attention, SIZES, "cpu")
 
     def test_batches_hold_the_same_texts(self):
         padded = training_steps.make_batch(Texts("padded", 3, 24), 100, "cpu")
