@@ -32,6 +32,17 @@ def test_one_call_replaces_the_formula():
     assert results[0][-1].abs().max() > 1e-3  # the cause matters here
 
 
+def test_the_lines_for_an_own_model(tiny_gpt2_dir):
+    """They run as they stand, with a tiny model in the place of GPT-2; the marked word changes what the model computes."""
+    [lines] = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "emphasis" in block)
+    assert lines.count('"gpt2"') == 2
+    names: dict = {}
+    exec(lines.replace('"gpt2"', repr(str(tiny_gpt2_dir))), names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    marked = names["inputs"]["input_ids"][0, names["causes"][0] > 0]
+    assert names["tokenizer"].decode(marked).strip() == "grandmother"
+
+
 def speed_ups(path: Path, dtype: str, direction: str) -> list[float]:
     """By length: the time of the fastest other way to compute the same function, divided by ours."""
     found = defaultdict(list)
