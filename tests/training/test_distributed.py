@@ -95,6 +95,8 @@ def assert_same(together, alone):
     found = load_file(together / "model.safetensors")
     assert found.keys() == weights.keys()
     for name, expected in weights.items():
+        if name.endswith("key.bias"):
+            continue  # softmax does not depend on it: its gradient is rounding, of which the optimiser makes whole steps
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-5, msg=name)
 
 
