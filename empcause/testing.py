@@ -235,10 +235,13 @@ def disagreement(
             return f"{name}: not finite"
         eps, size = torch.finfo(dtype).eps, _root_mean_square(expected)
         # Where all rows see a single key, gradients vanish but for the rounding of fp64. They are differences of equal terms of
-        # the order of sqrt(dim), which torch subtracts without an error; the error of others has no typical size there.
+        # the order of sqrt(dim), which torch subtracts without an error; the error of others has no typical size there. The
+        # gradient of a cause is a sum of such differences, one per row, whose errors add up as independent ones do.
         vanishes = size <= 1e-12
         # However small a gradient is, it is a difference of larger terms, which are rounded.
         terms = truth[0].shape[-1] ** 0.5 if vanishes else 1.0
+        if vanishes and name == "grad cause":
+            terms *= (rows * expected.shape[-1] / expected.numel()) ** 0.5
         measures = {"largest": (_largest, 8 * eps * max(_largest(expected), terms))}
         # Nor has it one where all of it comes from a single row's probabilities.
         if not vanishes and rows > 1:

@@ -56,7 +56,7 @@ _16_BIT = {
     "forward": {
         80: {
             64: (Configuration(128, 64, 4, 2), Configuration(128, 64, 8)),
-            128: (Configuration(128, 32, 4, 2), Configuration(128, 32, 8)),
+            128: (Configuration(128, 32, 8), Configuration(128, 32, 8)),
             256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         90: {
@@ -78,7 +78,7 @@ _16_BIT = {
         },
         90: {
             64: (Configuration(64, 128, 8), Configuration(64, 128, 8)),
-            128: (Configuration(32, 128, 8), Configuration(32, 128, 8)),
+            128: (Configuration(32, 64, 8), Configuration(32, 128, 8)),
             256: (Configuration(64, 32, 8), Configuration(64, 32, 8)),
         },
         100: {
@@ -96,7 +96,7 @@ _16_BIT = {
         90: {
             64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
             128: (Configuration(128, 64, 8), Configuration(128, 32, 8)),
-            256: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=2)),
+            256: (Configuration(64, 32, 8), Configuration(64, 16, 8, num_stages=2)),
         },
         100: {
             64: (Configuration(128, 64, 8), Configuration(128, 64, 8)),
@@ -111,8 +111,8 @@ _16_BIT = {
 _FP32 = {
     "forward": {
         64: (Configuration(64, 32, 8, num_stages=1), Configuration(32, 32, 8)),
-        128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 16, 8)),
-        256: (Configuration(32, 16, 8, num_stages=1), Configuration(16, 16, 8)),
+        128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 16, 8, num_stages=2)),
+        256: (Configuration(16, 16, 8, num_stages=1), Configuration(16, 16, 8, num_stages=2)),
     },
     "backward_keys": {
         64: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
@@ -121,14 +121,14 @@ _FP32 = {
     },
     "backward_queries": {
         64: (Configuration(64, 32, 8), Configuration(64, 32, 8, num_stages=1)),
-        128: (Configuration(32, 32, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
+        128: (Configuration(16, 16, 8, num_stages=1), Configuration(32, 32, 8, num_stages=1)),
         256: (Configuration(16, 16, 8), Configuration(16, 16, 8)),
     },
 }
 
 # Decoding is bound by memory: enough bytes in flight per SM, and rows no more than a matrix instruction's 16.
-_DECODE_16_BIT = {64: Configuration(16, 64, 4, 4), 128: Configuration(16, 64, 4, 2), 256: Configuration(16, 32, 4, 2)}
-_DECODE_FP32 = {64: Configuration(16, 64, 8), 128: Configuration(16, 32, 4, 2, 1), 256: Configuration(16, 16, 4, 2, 1)}
+_DECODE_16_BIT = {64: Configuration(16, 64, 4, 3), 128: Configuration(16, 64, 4, 2), 256: Configuration(16, 32, 4, 2)}
+_DECODE_FP32 = {64: Configuration(16, 64, 8), 128: Configuration(16, 32, 4, 2, 1), 256: Configuration(16, 16, 8, 1, 1)}
 
 
 def block_d(head_dim: int) -> int:

@@ -444,38 +444,31 @@ class BackwardQueriesBlock {
     return chunk;
   }
 
-  // Returns delta of a row and stores it for BackwardKeys. It is 0 for a row that sees no key, whatever its gradient is.
-  //
-  // In fp32 every lane of a quad sums the whole row, in the order of the products grad_output . value, so that both are
-  // rounded alike where one key has all the weight. In 16 bits the quad shares the row, and each lane has a sum for every
-  // column of a chunk, as many short sums round less than few long ones.
+  // Returns delta of a row, which the quad computes together, and stores it for BackwardKeys. It is 0 for a row that
+  // sees no key, whatever its gradient is.
   EMPCAUSE_DEVICE float compute_delta(int row, bool sees_a_key) const {
-    constexpr bool kWholeRow = std::is_same_v<T, float>;
-    constexpr int kSize = Chunk<T>::kSize, kSums = kWholeRow ? 1 : kSize, kStep = kWholeRow ? kSize : 4 * kSize;
-    float sums[kSums] = {};
+    constexpr int kSize = Chunk<T>::kSize;
+    float sums[kSize] = {};  // one per column of a chunk: many short sums round less than few long ones
     if (row < rows) {
       const int query = query_begin + first_query + row;
       const T* const output = row_of<T>(a.output, batch, head, query);
       const T* const grad_output = row_of<T>(f.g.grad_output, batch, head, query);
-      for (int column = kWholeRow ? 0 : lane() % 4 * kSize; column < head_dim(); column += kStep) {
+      for (int column = lane() % 4 * kSize; column < head_dim(); column += 4 * kSize) {
         const Chunk<T> outputs = load_chunk(output, column), gradients = load_chunk(grad_output, column);
         EMPCAUSE_UNROLL
-        for (int i = 0; i < kSize; ++i) {
-          float& sum = sums[i % kSums];
-          sum = fma(to_float(gradients.at[i]), to_float(outputs.at[i]), sum);
-        }
+        for (int i = 0; i < kSize; ++i) sums[i] = fma(to_float(outputs.at[i]), to_float(gradients.at[i]), sums[i]);
       }
     }
     EMPCAUSE_UNROLL
-    for (int count = kSums / 2; count > 0; count /= 2) {
+    for (int count = kSize / 2; count > 0; count /= 2) {
       EMPCAUSE_UNROLL
       for (int i = 0; i < count; ++i) sums[i] += sums[i + count];
     }
-    const float total = kWholeRow ? sums[0] : quad_sum(sums[0]), delta_of_row = sees_a_key ? total : 0.0f;
+    const float total = quad_sum(sums[0]), result = sees_a_key ? total : 0.0f;
     if (row < rows && lane_column() == 0) {
-      store_global(row_of(f.delta, batch, head, query_begin + first_query + row), delta_of_row);
+      store_global(row_of(f.delta, batch, head, query_begin + first_query + row), result);
     }
-    return delta_of_row;
+    return result;
   }
 
   template <bool kMasked>
