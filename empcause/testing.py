@@ -209,6 +209,7 @@ def disagreement(
     plain: Sequence[Tensor],
     dtype: torch.dtype,
     errors: Sequence[str] = ("largest", "root mean square"),
+    few_keys: bool = False,
 ) -> str | None:
     """Say why results are less exact than they should be; None if they are exact enough.
 
@@ -221,6 +222,7 @@ def disagreement(
         plain: the results of plain torch in `dtype`, in the same order.
         dtype: whose rounding unit counts.
         errors: the kinds of error that count.
+        few_keys: whether every row sees so few keys that gradients are small differences of large terms.
 
     Returns:
         One sentence that names the first tensor that is wrong, its error and the bound.
@@ -235,13 +237,13 @@ def disagreement(
             return f"{name}: not finite"
         eps, size = torch.finfo(dtype).eps, _root_mean_square(expected)
         # Where all rows see a single key, gradients vanish but for the rounding of fp64. They are differences of equal terms of
-        # the order of sqrt(dim), which torch subtracts without an error; the error of others has no typical size there. The
-        # gradient of a cause is a sum of such differences, one per row, whose errors add up as independent ones do.
+        # the order of sqrt(dim), which torch subtracts without an error; the error of others has no typical size there.
         vanishes = size <= 1e-12
         # However small a gradient is, it is a difference of larger terms, which are rounded.
         terms = truth[0].shape[-1] ** 0.5 if vanishes else 1.0
-        if vanishes and name == "grad cause":
-            terms *= (rows * expected.shape[-1] / expected.numel()) ** 0.5
+        if few_keys and name == "grad cause":
+            # It is a sum over rows of such differences, whose errors are independent.
+            terms = (truth[0].shape[-1] * rows * expected.shape[-1] / expected.numel()) ** 0.5
         measures = {"largest": (_largest, 8 * eps * max(_largest(expected), terms))}
         # Nor has it one where all of it comes from a single row's probabilities.
         if not vanishes and rows > 1:
@@ -279,11 +281,12 @@ def verdict(case: Case, backend: str, device: str = "cpu") -> str | None:
     share = min(min(rows, case.batch * case.keys) / JUDGED_ROWS, min(rows, key_rows) * case.dim / JUDGED_ELEMENTS)
     offset = case.keys - case.queries if case.query_offset is None else case.query_offset
     seen = min(case.keys, case.queries + offset) if case.causal else case.keys
-    few = case.dim < JUDGED_COLUMNS or seen < JUDGED_KEYS
+    few_keys = seen < JUDGED_KEYS
+    few = case.dim < JUDGED_COLUMNS or few_keys
     truth, got, plain = results(case)
     if (not 0 < share < 1 or case.extra) and not few:
         return disagreement(truth, got, plain, case.dtype)
-    wrong = disagreement(truth, got, plain, case.dtype, ["largest"])
+    wrong = disagreement(truth, got, plain, case.dtype, ["largest"], few_keys)
     if wrong is not None or few:
         return wrong
     larger = replace(case, batch=case.batch * min(LARGEST_FACTOR, math.ceil(1 / share)), seed=case.seed + 1000)

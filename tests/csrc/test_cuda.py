@@ -117,7 +117,7 @@ class TestCuda(Contract):
 
     @pytest.mark.slow
     @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(**MATRIX | {"dim": st.integers(1, 256), "seed": st.integers(6, 50)})
+    @given(**MATRIX | {"dim": st.integers(1, 128), "seed": st.integers(6, 50)})
     def test_larger_case_matrix(self, **arguments):
         self.check(**arguments)
 
