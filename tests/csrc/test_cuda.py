@@ -119,6 +119,8 @@ class TestCuda(Contract):
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(**MATRIX | {"dim": st.integers(1, 128), "seed": st.integers(6, 50)})
     def test_larger_case_matrix(self, **arguments):
+        """Larger heads are in `test_every_kernel`. In fp32 the kernels sum a product in one chain, whose rounding grows faster
+        with the head size than that of plain torch, so that tiny cases of large heads are beyond twice its error."""
         self.check(**arguments)
 
     @pytest.mark.parametrize("dim", [32, 27, 64, 61, 96, 90, 128, 127, 256, 250])
