@@ -272,9 +272,12 @@ def _checked_span(passage: Passage, parts: list[_Part]) -> tuple[int, int]:
     text = parts[0].text
     if not 0 <= start < end <= len(text):
         raise ValueError(f"The span {passage} must lie within 0 and {len(text)} and have a character.")
-    if not text[start:end].strip():
+    piece = text[start:end]
+    if not piece.strip():
         raise ValueError(f"The span {passage} has only white space.")
-    return parts[0].start + start, parts[0].start + end
+    # A template may trim white space at the ends of a message; what it writes there instead must not be marked.
+    start += len(piece) - len(piece.lstrip())
+    return parts[0].start + start, parts[0].start + start + len(piece.strip())
 
 
 def _find(text: str, words: str) -> Iterator[tuple[int, int]]:

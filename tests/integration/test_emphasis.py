@@ -157,6 +157,8 @@ class TestMessages:
         """The template trims the spaces before the second message."""
         found = empcause.emphasis(tokenizer, CHAT, {Passage((9, 15), turn=1): 1.0})
         assert pieces(tokenizer, found) == [("Norway", 1.0)]
+        found = empcause.emphasis(tokenizer, CHAT, {Passage((0, 3), turn=1): 1.0})  # two of its characters are trimmed
+        assert pieces(tokenizer, found) == [("I", 1.0)]
         with pytest.raises(ValueError, match=r"may be in 4 messages; say in which"):
             empcause.emphasis(tokenizer, CHAT, {(9, 15): 1.0})
 
