@@ -270,8 +270,7 @@ def _flex(compiled: bool, backend: str = "AUTO") -> Callable[[Inputs, float], Ca
         large = compiled and keys > MOST_KEYS_AS_MATRIX
         mask = create_block_mask(visible, None, None, queries, keys, device=device.type, _compile=large)
 
-        def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
-            log_weight = _log_weight(cause, inputs.key_mask)
+        def attend(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor) -> Tensor:
             if sequence is not None:
                 query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
                 log_weight = log_weight[None]
@@ -283,7 +282,15 @@ def _flex(compiled: bool, backend: str = "AUTO") -> Callable[[Inputs, float], Ca
             output = flex_attention(query, key, value, weigh, mask, enable_gqa=grouped, kernel_options=options)
             return output if sequence is None else output[0].transpose(0, 1)
 
-        return torch.compile(call, dynamic=False, fullgraph=True) if compiled else call
+        # On the CPU a score function can only read a tensor that is an input of the compiled function.
+        on_cpu = device.type == "cpu"
+        if compiled and on_cpu:
+            attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+        def call(query: Tensor, key: Tensor, value: Tensor, cause: Tensor) -> Tensor:
+            return attend(query, key, value, _log_weight(cause, inputs.key_mask))
+
+        return torch.compile(call, dynamic=False, fullgraph=True) if compiled and not on_cpu else call
 
     return prepare
 

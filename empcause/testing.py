@@ -227,7 +227,7 @@ def disagreement(
     Returns:
         One sentence that names the first tensor that is wrong, its error and the bound.
     """
-    rows = truth[0][..., 0].numel()
+    rows, dim = truth[0][..., 0].numel(), truth[0].shape[-1]
     for name, expected, actual, usual in zip(NAMES, truth, got, plain, strict=False):
         if actual.shape != expected.shape:
             return f"{name}: shape {list(actual.shape)} in place of {list(expected.shape)}"
@@ -240,10 +240,11 @@ def disagreement(
         # the order of sqrt(dim), which torch subtracts without an error; the error of others has no typical size there.
         vanishes = size <= 1e-12
         # However small a gradient is, it is a difference of larger terms, which are rounded.
-        terms = truth[0].shape[-1] ** 0.5 if vanishes else 1.0
-        if few_keys and name == "grad cause":
-            # It is a sum over rows of such differences, whose errors are independent.
-            terms = (truth[0].shape[-1] * rows * expected.shape[-1] / expected.numel()) ** 0.5
+        terms = dim**0.5 if vanishes else 1.0
+        if few_keys and name in ("grad key", "grad cause"):
+            # It is a sum over rows of such differences, whose errors are independent. For a key they are scaled by dim^-1/2.
+            summed = rows * truth[2].shape[-2] / expected.numel()
+            terms = max(terms, (summed * dim) ** 0.5)
         measures = {"largest": (_largest, 8 * eps * max(_largest(expected), terms))}
         # Nor has it one where all of it comes from a single row's probabilities.
         if not vanishes and rows > 1:
