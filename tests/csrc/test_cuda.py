@@ -46,7 +46,7 @@ MATRIX = {
     "grouping": st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 1), (4, 2)]),  # query heads, key heads
     "queries": st.sampled_from([1, 2, 16, 17, 31, 64, 65, 129]),
     "keys": st.sampled_from([1, 7, 8, 31, 64, 65, 97, 200]),
-    "dim": st.sampled_from([1, 8, 15, 16, 33, 64, 80, 96, 104]),
+    "dim": st.sampled_from([1, 8, 15, 16, 33, 64, 80, 96, 128]),
     "dtype": st.sampled_from(DTYPES),
     "causal": st.booleans(),
     "dropout_p": st.sampled_from([0.0, 0.0, 0.1, 0.5]),
@@ -117,10 +117,8 @@ class TestCuda(Contract):
 
     @pytest.mark.slow
     @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(**MATRIX | {"dim": st.integers(1, 128), "seed": st.integers(6, 50)})
+    @given(**MATRIX | {"dim": st.integers(1, 256), "seed": st.integers(6, 50)})
     def test_larger_case_matrix(self, **arguments):
-        """Larger heads are in `test_every_kernel`. In fp32 the kernels sum a product in one chain, whose rounding grows faster
-        with the head size than that of plain torch, so that tiny cases of large heads are beyond twice its error."""
         self.check(**arguments)
 
     @pytest.mark.parametrize("dim", [32, 27, 64, 61, 96, 90, 128, 127, 256, 250])
