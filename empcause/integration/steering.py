@@ -191,7 +191,7 @@ class _Generation:
         causes: `[rows or 1, tokens]`, the rows repeated as `generate` repeats those of the prompt.
         rows: the number of rows of every call of the model: the batch times beams or returned sequences.
         tokens: the number of tokens of the prompt.
-        read: the number of the prompt's tokens that the model has read.
+        begun: whether the model has read the prompt, or its first part.
         start: the position of the prompt's first token among the keys: above 0 if it is read into a filled cache.
         ranges: the keys of the last call, from `_key_ranges`.
         fitted: the causes of these keys, which do not change from step to step with a static cache.
@@ -202,7 +202,7 @@ class _Generation:
     causes: Tensor | None = None
     rows: int = 0
     tokens: int = 0
-    read: int = 0
+    begun: bool = False
     start: int = 0
     ranges: dict[int, int] | None = None
     fitted: Tensor | None = None
@@ -237,16 +237,13 @@ class _Generation:
             )
         self.causes = self.causes.to(tokens.device)
         cache, length = _cache(inputs), tokens.shape[1]
-        if self.read < self.tokens:
-            past = _filled(cache)
-            if past and not self.read:
+        if not self.begun:
+            self.begun = True
+            if past := _filled(cache):
                 # The prompt is either all that the cache and the input hold together, or the input alone.
                 self.start = past + length - self.tokens
                 if input_length != self.tokens or self.start not in (0, past):
                     raise ValueError("prefill_chunk_size with a filled cache cannot be steered; leave it out.")
-                self.read = self.tokens
-            else:
-                self.read += length
             if cache is not None:
                 steering.starts[cache] = self.start
         ranges = _key_ranges(cache, length)
@@ -259,12 +256,12 @@ class _Generation:
 
     @contextmanager
     def draft(self) -> Iterator[None]:
-        """Steer the calls of an inner `generate` that drafts tokens, without counting them as reading the prompt."""
-        read, self.read = self.read, self.tokens
+        """Steer the calls of an inner `generate` that drafts tokens, without taking them for the reading of the prompt."""
+        begun, self.begun = self.begun, True
         try:
             yield
         finally:
-            self.read = read
+            self.begun = begun
 
     def check(self) -> None:
         """Check that the causes arrived at all layers in the last call of the model, if there was one."""

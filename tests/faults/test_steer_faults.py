@@ -456,7 +456,7 @@ def test_repeated_prompts():
 
 @fault(
     Guard(STEERING, "        if ranges != self.ranges:\n", "        if self.ranges is None:\n"),
-    Guard(STEERING, "                self.read += length", "                self.read = self.tokens"),
+    Guard(STEERING, "        if not self.begun:\n", "        if True:\n"),
     cause="prefill_chunk_size: the prompt is read in several calls",
     place="generate",
     promise="the answer of reading it at once",
