@@ -135,7 +135,7 @@ class TestTriton(Contract):
     @pytest.mark.parametrize(
         "case",
         [
-            Case(batch=1, queries=1, keys=300, dim=64),
+            Case(batch=1, queries=1, keys=70, dim=64),
             Case(batch=1, dim=256, queries=20, keys=20, heads=2, key_heads=1),
             Case(heads=6, key_heads=2, dim=32, batch=1, queries=40, keys=50, dtype=torch.float16),
             Case(queries=40, keys=10, batch=1),
@@ -323,15 +323,15 @@ class TestTriton(Contract):
     @pytest.mark.parametrize(
         ("case", "heads_together"),
         [
-            (Case(batch=1, heads=4, key_heads=2, queries=3, keys=700, dim=20), 2),
-            (Case(batch=1, heads=4, key_heads=2, queries=3, keys=700, dim=20, per_head=True), 1),
+            (Case(batch=1, heads=4, key_heads=2, queries=3, keys=520, dim=20), 2),
+            (Case(batch=1, heads=4, key_heads=2, queries=3, keys=300, dim=20, per_head=True), 1),
             (
                 Case(
-                    batch=1, heads=2, key_heads=1, queries=2, keys=600, causal=False, masked=True, dtype=torch.float16
+                    batch=1, heads=2, key_heads=1, queries=2, keys=300, causal=False, masked=True, dtype=torch.float16
                 ),
                 2,
             ),
-            (Case(batch=1, heads=2, key_heads=1, queries=2, keys=700, query_offset=100), 2),  # later parts see no key
+            (Case(batch=1, heads=2, key_heads=1, queries=2, keys=300, query_offset=100), 2),  # later parts see no key
         ],
         ids=["grouped", "weights per head", "fp16", "cache longer than it is full"],
     )
