@@ -1,4 +1,4 @@
-"""GEE (Kim, Kim and Kim, EMNLP 2021): a language model of situations given an emotion, which finds causes by Bayes' rule.
+"""GEE, the generative emotion estimator (Kim, Kim and Kim, EMNLP 2021): it finds emotions and causes by Bayes' rule.
 
 Any sequence-to-sequence or causal language model of transformers learns `p(situation | emotion)` from pairs of an emotion and a
 situation, without a label of a cause. The emotion of a situation is the one that makes it most probable, and a word is a cause if
@@ -361,7 +361,10 @@ class GEESystem:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folders = {"model": Path(folder)}
-        self.model = load_pretrained(GEE, folder, "GEE", "empcause train gee", GEEConfig.model_type).eval()
+        self.model = load_pretrained(
+            GEE, folder, "emotion estimator (GEE)", "empcause train gee", GEEConfig.model_type
+        )
+        self.model.eval()
         self.tokenizer = load_own_tokenizer(self.model, folder, needed=["pad_token", "eos_token"])
         self.note = f"causes by Bayes' rule ({self.model.config.rule})"
         config = self.model.config

@@ -288,7 +288,7 @@ def test_an_evaluation_on_the_sample(tiny_bart_dir, tmp_path):
 
 
 def test_other_folders_hold_no_gee(tiny_gpt2_dir, tmp_path):
-    with pytest.raises(UserError, match="holds a model of type 'gpt2', not an GEE"):
+    with pytest.raises(UserError, match="holds a model of type 'gpt2', not an emotion estimator"):
         GEESystem(tiny_gpt2_dir)
     with pytest.raises(UserError, match="`empcause train gee` makes one"):
         GEESystem(tmp_path)
