@@ -208,7 +208,11 @@ def encode_situation(config: GEEConfig, tokenizer: PreTrainedTokenizerBase, text
         ids, special, spans = _encode(tokenizer, text=f" {text}", add_special_tokens=False)
         spans = np.maximum(spans - 1, 0)
     if not len(ids) or ids[-1] != tokenizer.eos_token_id:
-        ids, special, spans = np.append(ids, tokenizer.eos_token_id), np.append(special, 1), np.append(spans, [[0, 0]], 0)
+        ids, special, spans = (
+            np.append(ids, tokenizer.eos_token_id),
+            np.append(special, 1),
+            np.append(spans, [[0, 0]], 0),
+        )
     is_piece = special == 0
     pieces = np.flatnonzero(is_piece)
     cut = len(pieces) > config.max_length
@@ -361,9 +365,7 @@ class GEESystem:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folders = {"model": Path(folder)}
-        self.model = load_pretrained(
-            GEE, folder, "emotion estimator (GEE)", "empcause train gee", GEEConfig.model_type
-        )
+        self.model = load_pretrained(GEE, folder, "emotion estimator (GEE)", "empcause train gee", GEEConfig.model_type)
         self.model.eval()
         self.tokenizer = load_own_tokenizer(self.model, folder, needed=["pad_token", "eos_token"])
         self.note = f"causes by Bayes' rule ({self.model.config.rule})"

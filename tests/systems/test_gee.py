@@ -82,9 +82,7 @@ class TestRules:
         assert evidence.argsort(descending=True).tolist() == [0, 1, 4, 2, 3]
         changed = five.clone()
         changed[4] += torch.tensor([0.1, -0.1, 0.0])  # of the emotion in the middle; the evidence stays
-        assert torch.equal(
-            published_odds(five, self.JOINT, evidence), published_odds(changed, self.JOINT, evidence)
-        )
+        assert torch.equal(published_odds(five, self.JOINT, evidence), published_odds(changed, self.JOINT, evidence))
         assert not torch.equal(exact_odds(five, evidence), exact_odds(changed, evidence))
         assert not torch.equal(
             published_odds(five, self.JOINT, evidence), published_odds(five, self.JOINT + 0.1, evidence)
@@ -180,7 +178,9 @@ class TestEncoding:
             assert item["labels"].tolist() == situation.ids.tolist()
         else:
             assert tokenizer.decode(item["input_ids"][: -len(situation.ids)]) == config.prompt("sad")
-            assert tokenizer.decode(item["input_ids"]).replace(" ", "").startswith(config.prompt("sad").replace(" ", ""))
+            assert (
+                tokenizer.decode(item["input_ids"]).replace(" ", "").startswith(config.prompt("sad").replace(" ", ""))
+            )
             assert item["labels"][-len(situation.ids) :].tolist() == situation.ids.tolist()
 
     def test_a_long_situation_is_cut(self, base, tmp_path):

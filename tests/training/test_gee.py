@@ -1,6 +1,7 @@
 """Training GEE over language models of both kinds: it learns, resumes to the same weights, and refuses what is no such model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def few(monkeypatch):
 
 def arguments(model, output_dir, **options):
     defaults = {"model_name_or_path": str(model), "learning_rate": 1e-3, "max_steps": 2, "logging_steps": 1, "seed": 1}
+    defaults["disable_tqdm"] = True
     return GEETrainingArguments(output_dir=str(output_dir), data="sample", **(defaults | options))
 
 
@@ -37,7 +39,7 @@ def base(request, tiny_gpt2_dir, tiny_bart_dir):
 
 
 def test_a_finished_run_and_a_resumed_one(base, few, tmp_path):
-    options = {"max_steps": 6, "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2}
+    options = {"max_steps": 4, "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "gradient_accumulation_steps": 2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     metrics = train_gee(arguments(base, whole, **options))
@@ -59,7 +61,8 @@ def test_a_finished_run_and_a_resumed_one(base, few, tmp_path):
 
 def test_the_loss_is_the_likelihood_per_token(base, few, tmp_path):
     """Of a step of two batches; without dropout and learning, so that the validation measures the same."""
-    options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.0}
+    options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 1}
+    options["learning_rate"] = 0.0
     still = tmp_path / "still"
     model = load_whole(gee.language_model_class(AutoModel.from_pretrained(base).config), base)
     for name in ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
@@ -72,16 +75,21 @@ def test_the_loss_is_the_likelihood_per_token(base, few, tmp_path):
     assert history[0]["loss"] == pytest.approx(metrics["nll_per_token"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_32_situations_by_heart(base, few, tmp_path):
     sizes = {
-        "causal": {"model_type": "gpt2", "config_overrides": "n_embd=64,n_layer=2,n_head=4,n_positions=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"},
+        "causal": {
+            "model_type": "gpt2",
+            "config_overrides": "n_embd=64,n_layer=2,n_head=4,n_positions=128,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0",
+        },
         "seq2seq": {
             "model_type": "bart",
             "config_overrides": "d_model=64,encoder_layers=2,decoder_layers=2,encoder_attention_heads=4,"
             "decoder_attention_heads=4,encoder_ffn_dim=128,decoder_ffn_dim=128,max_position_embeddings=128,dropout=0",
         },
     }["causal" if "gpt2" in base.name else "seq2seq"]
-    options = {"model_name_or_path": None, "tokenizer_name": str(base), "max_steps": 150, "learning_rate": 5e-3}
+    options = {"model_name_or_path": None, "tokenizer_name": str(base), "max_steps": 250, "learning_rate": 5e-3}
+    options["logging_steps"] = 50
     metrics = train_gee(arguments(base, tmp_path, **(options | sizes | UNWATCHED)))
     assert metrics["nll_per_token"] < 0.1
     texts = [dialogue.situation for dialogue in few]
@@ -95,7 +103,8 @@ def test_it_learns_32_situations_by_heart(base, few, tmp_path):
 class TestWhatIsRefused:
     def test_a_model_that_sees_later_tokens(self, tiny_encoder_dir, tmp_path):
         """transformers loads an encoder as a causal language model, whose attention goes both ways."""
-        args = arguments("", tmp_path, model_name_or_path=None, model_type="roberta", tokenizer_name=str(tiny_encoder_dir))
+        options = {"model_name_or_path": None, "model_type": "roberta", "tokenizer_name": str(tiny_encoder_dir)}
+        args = arguments("", tmp_path, **options)
         args.config_overrides = "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,intermediate_size=64"
         with pytest.raises(UserError, match="'roberta' sees the tokens that it shall predict"):
             build_gee(args, EMPATHETIC_DIALOGUES.emotions)
@@ -103,7 +112,8 @@ class TestWhatIsRefused:
         build_gee(args, EMPATHETIC_DIALOGUES.emotions)
 
     def test_a_model_that_writes_nothing(self, tiny_encoder_dir, tmp_path):
-        args = arguments("", tmp_path, model_name_or_path=None, model_type="vit", tokenizer_name=str(tiny_encoder_dir))
+        options = {"model_name_or_path": None, "model_type": "vit", "tokenizer_name": str(tiny_encoder_dir)}
+        args = arguments("", tmp_path, **options)
         with pytest.raises(UserError, match="'vit'"):
             build_gee(args, EMPATHETIC_DIALOGUES.emotions)
 
@@ -125,8 +135,6 @@ class TestWhatIsRefused:
             arguments(tiny_gpt2_dir, tmp_path, label_smoothing_factor=0.1)
 
     def test_situations_that_are_missing(self, tiny_gpt2_dir, few, tmp_path, monkeypatch):
-        from dataclasses import replace
-
         monkeypatch.setattr(gee, "load_dialogues", lambda split, data: [*few, replace(few[0], situation=" ")])
         with pytest.raises(UserError, match="1 of 33 dialogues .* have no situation"):
             train_gee(arguments(tiny_gpt2_dir, tmp_path))
