@@ -139,8 +139,9 @@ def train_gee(args: GEETrainingArguments) -> dict[str, float]:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.measure(model, validation)
-    abilities = "Finds the emotion of a situation and the words that caused it, by Bayes' rule over a language model of situations."
-    trained_on = f"{len(training):,} situations with their emotions, validated on {len(validation):,}; no label of a cause was used"
+    abilities = "Finds the emotion of a situation and the words that caused it, by Bayes' rule over a language model."
+    trained_on = f"{len(training):,} situations with their emotions, validated on {len(validation):,}; no label of a cause"
+    trained_on += " was used"
     card = model_card(trainer, metrics, "GEE: emotion causes by a generative model", abilities, trained_on, data)
     return finish(trainer, metrics, card)
 
@@ -254,7 +255,7 @@ class GEETrainer(StageTrainer):
     def make_batches(
         self, lengths: Sequence[int], seed: int, phases: Sequence[Sequence[int]] | None
     ) -> EpochBatchSampler:
-        """Make the sampler of the training batches, by the number of labels: a sequence-to-sequence model reads the prompt alone."""
+        """Make the sampler of the training batches by the numbers of labels, because inputs may be the prompt alone."""
         return super().make_batches([len(item["labels"]) for item in self.train_dataset], seed, phases)
 
     def measure(self, model: Any, dataset: Any) -> dict[str, float]:

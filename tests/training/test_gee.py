@@ -136,7 +136,7 @@ class TestWhatIsRefused:
 
     def test_situations_that_are_missing(self, tiny_gpt2_dir, few, tmp_path, monkeypatch):
         monkeypatch.setattr(gee, "load_dialogues", lambda split, data: [*few, replace(few[0], situation=" ")])
-        with pytest.raises(UserError, match="1 of 33 dialogues .* have no situation"):
+        with pytest.raises(UserError, match=r"1 of 33 dialogues .* have no situation"):
             train_gee(arguments(tiny_gpt2_dir, tmp_path))
 
 
