@@ -48,7 +48,8 @@ _FEWEST_EMOTIONS = 4
 class GEEConfig(PreTrainedConfig):
     """Configuration of a GEE: its language model, and how emotions and causes are found with it.
 
-    `rule` and `count_ends` do not affect the training; a trained model with another value can be saved to another folder.
+    `rule` and `count_ends` do not affect the training: to evaluate a trained model with other values, set them in the `config` of
+    the loaded `GEE` and save that with its tokenizer to another folder.
 
     Args:
         lm: configuration of the language model.

@@ -140,10 +140,7 @@ def train_gee(args: GEETrainingArguments) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.measure(model, validation)
     abilities = "Finds the emotion of a situation and the words that caused it, by Bayes' rule over a language model."
-    trained_on = (
-        f"{len(training):,} situations with their emotions, validated on {len(validation):,}; no label of a cause"
-    )
-    trained_on += " was used"
+    trained_on = f"{len(training):,} situations with their emotions and no causes, validated on {len(validation):,}"
     card = model_card(trainer, metrics, "GEE: emotion causes by a generative model", abilities, trained_on, data)
     return finish(trainer, metrics, card)
 
@@ -173,7 +170,7 @@ def build_gee(args: GEETrainingArguments, emotions: Sequence[str]) -> tuple[GEE,
         base.decoder_start_token_id = tokenizer.pad_token_id
     config = GEEConfig(
         lm=base.to_dict(),
-        emotions=emotions,
+        emotions=list(emotions),
         emotion_prompt=args.emotion_prompt,
         rule=args.rule,
         count_ends=args.count_ends,

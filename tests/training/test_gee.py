@@ -52,7 +52,7 @@ def test_a_finished_run_and_a_resumed_one(base, few, tmp_path):
     assert config["model_type"] == "empcause_gee"
     assert config["rule"] == "published"
     assert config["emotions"] == list(EMPATHETIC_DIALOGUES.emotions)
-    assert "no label of a cause was used" in (whole / "README.md").read_text()
+    assert "32 situations with their emotions and no causes" in (whole / "README.md").read_text()
     train_gee(arguments(base, resumed, **options, resume_from_checkpoint=str(whole / "checkpoint-2")))
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert first.keys() == second.keys()
