@@ -181,10 +181,10 @@ def build_gee(args: GEETrainingArguments, emotions: Sequence[str]) -> tuple[GEE,
         model = GEE(config, lm)
     except ValueError as error:
         raise UserError(f"A model of type {base.model_type!r} is no language model: {error}") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if len(tokenizer) > rows:
         raise UserError(
-            f"The tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model "
-            f"{model.get_input_embeddings().num_embeddings}; give the model's own."
+            f"The tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model {rows}; give the model's own."
         )
     _limit_length(model.config, tokenizer)
     _check_causal(model, tokenizer)
