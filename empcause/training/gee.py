@@ -163,8 +163,7 @@ def build_gee(args: GEETrainingArguments, emotions: Sequence[str]) -> tuple[GEE,
     base = load_config(args, tokenizer)
     lm = None
     if args.model_name_or_path:
-        # A model that was saved without its head lacks BART's bias of the logits, which is zero.
-        lm = load_whole(language_model_class(base), args.model_name_or_path, new=("final_logits_bias",)).float()
+        lm = load_whole(language_model_class(base), args.model_name_or_path).float()  # bf16 is the Trainer's autocast
         base = lm.config
     elif base.is_encoder_decoder and base.decoder_start_token_id is None:
         base.decoder_start_token_id = tokenizer.pad_token_id

@@ -142,7 +142,7 @@ class TestWhatIsRefused:
 
 
 def test_a_model_that_was_saved_without_its_head(tiny_bart_dir, tmp_path):
-    """As facebook/bart-large was: the bias of the logits is missing, and is zero."""
+    """As facebook/bart-large was: the head is tied, and the bias of the logits is zero."""
     lm = BartForConditionalGeneration.from_pretrained(tiny_bart_dir)
     lm.model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_bart_dir).save_pretrained(tmp_path / "base")
