@@ -183,6 +183,12 @@ class TestEncoding:
             )
             assert item["labels"][-len(situation.ids) :].tolist() == situation.ids.tolist()
 
+    def test_the_prompt_of_a_causal_model_does_not_end(self, tiny_gpt2_dir, tiny_encoder_dir):
+        """Though its tokenizer writes an end token behind every text, as this one does."""
+        config = GEEConfig(lm=AutoConfig.from_pretrained(tiny_gpt2_dir).to_dict())
+        tokenizer = AutoTokenizer.from_pretrained(tiny_encoder_dir)
+        assert tokenizer.decode(encode_prompt(config, tokenizer, "sad")) == f"<s>{config.prompt('sad')}"
+
     def test_a_long_situation_is_cut(self, base, tmp_path):
         system = GEESystem(make(base, tmp_path / "short", emotions=FEW, max_length=5))
         situation = encode_situation(system.model.config, system.tokenizer, TEXTS[0])
@@ -255,8 +261,11 @@ class TestReading:
         system.model.config.rule = "exact"
         assert not np.allclose(published, system.read(TEXTS, words, 8)[0].word_probs, rtol=0.01)
 
-    def test_an_empty_text_is_read(self, gee):
-        (reading,) = load_system(gee).read([""], [[]], 4)
+    @pytest.mark.parametrize("count_ends", [True, False])
+    def test_an_empty_text_is_read(self, gee, count_ends):
+        system = load_system(gee)
+        system.model.config.count_ends = count_ends
+        (reading,) = system.read([""], [[]], 4)
         assert reading.emotion_probs.sum() == pytest.approx(1)
         assert len(reading.word_probs) == 0
 
