@@ -40,7 +40,7 @@ def base(request, tiny_gpt2_dir, tiny_bart_dir):
 
 def test_a_finished_run_and_a_resumed_one(base, few, tmp_path):
     options = {"max_steps": 4, "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2}
-    options |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "gradient_accumulation_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "gradient_accumulation_steps": 2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     metrics = train_gee(arguments(base, whole, **options))
     assert metrics["perplexity"] == pytest.approx(np.exp(metrics["nll_per_token"]))
