@@ -1,0 +1,20 @@
+"""EmpDG, a published system that answers by the emotion and the emotion words of a dialogue (Li et al., COLING 2020)."""
+
+from empcause.systems.empdg.configuration import EmpDGConfig
+from empcause.systems.empdg.encoding import SPECIAL_TOKENS, EncodedPair, Encoder, collate
+from empcause.systems.empdg.modeling import EmpDG, EmpDGContext, EmpDGOutput, copy_weights, mix_copies
+from empcause.systems.empdg.system import EmpDGSystem
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "EmpDG",
+    "EmpDGConfig",
+    "EmpDGContext",
+    "EmpDGOutput",
+    "EmpDGSystem",
+    "EncodedPair",
+    "Encoder",
+    "collate",
+    "copy_weights",
+    "mix_copies",
+]
