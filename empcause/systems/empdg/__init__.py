@@ -3,7 +3,7 @@
 from empcause.systems.empdg.configuration import EmpDGConfig
 from empcause.systems.empdg.encoding import SPECIAL_TOKENS, EncodedPair, Encoder, collate
 from empcause.systems.empdg.modeling import EmpDG, EmpDGContext, EmpDGOutput, copy_weights, mix_copies
-from empcause.systems.empdg.system import EmpDGSystem
+from empcause.systems.empdg.system import EmpDGRanking, EmpDGSystem, measure_pairs
 
 __all__ = [
     "SPECIAL_TOKENS",
@@ -11,10 +11,12 @@ __all__ = [
     "EmpDGConfig",
     "EmpDGContext",
     "EmpDGOutput",
+    "EmpDGRanking",
     "EmpDGSystem",
     "EncodedPair",
     "Encoder",
     "collate",
     "copy_weights",
+    "measure_pairs",
     "mix_copies",
 ]

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from empcause.checkpoints import load_own_tokenizer, load_pretrained
+from empcause.checkpoints import load_own_tokenizer, load_pretrained, read_config
 from empcause.data import Dialogue, Word, align_max, is_content_word
 from empcause.data.batching import length_batches
 from empcause.data.dialogue import SPEAKER
@@ -33,16 +32,18 @@ class EmpDGSystem:
 
     Args:
         folder: the folder of a finished training.
+        **ranking: entries of the configuration that take the place of the folder's.
 
     Raises:
-        UserError: there is no EmpDG in it, it is damaged, or the tagger that it was trained with is missing.
+        UserError: there is no EmpDG in it, it is damaged, the tagger that it was trained with is missing, or an entry is out of
+            range.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], **ranking: Any) -> None:
         self.folders = {"model": Path(folder)}
         self.model = load_pretrained(EmpDG, folder, "EmpDG model", "empcause train empdg", EmpDGConfig.model_type).eval()
         self.tokenizer: Any = load_own_tokenizer(self.model, folder, needed=["unk_token", "pad_token", "eos_token"])
-        config = self.model.config
+        config = self.model.config = EmpDGConfig(**self.model.config.to_dict() | ranking)
         tagger = None
         if config.adjectives is not None:
             tagger = load_tagger(config.adjectives)
@@ -66,7 +67,7 @@ class EmpDGSystem:
         """Emotions of texts, each read as one turn of the speaker, and the ranks of their words (see `Reads`)."""
         encoded = self.encode([Dialogue((text,), (SPEAKER,)) for text in texts])
         found: dict[int, Reading] = {}
-        for indices, batch in self._batches(encoded, batch_size):
+        for indices, batch in _batches(self.model, encoded, batch_size):
             output = self._contexts(batch)
             probs = output.emotion_logits.float().softmax(-1).cpu().numpy()  # type: ignore[union-attr]
             attention = output.emotion_attention.float().cpu().numpy()  # type: ignore[union-attr]
@@ -78,7 +79,7 @@ class EmpDGSystem:
     def _rank(
         self, text: str, words: Sequence[Word], encoded: EncodedPair, attention: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Scores of the words of a text: emotion words above 1, words that fill up between 0 and 1, the others -1."""
+        """Scores of the words of a text: emotion words above 1, words that fill up from 0 to 1, 0 for words not predicted."""
         config = self.model.config
         random = np.random.default_rng((config.ranking_seed, zlib.crc32(text.encode("utf-8", "surrogatepass"))))
         number = len(encoded.emotion_places)
@@ -90,21 +91,20 @@ class EmpDGSystem:
         spans = np.array([encoded.spans[place] for place in encoded.emotion_places], np.int64).reshape(-1, 2)
         own = np.array([(word.start, word.end) for word in words], np.int64).reshape(-1, 2)
         found = align_max(spans, 2 + scores.astype(np.float32), own)
-        rest = random.permutation(len(words)).astype(np.float32) / max(1, len(words))
+        rest = (1 + random.permutation(len(words))).astype(np.float32) / max(1, len(words))
         fills = np.array([config.fill and is_content_word(word.text) for word in words], bool)
-        return np.where(found > 0, found, np.where(fills, rest, -1)).astype(np.float32)
+        return np.where(found > 0, found, np.where(fills, rest, 0)).astype(np.float32)
 
     def targets(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
         """Ids of the tokens of each response that are scored (see `Scores`)."""
         return [each.labels.tolist() for each in self.encode(dialogues)]
 
-    @torch.inference_mode()
     def score(self, encoded: Sequence[EncodedPair], batch_size: int) -> list[tuple[float, int]]:
         """Summed negative log-likelihood of each response, and its number of tokens (see `Scores`).
 
         A word that is neither in the vocabulary nor in the context is scored as the unknown word.
         """
-        return score_pairs(self.model, encoded, batch_size)
+        return measure_pairs(self.model, encoded, batch_size)[0]
 
     def check_room(self, max_new_tokens: int) -> None:
         """Refuse nothing: EmpDG reads and writes texts of any length (see `Answers`)."""
@@ -114,7 +114,7 @@ class EmpDGSystem:
         """Greedy answers: lower-cased words with spaces between them, those outside of the vocabulary left out (see `Answers`)."""
         encoded = self.encode([replace(dialogue, response="") for dialogue in dialogues])
         answers: dict[int, str] = {}
-        for indices, batch in self._batches(encoded, batch_size):
+        for indices, batch in _batches(self.model, encoded, batch_size):
             output = self.model.generate(
                 encoder_outputs=self._contexts(batch),
                 extra_words=batch["extra_words"],
@@ -143,38 +143,70 @@ class EmpDGSystem:
         names = ("input_ids", "attention_mask", "token_type_ids", "emotion_ids", "emotion_mask")
         return self.model.encode(**{name: batch[name] for name in names})
 
-    def _batches(self, encoded: Sequence[EncodedPair], batch_size: int) -> Any:
-        return batches(self.model, encoded, batch_size)
+
+class EmpDGRanking(EmpDGSystem):
+    """EmpDG whose emotion words are ranked in another way than its own folder says.
+
+    Args:
+        folder: a folder made by hand, whose `config.json` has the `model_type` "empdg_ranking", the path `empdg` of EmpDG's folder
+            (relative to this one), and any of `ranking`, `fill` and `ranking_seed` (see `EmpDGConfig`).
+
+    Raises:
+        UserError: there is no EmpDG at that path, or an entry is none of these or out of range.
+    """
+
+    model_type = "empdg_ranking"
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        values = read_config(folder, "model", "empcause train")
+        known = ("ranking", "fill", "ranking_seed")
+        chosen = {name: value for name, value in values.items() if name not in ("model_type", "empdg")}
+        if (unknown := next((name for name in chosen if name not in known), None)) or "empdg" not in values:
+            what = f"has an entry {unknown}" if unknown else "has no entry empdg"
+            raise UserError(f"{Path(folder) / 'config.json'} {what}; expected empdg and any of {', '.join(known)}.")
+        super().__init__(Path(folder) / str(values["empdg"]), **chosen)
+        self.folders = {"model": Path(folder), "empdg": self.folders.pop("model")} | self.folders
 
 
-def batches(model: EmpDG, encoded: Sequence[EncodedPair], batch_size: int) -> Any:
+def _batches(
+    model: EmpDG, encoded: Sequence[EncodedPair], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield the indices of pairs of similar length, and their batch on the model's device."""
     for indices in length_batches([len(each) for each in encoded], batch_size):
         batch = collate([encoded[index].item() for index in indices], model.config.pad_token_id)
-        yield (
-            indices,
-            {
-                name: value.to(model.device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            },
-        )
+        yield indices, {name: value if isinstance(value, int) else value.to(model.device) for name, value in batch.items()}
 
 
 @torch.inference_mode()
-def score_pairs(model: EmpDG, encoded: Sequence[EncodedPair], batch_size: int) -> list[tuple[float, int]]:
-    """Compute the negative log-likelihood of responses.
+def measure_pairs(
+    model: EmpDG, encoded: Sequence[EncodedPair], batch_size: int
+) -> tuple[list[tuple[float, int]], list[int]]:
+    """Score responses, and tell the emotions of their contexts.
+
+    Args:
+        model: the generator.
+        encoded: dialogues with their responses.
+        batch_size: dialogues per batch.
 
     Returns:
-        Per pair, its sum in nats and the number of tokens, the end token included.
+        Per dialogue, the negative log-likelihood of its response in nats and the number of tokens, the end token included; and per
+        dialogue, the id of the most probable emotion.
 
     Raises:
         UserError: the model's probabilities are not finite.
     """
-    found: dict[int, tuple[float, int]] = {}
-    for indices, batch in batches(model, encoded, batch_size):
-        sums = model(**batch).token_losses.double().sum(1).tolist()
+    scores: dict[int, tuple[float, int]] = {}
+    emotions: dict[int, int] = {}
+    was_training = model.training
+    model.eval()
+    for indices, batch in _batches(model, encoded, batch_size):
+        output = model(**batch)
+        sums = output.token_losses.double().sum(1).tolist()
         counts = (batch["labels"] != IGNORED).sum(1).tolist()
-        found |= dict(zip(indices, zip(sums, counts, strict=True), strict=True))
-    if not np.isfinite([nll for nll, _ in found.values()]).all():
+        scores |= zip(indices, zip(sums, counts, strict=True), strict=True)
+        emotions |= zip(indices, output.emotion_logits.argmax(1).tolist(), strict=True)
+    model.train(was_training)
+    if not np.isfinite([nll for nll, _ in scores.values()]).all():
         raise UserError("EmpDG's probabilities are not numbers (NaN): its training diverged or its files are damaged.")
-    return [found[index] for index in range(len(encoded))]
+    places = range(len(encoded))
+    return [scores[place] for place in places], [emotions[place] for place in places]
