@@ -21,7 +21,7 @@ from empcause.systems.empdg import SPECIAL_TOKENS, EmpDG, EmpDGConfig, Encoder, 
 from empcause.systems.lexicon import VADER, load_lexicon, load_tagger
 from empcause.systems.vocabulary import load_vectors, train_word_tokenizer
 from empcause.training.card import model_card
-from empcause.training.common import StageTrainer, StageTrainingArguments, finish, set_environment
+from empcause.training.common import StageTrainer, StageTrainingArguments, draw_samples, finish, set_environment
 from empcause.training.fingerprint import digest
 from empcause.training.folder import find_checkpoint, in_output_folder
 
@@ -53,14 +53,17 @@ class EmpDGTrainingArguments(StageTrainingArguments):
     )
     emotion_lexicon: str = field(
         default=VADER,
-        metadata={"help": "emotion words: `vader` (package vaderSentiment), or a file with one word a line or NRC's format"},
+        metadata={
+            "help": "emotion words: `vader` (package vaderSentiment), or a file with one word a line or NRC's format"
+        },
     )
     adjectives: str | None = field(
         default=None,
         metadata={"help": "folder of a spaCy model whose adjectives are emotion words too; default: they are not"},
     )
     embeddings: str | None = field(
-        default=None, metadata={"help": "word vectors as text or .npy, of hidden_size numbers; default: drawn at random"}
+        default=None,
+        metadata={"help": "word vectors as text or .npy, of hidden_size numbers; default: drawn at random"},
     )
     pairs: str = field(
         default="all",
@@ -80,9 +83,7 @@ class EmpDGTrainingArguments(StageTrainingArguments):
         default="once",
         metadata={"help": "softmax of the copy weights: once, or twice as published", "choices": ["once", "twice"]},
     )
-    ffn_last_relu: bool = field(
-        default=False, metadata={"help": "end the feed-forward layers in a ReLU, as published"}
-    )
+    ffn_last_relu: bool = field(default=False, metadata={"help": "end the feed-forward layers in a ReLU, as published"})
     initial_std: float | None = field(
         default=None,
         metadata={"help": "standard deviation of new word vectors (published: 0.01); default: hidden_size^-0.5"},
@@ -109,7 +110,9 @@ class EmpDGTrainingArguments(StageTrainingArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "validate on this many responses, drawn by the seed; default: all"}
     )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "dialogues per batch and device in training"})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "dialogues per batch and device in training"}
+    )
     per_device_eval_batch_size: int = field(
         default=64, metadata={"help": "dialogues per batch and device in evaluation"}
     )
@@ -162,8 +165,8 @@ def train_empdg(args: EmpDGTrainingArguments) -> dict[str, float]:
     for split, found in responses.items():
         if not found:
             raise UserError(f"No turn is answered in the split {split} of {data.name}; give other --data.")
-    train_pairs = _draw(responses["train"], args.max_train_samples, args.seed)
-    valid_pairs = _draw(responses["valid"], args.max_eval_samples, args.seed)
+    train_pairs = draw_samples(responses["train"], args.max_train_samples, args.seed)
+    valid_pairs = draw_samples(responses["valid"], args.max_eval_samples, args.seed)
     if args.vocabulary == "everything":
         everything = [*dialogues["train"], *dialogues["valid"], *load_dialogues("test", args.data)]
         texts = [text for each in everything for text in (*each.turns, each.situation)]
@@ -192,8 +195,10 @@ def train_empdg(args: EmpDGTrainingArguments) -> dict[str, float]:
 
     encode = Encoder(tokenizer, lexicon, tagger)
     training, validation = encode(train_pairs), encode(valid_pairs)
-    emotions = {split: [emotion_id(pair.emotion, model.emotions) for pair in each] for split, each in
-                (("train", train_pairs), ("valid", valid_pairs))}
+    emotions = {
+        split: [emotion_id(pair.emotion, model.emotions) for pair in each]
+        for split, each in (("train", train_pairs), ("valid", valid_pairs))
+    }
     trainer = EmpDGTrainer(
         model=model,
         args=args,
@@ -230,7 +235,9 @@ def _pairs(dialogues: Sequence[Dialogue], kind: str) -> list[Dialogue]:
     """Response pairs: all, or those that EmpDG's authors have, whose response is followed by a turn of each of the two."""
     if kind == "all":
         return response_pairs(dialogues)
-    shortened = [replace(each, turns=each.turns[:-2], roles=each.roles[:-2]) for each in map(_up_to_listener, dialogues)]
+    shortened = [
+        replace(each, turns=each.turns[:-2], roles=each.roles[:-2]) for each in map(_up_to_listener, dialogues)
+    ]
     return response_pairs(shortened)
 
 
@@ -239,13 +246,6 @@ def _up_to_listener(dialogue: Dialogue) -> Dialogue:
     places = [place for place, role in enumerate(dialogue.roles, 1) if role == LISTENER]
     last = places[-1] if places else 0
     return replace(dialogue, turns=dialogue.turns[:last], roles=dialogue.roles[:last])
-
-
-def _draw(pairs: list[Dialogue], number: int | None, seed: int) -> list[Dialogue]:
-    if number is None or number >= len(pairs):
-        return pairs
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[:number]
-    return [pairs[index] for index in chosen]
 
 
 def noam(warmup_steps: int) -> Callable[[int], float]:

@@ -117,7 +117,9 @@ class Encoder:
                 known if known != unk else unknown.get(word, unk)
                 for word, known in zip(response.words, response.ids, strict=True)
             ]
-            arrays = [np.array(each, np.int64) for each in (ids, roles, emotions, [*labels, self.tokenizer.eos_token_id])]
+            arrays = [
+                np.array(each, np.int64) for each in (ids, roles, emotions, [*labels, self.tokenizer.eos_token_id])
+            ]
             encoded.append(EncodedPair(*arrays, places, spans, list(unknown)))
         return encoded
 

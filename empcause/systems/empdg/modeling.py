@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
 
         Args:
             states: `[B, S, width]`.
-            mask: `[B, S]` bool, False at padding, which counts as zeros, as what lies beyond the ends of a sequence does. Otherwise
+            mask: `[B, S]` bool, False at padding, which counts as zeros like what lies beyond the ends of a sequence; otherwise
                 the result would depend on the batch. None: there is no padding that another position sees.
         """
         states, kept = states.transpose(1, 2), 1 if mask is None else mask[:, None]
@@ -275,7 +275,7 @@ class EmpDG(PreTrainedModel, GenerationMixin):
         """Encode contexts and their emotion words, and tell the emotion.
 
         Args:
-            input_ids: `[B, n + 1]` int64, a class token and the tokens of all turns; V, V+1, ... are words outside of the vocabulary.
+            input_ids: `[B, n + 1]` int64, a class token and the words of all turns; V, V+1, ... are unknown words.
             attention_mask: `[B, n + 1]`, 0 at padding.
             token_type_ids: `[B, n + 1]` int64, the class token again, then for each token the token of its turn's role.
             emotion_ids: `[B, m + 1]` int64, the label token and the context's emotion words, numbered as in `input_ids`.
@@ -311,8 +311,8 @@ class EmpDG(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, token_type_ids, emotion_ids, emotion_mask: see `encode`; not needed with `encoder_outputs`.
-            decoder_input_ids: `[B, T]` int64, any token and the words before each next one. The first token is not read: the decoder
-                starts from the emotion. Default: made of `labels`.
+            decoder_input_ids: `[B, T]` int64, any token and the words before each next one. The first token is not read, because
+                the decoder starts from the emotion. Default: made of `labels`.
             encoder_outputs: what `encode` gives.
             extra_words: number of ids from V on in the batch.
             labels: `[B, T]` int64, the response with its end token, numbered as `input_ids`; -100 at padding.
@@ -325,9 +325,7 @@ class EmpDG(PreTrainedModel, GenerationMixin):
         context = encoder_outputs
         if decoder_input_ids is None:
             if labels is None:
-                return EmpDGOutput(
-                    emotion_logits=context.emotion_logits, emotion_attention=context.emotion_attention
-                )
+                return EmpDGOutput(emotion_logits=context.emotion_logits, emotion_attention=context.emotion_attention)
             before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
             decoder_input_ids = pad(before, (1, 0), value=config.decoder_start_token_id)
         start = self.start(context.emotion_logits)[:, None]

@@ -41,7 +41,9 @@ class EmpDGSystem:
 
     def __init__(self, folder: str | os.PathLike[str], **ranking: Any) -> None:
         self.folders = {"model": Path(folder)}
-        self.model = load_pretrained(EmpDG, folder, "EmpDG model", "empcause train empdg", EmpDGConfig.model_type).eval()
+        self.model = load_pretrained(
+            EmpDG, folder, "EmpDG model", "empcause train empdg", EmpDGConfig.model_type
+        ).eval()
         self.tokenizer: Any = load_own_tokenizer(self.model, folder, needed=["unk_token", "pad_token", "eos_token"])
         config = self.model.config = EmpDGConfig(**self.model.config.to_dict() | ranking)
         tagger = None
@@ -111,7 +113,7 @@ class EmpDGSystem:
 
     @torch.inference_mode()
     def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:
-        """Greedy answers: lower-cased words with spaces between them, those outside of the vocabulary left out (see `Answers`)."""
+        """Greedy answers: lower-cased words with spaces between them; unknown words are left out (see `Answers`)."""
         encoded = self.encode([replace(dialogue, response="") for dialogue in dialogues])
         answers: dict[int, str] = {}
         for indices, batch in _batches(self.model, encoded, batch_size):
@@ -124,10 +126,10 @@ class EmpDGSystem:
                 use_cache=False,
             )
             for row, index in enumerate(indices):
-                answers[index] = self._words(output[row, 1:].tolist(), encoded[index].unknown)
+                answers[index] = self.words(output[row, 1:].tolist(), encoded[index].unknown)
         return [answers[index] for index in range(len(dialogues))]
 
-    def _words(self, ids: Sequence[int], unknown: Sequence[str]) -> str:
+    def words(self, ids: Sequence[int], unknown: Sequence[str]) -> str:
         """The words of an answer up to its end token."""
         end, size = self.tokenizer.eos_token_id, len(self.tokenizer)
         ids = ids[: ids.index(end)] if end in ids else ids
@@ -148,8 +150,8 @@ class EmpDGRanking(EmpDGSystem):
     """EmpDG whose emotion words are ranked in another way than its own folder says.
 
     Args:
-        folder: a folder made by hand, whose `config.json` has the `model_type` "empdg_ranking", the path `empdg` of EmpDG's folder
-            (relative to this one), and any of `ranking`, `fill` and `ranking_seed` (see `EmpDGConfig`).
+        folder: a folder made by hand, whose `config.json` has the `model_type` "empdg_ranking", the path `empdg` of EmpDG's own
+            folder (relative to this one), and any of `ranking`, `fill` and `ranking_seed` (see `EmpDGConfig`).
 
     Raises:
         UserError: there is no EmpDG at that path, or an entry is none of these or out of range.
@@ -174,7 +176,10 @@ def _batches(
     """Yield the indices of pairs of similar length, and their batch on the model's device."""
     for indices in length_batches([len(each) for each in encoded], batch_size):
         batch = collate([encoded[index].item() for index in indices], model.config.pad_token_id)
-        yield indices, {name: value if isinstance(value, int) else value.to(model.device) for name, value in batch.items()}
+        yield (
+            indices,
+            {name: value if isinstance(value, int) else value.to(model.device) for name, value in batch.items()},
+        )
 
 
 @torch.inference_mode()
@@ -189,8 +194,8 @@ def measure_pairs(
         batch_size: dialogues per batch.
 
     Returns:
-        Per dialogue, the negative log-likelihood of its response in nats and the number of tokens, the end token included; and per
-        dialogue, the id of the most probable emotion.
+        Per dialogue, the negative log-likelihood of its response in nats and the number of tokens, the end token included; then
+        per dialogue, the id of the most probable emotion.
 
     Raises:
         UserError: the model's probabilities are not finite.
