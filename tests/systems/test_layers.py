@@ -27,7 +27,7 @@ class TestAttention:
         with torch.no_grad():
             found, logits = attention(query, memory), attention.logits(query, memory)
         torch.testing.assert_close(
-            logits.softmax(-1), torch.tensor([[[0.140029, 0.283995, 0.575975]]]), atol=1e-6, rtol=0
+            logits.softmax(-1), torch.tensor([[[[0.140029, 0.283995, 0.575975]]]]), atol=1e-6, rtol=0
         )
         torch.testing.assert_close(found, torch.tensor([[[0.716005, 0.859971]]]), atol=1e-6, rtol=0)
 

@@ -21,6 +21,7 @@ TINY = {"hidden_size": 24, "attention_size": 8, "filter_size": 12}
 def arguments(folder, **options):
     defaults = {
         **TINY,
+        "emotion_lexicon": str(Path(folder).parent / "words.txt"),
         "max_steps": 8,
         "warmup_steps": 4,
         "eval_steps": 4,
@@ -37,13 +38,10 @@ def arguments(folder, **options):
 
 
 @pytest.fixture(autouse=True)
-def lexicon(tmp_path, monkeypatch):
-    """A lexicon file in place of vader, which is a package of its own."""
+def lexicon(tmp_path):
+    """A lexicon beside the output folders, in place of vader, which is a package of its own."""
     path = tmp_path / "words.txt"
     path.write_text("happy\nsad\nlost\nafraid\nproud\nangry\ndog\nfriend\n")
-    monkeypatch.setattr(EmpDGTrainingArguments, "emotion_lexicon", str(path))
-    field = EmpDGTrainingArguments.__dataclass_fields__["emotion_lexicon"]
-    monkeypatch.setattr(field, "default", str(path))
     return path
 
 
@@ -62,7 +60,7 @@ def test_noam():
 
 def test_it_learns_and_says_what_it_is(tmp_path, lexicon):
     folder = tmp_path / "empdg"
-    metrics = train_empdg(arguments(folder, emotion_lexicon=str(lexicon), max_steps=12, eval_steps=6, save_steps=6))
+    metrics = train_empdg(arguments(folder, max_steps=12, eval_steps=6, save_steps=6))
     assert set(metrics) == {"perplexity", "nll_per_token", "accuracy"}
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     evaluated = [entry["eval_perplexity"] for entry in history if "eval_perplexity" in entry]
@@ -104,12 +102,12 @@ def test_accumulated_batches_sum_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_overfits_32_responses(tmp_path, lexicon):
+def test_it_overfits_32_responses(tmp_path):
     options = {"hidden_size": 128, "learning_rate": 2e-3, "warmup_steps": 100, "max_steps": 300, "dropout": 0}
     options |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 50}
     options |= {"max_train_samples": 32, "label_smoothing_factor": 0, "seed": 5}
-    train_empdg(arguments(tmp_path, emotion_lexicon=str(lexicon), overwrite_output_dir=True, **options))
-    system = load_system(tmp_path)
+    train_empdg(arguments(tmp_path / "empdg", **options))
+    system = load_system(tmp_path / "empdg")
     pairs = draw_samples(response_pairs(load_dialogues("train", "sample")), 32, 5)
     encoded = system.encode(pairs)
     scores, emotions = measure_pairs(system.model, encoded, 16)
@@ -151,8 +149,9 @@ def test_word_vectors(tmp_path):
 
 def test_command(tmp_path, lexicon, capsys):
     words = ["train", "empdg", "--data", "sample", "--output_dir", str(tmp_path / "empdg"), "--max_steps", "1"]
-    words += ["--hidden_size", "8", "--attention_size", "4", "--filter_size", "4", "--emotion_lexicon", str(lexicon)]
-    assert main([*words, "--config", "recipes/empdg-published.yaml"]) == 0
+    words += ["--hidden_size", "8", "--attention_size", "4", "--filter_size", "4"]
+    recipe = str(Path(__file__).parents[2] / "recipes" / "empdg-published.yaml")
+    assert main([*words, "--config", recipe, "--emotion_lexicon", str(lexicon)]) == 0
     assert "perplexity" in capsys.readouterr().out
     assert main([*words, "--overwrite_output_dir", "true", "--emotion_lexicon", str(tmp_path / "nowhere")]) == 2
     assert "The lexicon" in capsys.readouterr().err
