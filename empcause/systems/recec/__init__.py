@@ -3,7 +3,15 @@
 from empcause.systems.recec.configuration import CAUSES, RecECConfig, RecECReasonerConfig
 from empcause.systems.recec.encoding import EncodedPair, collate, encode_pair, turn_causes
 from empcause.systems.recec.modeling import RecEC, RecECReasoner
-from empcause.systems.recec.system import RecECSystem, answer_pairs, load_recec, pair_nll, read_pairs
+from empcause.systems.recec.system import (
+    RecECSystem,
+    answer_pairs,
+    load_reasoner,
+    load_recec,
+    pair_nll,
+    published_perplexity,
+    read_pairs,
+)
 
 __all__ = [
     "CAUSES",
@@ -16,8 +24,10 @@ __all__ = [
     "answer_pairs",
     "collate",
     "encode_pair",
+    "load_reasoner",
     "load_recec",
     "pair_nll",
+    "published_perplexity",
     "read_pairs",
     "turn_causes",
 ]

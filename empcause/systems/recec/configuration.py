@@ -1,5 +1,6 @@
 """Configurations of RecEC: of its emotion reasoner alone, and of the whole system."""
 
+from dataclasses import fields
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,7 +28,7 @@ class RecECReasonerConfig(PreTrainedConfig):
         causes: what the causes are: every turn of the "speaker", the "last" turn, or what the "extractor" says of each token.
         published: whether the system is that of the authors' code with its faults. The reasoner is then one attention layer
             without residual connection, positions or feed-forward layer; class and separator tokens are the unknown token.
-        max_length: length in tokens to which contexts and responses are cut.
+        max_tokens: length in tokens to which contexts and responses are cut.
         id2label: names of the emotions by their ids; default is those of EmpatheticDialogues.
 
     Raises:
@@ -43,12 +44,14 @@ class RecECReasonerConfig(PreTrainedConfig):
     dropout: float = 0.1
     causes: Literal["speaker", "last", "extractor"] = "speaker"
     published: bool = False
-    max_length: int = 512
+    max_tokens: int = 512
     pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
         counts = dict.fromkeys(("vocab_size", "hidden_size", "attention_size", "ffn_size"), COUNT)
-        check_values(self, counts | {"dropout": SHARE, "max_length": Range(SHORTEST)})
+        check_values(self, counts | {"dropout": SHARE, "max_tokens": Range(SHORTEST)})
         if self.hidden_size % 2:
             raise UserError(f"hidden_size is {self.hidden_size}; positions need an even number.")
         if self.id2label is None:  # type: ignore[has-type]
@@ -81,8 +84,6 @@ class RecECConfig(RecECReasonerConfig):
     num_layers: int = 2
     num_heads: int = 2
     is_encoder_decoder: bool = True
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
     decoder_start_token_id: int | None = 1
     use_cache: bool = False
 
@@ -94,6 +95,16 @@ class RecECConfig(RecECReasonerConfig):
             )
         super().__post_init__(**kwargs)
 
+    def reasoner_config(self) -> RecECReasonerConfig:
+        """The configuration of the emotion reasoner alone."""
+        return RecECReasonerConfig(**{name: getattr(self, name) for name in REASONER_FIELDS})
+
+
+# Names of what the two configurations share.
+REASONER_FIELDS = (
+    *sorted({each.name for each in fields(RecECReasonerConfig)} - {each.name for each in fields(PreTrainedConfig)}),
+    "id2label",
+)
 
 AutoConfig.register("recec_reasoner", RecECReasonerConfig)
 AutoConfig.register("recec", RecECConfig)

@@ -15,9 +15,7 @@ from empcause.data.collation import pad_batch
 from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.systems.recec.configuration import RecECReasonerConfig
-
-# A turn is ordinary text: "<SEP>" in it is not the special token of this name.
-_PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+from empcause.systems.vocabulary import encode_words
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def turn_causes(dialogue: Dialogue, causes: str) -> list[int]:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, config: RecECReasonerConfig) -> EncodedPair:
-    """Encode a context with its response. What does not fit into `max_length` tokens is left out, the oldest turns first.
+    """Encode a context with its response. What does not fit into `max_tokens` tokens is left out, the oldest turns first.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -93,12 +91,11 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, config: 
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     if config.published:
         cls = sep = tokenizer.unk_token_id
-    room = config.max_length - 1
+    room = config.max_tokens - 1
     pieces: list[tuple[list[int], list[tuple[int, int]], int]] = []
-    turns = zip(dialogue.turns, turn_causes(dialogue, config.causes), dialogue.turn_spans, strict=True)
-    for turn, cause, (start, _) in reversed(list(turns)):
-        encoded = tokenizer(turn, return_offsets_mapping=True, **_PLAIN)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    *words, answer = encode_words(tokenizer, [*dialogue.turns, dialogue.response])
+    turns = zip(words, turn_causes(dialogue, config.causes), dialogue.turn_spans, strict=True)
+    for (_, ids, offsets), cause, (start, _) in reversed(list(turns)):
         if len(ids) + 1 > room:
             if pieces:
                 break
@@ -107,7 +104,6 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, config: 
         room -= len(ids) + 1
     pieces.reverse()
     spans = np.array([(0, 0), *(span for _, offsets, _ in pieces for span in offsets)], np.int64)
-    answer = tokenizer(dialogue.response, **_PLAIN)["input_ids"]
     probs = None
     if config.causes == "extractor" and dialogue.causes is not None:
         probs = align_max(dialogue.causes.spans, dialogue.causes.probs, spans)
@@ -115,10 +111,10 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, config: 
         input_ids=np.array([cls, *(token for ids, _, _ in pieces for token in ids)], np.int64),
         spans=spans,
         cause_labels=np.array([IGNORED, *(cause for ids, _, cause in pieces for _ in ids)], np.int64),
-        labels=np.array([*answer[: config.max_length - 1], tokenizer.eos_token_id], np.int64),
+        labels=np.array([*answer.ids[: config.max_tokens - 1], tokenizer.eos_token_id], np.int64),
         cause_probs=probs,
         dropped_turns=len(dialogue.turns) - len(pieces),
-        cut_response=len(answer) >= config.max_length,
+        cut_response=len(answer.ids) >= config.max_tokens,
     )
 
 

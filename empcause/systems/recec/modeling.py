@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from empcause.data.sequences import IGNORED
-from empcause.systems.recec.layers import Attention, sinusoids, smoothed_cross_entropy
+from empcause.systems.layers import Attention, sinusoids, smoothed_cross_entropy
 from empcause.systems.recec.configuration import RecECConfig, RecECReasonerConfig
 
 # What the published code adds to the logits of keys that the hard gate leaves out. It is finite, so that all keys have the same
@@ -45,12 +45,12 @@ class CauseAttention(Attention):
             `[B, T, d]`.
         """
         if self.gate == "soft":
-            return super().forward(hidden, causes[..., None] * memory, real[:, None, None])
-        kept = (real & (causes > 0))[:, None, None]
+            return super().forward(hidden, causes[..., None] * memory, real)
+        kept = real & (causes > 0)
         if self.published:
             return super().forward(hidden, memory, torch.where(kept, 0.0, _LEFT_OUT).to(hidden.dtype))
-        any_kept = kept.any(-1, keepdim=True)
-        return super().forward(hidden, memory, kept | ~any_kept) * any_kept[:, 0]
+        any_kept = kept.any(1, keepdim=True)
+        return super().forward(hidden, memory, kept | ~any_kept) * any_kept[..., None]
 
 
 class Sublayer(nn.Module):
@@ -62,17 +62,9 @@ class Sublayer(nn.Module):
         self.layer = layer
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden: Tensor, *others: Tensor) -> Tensor:
-        """Add the sublayer's result to `[B, T, d]` states; `others` are the layer's further arguments."""
-        return hidden + self.dropout(self.layer(self.norm(hidden), *others))
-
-
-class SelfAttention(Attention):
-    """Attention of states to one another; takes the states and a mask as for `Attention`."""
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """Attend from `[B, T, d]` states to themselves."""
-        return super().forward(hidden, hidden, mask)
+    def forward(self, hidden: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        """Add the layer's result to `[B, T, d]` states; the other arguments are the layer's."""
+        return hidden + self.dropout(self.layer(self.norm(hidden), *others, **options))
 
 
 def feed_forward(config: RecECReasonerConfig) -> nn.Module:
@@ -90,13 +82,13 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: RecECReasonerConfig, heads: int) -> None:
         super().__init__()
-        attention = SelfAttention(config.hidden_size, config.attention_size, heads, config.dropout)
+        attention = Attention(config.hidden_size, config.attention_size, heads, config.dropout)
         self.attention = Sublayer(config, attention, eps=1e-6)
         self.feed_forward = Sublayer(config, feed_forward(config), eps=1e-6)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Transform `[B, S, d]` states; `mask` is as for `Attention`."""
-        return self.feed_forward(self.attention(hidden, mask))
+        """Transform `[B, S, d]` states; `mask` is `[B, S]` bool, False at padding."""
+        return self.feed_forward(self.attention(hidden, mask=mask))
 
 
 class DecoderBlock(nn.Module):
@@ -105,17 +97,15 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: RecECConfig) -> None:
         super().__init__()
         sizes = (config.hidden_size, config.attention_size, config.num_heads, config.dropout)
-        self.self_attention = Sublayer(config, SelfAttention(*sizes), eps=1e-12)
+        self.self_attention = Sublayer(config, Attention(*sizes), eps=1e-12)
         self.context_attention = Sublayer(config, Attention(*sizes), eps=1e-12)
         self.cause_attention = Sublayer(config, CauseAttention(config), eps=1e-12)
         self.feed_forward = Sublayer(config, feed_forward(config), eps=1e-12)
 
     def forward(self, hidden: Tensor, memory: Tensor, causes: Tensor, real: Tensor) -> Tensor:
         """Transform `[B, T, d]` states; the others are as for `CauseAttention`."""
-        length = hidden.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        hidden = self.self_attention(hidden, causal)
-        hidden = self.context_attention(hidden, memory, real[:, None, None])
+        hidden = self.self_attention(hidden, causal=True)
+        hidden = self.context_attention(hidden, memory, real)
         return self.feed_forward(self.cause_attention(hidden, memory, causes, real))
 
 
@@ -174,7 +164,7 @@ class RecECReasoner(RecECPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.block: nn.Module
         if config.published:
-            self.block = SelfAttention(config.hidden_size, config.attention_size, 1, config.dropout)
+            self.block = Attention(config.hidden_size, config.attention_size, 1, config.dropout)
         else:
             self.block = EncoderBlock(config, heads=1)
         self.norm = nn.LayerNorm(config.hidden_size, 1e-6)
@@ -197,15 +187,15 @@ class RecECReasoner(RecECPreTrainedModel):
         """The word table."""
         return self.words
 
-    def set_word_vectors(self, vectors: Tensor, known: Tensor) -> None:
+    @torch.no_grad()
+    def set_word_vectors(self, ids: Tensor, vectors: Tensor) -> None:
         """Start words at given vectors.
 
         Args:
-            vectors: `[V, d]`, the vectors of the known words.
-            known: `[V]` bool, which words have one; the others keep what they have.
+            ids: `[n]` int64, the ids of these words; others keep what they have.
+            vectors: `[n, d]`, their vectors.
         """
-        with torch.no_grad():
-            self.words.weight[known] = vectors[known].to(self.words.weight)
+        self.words.weight[ids] = vectors.to(self.words.weight)
 
     def forward(
         self,
@@ -224,11 +214,11 @@ class RecECReasoner(RecECPreTrainedModel):
             cause_labels: `[B, S]` int64: 0, 1, or -100 for tokens that do not count; needed with `emotion_labels`.
             smoothing: share of every emotion label that is spread evenly over the emotions.
         """
-        hidden, mask = self.words(input_ids), attention_mask.bool()[:, None, None]
+        words, mask = self.words(input_ids), attention_mask.bool()
         if self.config.published:
-            hidden = self.dropout(self.block(self.dropout(hidden), mask))
+            hidden = self.dropout(self.block(self.dropout(words), mask=mask))
         else:
-            hidden = self.block(self.dropout(hidden + sinusoids(hidden.shape[1], hidden.shape[2]).to(hidden)), mask)
+            hidden = self.block(self.dropout(words + sinusoids(*words.shape[1:], words.device)), mask)
         hidden = self.norm(hidden)
         output = ReasonerOutput(emotion_logits=self.emotion_head(hidden[:, 0]), cause_logits=self.cause_head(hidden))
         if emotion_labels is None or cause_labels is None:
@@ -277,7 +267,7 @@ class RecECEncoder(nn.Module):
     def __init__(self, config: RecECConfig) -> None:
         super().__init__()
         self.config = config
-        self.reasoner = RecECReasoner(config)
+        self.reasoner = RecECReasoner(config.reasoner_config())
         self.reasoner.requires_grad_(False)
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
         self.emotions = nn.Embedding(config.num_labels, config.hidden_size)
@@ -288,7 +278,7 @@ class RecECEncoder(nn.Module):
     def embed(self, token_ids: Tensor, emotion_state: Tensor) -> Tensor:
         """States `[B, T, d]` with which tokens start: word, position and emotion."""
         words = self.words(token_ids)
-        return self.dropout(words + sinusoids(words.shape[1], words.shape[2]).to(words) + emotion_state)
+        return self.dropout(words + sinusoids(*words.shape[1:], words.device) + emotion_state)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, cause_probs: Tensor | None = None, **kwargs: Any
@@ -319,7 +309,7 @@ class RecECEncoder(nn.Module):
         emotion_state = self.emotions(found.emotion_logits.argmax(-1))[:, None]
         hidden = self.embed(input_ids, emotion_state)
         for block in self.blocks:
-            hidden = block(hidden, attention_mask.bool()[:, None, None])
+            hidden = block(hidden, attention_mask.bool())
         return EncoderOutput(self.norm(hidden), found.emotion_logits, emotion_state, causes.to(hidden))
 
 
@@ -363,12 +353,15 @@ class RecEC(RecECPreTrainedModel, GenerationMixin):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, 1e-12)
         self.post_init()
+        self.generation_config.update(do_sample=True, top_k=3, temperature=0.6)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if self.config.published and module is self.encoder.words:
-            init.xavier_uniform_(module.weight)  # the output layer shares these weights, and starts as every other layer
+            init.xavier_uniform_(
+                module.weight
+            )  # the output layer shares these weights, and starts as every other layer
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -379,11 +372,15 @@ class RecEC(RecECPreTrainedModel, GenerationMixin):
         """The generator's word table, which is its output layer too."""
         return self.encoder.words
 
-    def set_word_vectors(self, vectors: Tensor, known: Tensor) -> None:
+    @torch.no_grad()
+    def set_word_vectors(self, ids: Tensor, vectors: Tensor) -> None:
         """Start words at given vectors (see `RecECReasoner.set_word_vectors`); as published, they have no effect."""
         if not self.config.published:
-            with torch.no_grad():
-                self.encoder.words.weight[known] = vectors[known].to(self.encoder.words.weight)
+            self.encoder.words.weight[ids] = vectors.to(self.encoder.words.weight)
+
+    def answer_greedily(self) -> None:
+        """Make `generate` take the most probable token in place of sampling; `save_pretrained` keeps it so."""
+        self.generation_config.update(do_sample=False, top_k=None, temperature=None)
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder, which `generate` runs once."""
@@ -443,11 +440,12 @@ class RecEC(RecECPreTrainedModel, GenerationMixin):
             return RecECOutput(logits=logits, encoder_outputs=encoder_outputs)
         counted = labels != IGNORED
         logits, targets = functional.linear(hidden[counted], self.encoder.words.weight).float(), labels[counted]
-        total = smoothed_cross_entropy(logits, targets, smoothing, self.config.pad_token_id).sum()
+        log_probs = logits.log_softmax(-1)
+        losses = smoothed_cross_entropy(log_probs, targets, self.config.pad_token_id, self.config.vocab_size, smoothing)
         number = num_items_in_batch if num_items_in_batch is not None else counted.sum().clamp(min=1)
-        nll = functional.cross_entropy(logits.detach(), targets, reduction="none")
+        nll = -log_probs.detach().gather(1, targets[:, None])[:, 0]
         token_losses = nll.new_zeros(labels.shape).masked_scatter(counted, nll)
-        return RecECOutput(total / number, None, token_losses, encoder_outputs)
+        return RecECOutput(losses.sum() / number, None, token_losses, encoder_outputs)
 
 
 AutoModel.register(RecECReasonerConfig, RecECReasoner)

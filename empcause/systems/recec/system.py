@@ -20,7 +20,6 @@ from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.systems.own import ExtractorSystem
 from empcause.systems.protocol import Reading
-from empcause.systems.recec.configuration import RecECConfig
 from empcause.systems.recec.encoding import EncodedPair, collate, encode_pair
 from empcause.systems.recec.modeling import RecEC, RecECReasoner
 
@@ -41,6 +40,16 @@ def load_recec(path: str | os.PathLike[str]) -> tuple[RecEC, PreTrainedTokenizer
         UserError: the folder does not exist, holds another kind of model, or is damaged.
     """
     model = load_pretrained(RecEC, path, "RecEC", "empcause train recec", "recec")
+    return model.eval(), load_own_tokenizer(model, path, needed=SPECIAL_TOKENS)
+
+
+def load_reasoner(path: str | os.PathLike[str]) -> tuple[RecECReasoner, PreTrainedTokenizerBase]:
+    """Load a trained emotion reasoner and its tokenizer, in evaluation mode.
+
+    Raises:
+        UserError: the folder does not exist, holds another kind of model, or is damaged.
+    """
+    model = load_pretrained(RecECReasoner, path, "reasoner of RecEC", "empcause train recec", "recec_reasoner")
     return model.eval(), load_own_tokenizer(model, path, needed=SPECIAL_TOKENS)
 
 
@@ -93,13 +102,36 @@ def pair_nll(
     return [found[index] for index in range(len(encoded))]
 
 
+@torch.inference_mode()
+def published_perplexity(
+    model: RecEC, tokenizer: PreTrainedTokenizerBase, encoded: Sequence[EncodedPair], batch_size: int, smoothing: float
+) -> float:
+    """Compute what the published code calls perplexity: exp of the smoothed cross-entropy, averaged over batches.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        encoded: contexts with their responses.
+        batch_size: pairs per batch.
+        smoothing: share of every label that is spread over the other tokens.
+    """
+    losses = []
+    was_training = model.training
+    model.eval()
+    for indices in length_batches([len(each) for each in encoded], batch_size):
+        batch = _batch(model, tokenizer, [encoded[index].item for index in indices])
+        with seeded():
+            losses.append(model(**batch, smoothing=smoothing).loss.item())
+    model.train(was_training)
+    return float(np.exp(np.mean(losses)))
+
+
 def answer_pairs(
     model: RecEC,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[EncodedPair],
     batch_size: int,
     max_new_tokens: int,
-    greedy: bool = False,
 ) -> list[str]:
     """Answer contexts as the model's generation configuration says: as published, sampling with top-k 3 and temperature 0.6.
 
@@ -111,16 +143,14 @@ def answer_pairs(
         encoded: contexts; a response that they have is not looked at.
         batch_size: contexts per batch; batches hold contexts of similar length.
         max_new_tokens: longest answer in tokens.
-        greedy: take the most probable token in place of sampling.
     """
     found: dict[int, str] = {}
-    options = {"do_sample": False, "top_k": None, "temperature": None} if greedy else {}
     was_training = model.training
     model.eval()
     for indices in length_batches([len(each.input_ids) for each in encoded], batch_size):
         batch = _batch(model, tokenizer, [encoded[index].context for index in indices])
         with torch.inference_mode(), seeded():
-            output = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
+            output = model.generate(**batch, max_new_tokens=max_new_tokens)
         texts = tokenizer.batch_decode(output[:, 1:], skip_special_tokens=True)
         found |= dict(zip(indices, (text.strip() for text in texts), strict=True))
     model.train(was_training)
@@ -189,7 +219,7 @@ class RecECSystem:
             self.folders["extractor"] = Path(extractor)
             self.extractor = ExtractorSystem(extractor)
         if greedy:
-            self.model.generation_config.update(do_sample=False, top_k=None, temperature=None)
+            self.model.answer_greedily()
         config, generation = self.model.config, self.model.generation_config
         self.note = f"RecEC with the {config.gate} gate and causes from {_CAUSES[config.causes]}"
         if config.published:
@@ -212,9 +242,7 @@ class RecECSystem:
             causes = self.extractor.read(texts, words, batch_size)
             return [replace(each, emotion_probs=probs) for each, (probs, _) in zip(causes, found, strict=True)]
         return [
-            Reading(
-                emotion_probs, align_max(each.spans, cause_probs, [(word.start, word.end) for word in of_text])
-            )
+            Reading(emotion_probs, align_max(each.spans, cause_probs, [(word.start, word.end) for word in of_text]))
             for each, (emotion_probs, cause_probs), of_text in zip(encoded, found, words, strict=True)
         ]
 
