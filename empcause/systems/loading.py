@@ -9,6 +9,7 @@ from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
+from empcause.systems.recec import RecECConfig, RecECSystem
 
 Folder = str | os.PathLike[str]
 
@@ -16,6 +17,7 @@ Folder = str | os.PathLike[str]
 SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     CauseExtractorConfig.model_type: lambda folder, _: ExtractorSystem(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
+    RecECConfig.model_type: RecECSystem,
 }
 
 
