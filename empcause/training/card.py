@@ -27,6 +27,9 @@ _NOT_SETTINGS = {
     "model_type",
     "config_overrides",
     "extractor",
+    "emotion_lexicon",
+    "adjectives",
+    "embeddings",
     "overwrite_output_dir",
 }
 
@@ -68,10 +71,11 @@ def model_card(
 
 
 def _start(trainer: "StageTrainer") -> str:
-    args = trainer.args
-    if args.model_name_or_path:
-        return f"Fine-tuned from {code(_name(args.model_name_or_path))}, whose licence applies as well,"
-    return f"Trained from nothing ({args.model_type}, {trainer.model.num_parameters():,} parameters)"
+    base = getattr(trainer.args, "model_name_or_path", None)
+    if base:
+        return f"Fine-tuned from {code(_name(base))}, whose licence applies as well,"
+    kind = getattr(trainer.args, "model_type", None) or trainer.model.config.model_type
+    return f"Trained from nothing ({kind}, {trainer.model.num_parameters():,} parameters)"
 
 
 def _name(path: str) -> str:
