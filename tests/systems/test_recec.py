@@ -90,7 +90,7 @@ class TestGates:
         assert self.attend("soft", [0.9, 0.1, 0.5], published=True)[0] == pytest.approx(result, abs=1e-6)
 
     def test_a_token_without_cause_keeps_its_weight(self):
-        result, weighted = self.attend("soft", [1.0, 0.0, 1.0])
+        _, weighted = self.attend("soft", [1.0, 0.0, 1.0])
         assert weighted[1] == 0
         assert sum(weighted) == pytest.approx(1 - 1 / (1 + np.exp(2**-0.5) + np.exp(3 * 2**-0.5)), abs=1e-6)
 
