@@ -204,8 +204,7 @@ def _predict(
 
     found: Sequence[Reading] = ()
     if isinstance(system, Reads):
-        texts = [pair.text for pair in pairs]
-        found = readings(saved, system, texts, [split_words(text) for text in texts], 64)
+        found = readings(saved, system, pairs, [split_words(pair.text) for pair in pairs], 64)
         pairs = [replace(pair, causes=each.causes) for pair, each in zip(pairs, found, strict=True)]
     predictions = _Predictions(pairs, found)
     lengths = [len(pair.text) for pair in pairs]

@@ -69,6 +69,26 @@ class Reads(System, Protocol):
 
 
 @runtime_checkable
+class ReadsDialogues(Reads, Protocol):
+    """Reads a dialogue otherwise than as one text, because it matters to it where turns end or who says them."""
+
+    def read_dialogues(
+        self, dialogues: Sequence[Dialogue], words: Sequence[Sequence[Word]], batch_size: int
+    ) -> list[Reading]:
+        """Find emotions and causes in dialogues.
+
+        Args:
+            dialogues: what was said; a response that they have is not looked at.
+            words: the words of each dialogue's `text`.
+            batch_size: dialogues per batch.
+
+        Returns:
+            One reading per dialogue.
+        """
+        ...
+
+
+@runtime_checkable
 class Encoded(Protocol):
     """A dialogue with its response, as a system scores it.
 

@@ -13,7 +13,7 @@ from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
-from empcause.systems import Answers, Reads, Scores, load_system
+from empcause.systems import Answers, Reads, ReadsDialogues, Scores, load_system
 from empcause.systems.recec import (
     RecEC,
     RecECConfig,
@@ -24,6 +24,7 @@ from empcause.systems.recec import (
     encode_pair,
     pair_nll,
     published_perplexity,
+    read_pairs,
     turn_causes,
 )
 from empcause.systems.recec.modeling import CauseAttention
@@ -398,6 +399,20 @@ class TestSystem:
         scores = system.score(encoded, 2)
         assert [tokens for _, tokens in scores] == [len(target) for target in system.targets(pairs[:3])]
         assert all(nll > 0 for nll, _ in scores)
+
+    def test_turns_matter(self, folder, pairs):
+        """Of a dialogue the reasoner reads what it was trained on, with the separators of its turns."""
+        system = load_system(folder())
+        assert isinstance(system, ReadsDialogues)
+        long = [pair for pair in pairs if len(pair.turns) > 1][:2]
+        words = [split_words(pair.text) for pair in long]
+        dialogues, texts = system.read_dialogues(long, words, 2), system.read([pair.text for pair in long], words, 2)
+        for dialogue, text, pair in zip(dialogues, texts, long, strict=True):
+            encoded = encode_pair(system.tokenizer, pair, system.model.config)
+            ((expected, _),) = read_pairs(system.model.encoder.reasoner, system.tokenizer, [encoded], 1)
+            assert dialogue.emotion_probs == pytest.approx(expected, abs=1e-6)
+            assert not np.allclose(dialogue.emotion_probs, text.emotion_probs, atol=1e-6)
+            assert dialogue.word_probs.shape == text.word_probs.shape
 
     def test_sampling_and_greedy_answers(self, folder, pairs):
         path = folder()
