@@ -172,6 +172,8 @@ class TestLosses:
         assert output.loss.item() == pytest.approx(0.490753 + np.log(2), abs=1e-6)
         nothing = torch.full_like(ids, IGNORED)
         assert model(ids, ids.ne(0), torch.tensor([0, 0]), nothing).cause_loss.item() == 0
+        with pytest.raises(ValueError, match="cause_labels are needed"):
+            model(ids, ids.ne(0), torch.tensor([0, 0]))
 
 
 class TestPublished:

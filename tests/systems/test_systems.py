@@ -71,10 +71,10 @@ class FindsEmotions(Stranger):
 
 
 class CountsTurns(FindsEmotions):
-    """Takes the speakers of long dialogues for joyful, all others for sad."""
+    """Takes the speakers of long dialogues for annoyed, all others for sad."""
 
     def read_dialogues(self, dialogues, words, batch_size):
-        names = ["joyful" if len(dialogue.turns) > 2 else "sad" for dialogue in dialogues]
+        names = ["annoyed" if len(dialogue.turns) > 2 else "sad" for dialogue in dialogues]
         return [Reading(np.eye(len(self.emotions), dtype=np.float32)[self.emotions.index(name)]) for name in names]
 
     def check_room(self, max_new_tokens):
@@ -176,7 +176,7 @@ def test_a_system_that_answers_alone(evaluate):
 def test_a_system_that_reads_the_turns_of_dialogues(evaluate):
     figures, _, _ = evaluate(CountsTurns, EvaluateResponsesOptions, evaluate_responses)
     pairs = response_pairs(load_dialogues("test", "sample"))
-    right = [pair.emotion == ("joyful" if len(pair.turns) > 2 else "sad") for pair in pairs]
+    right = [pair.emotion == ("annoyed" if len(pair.turns) > 2 else "sad") for pair in pairs]
     assert figures["emotion_accuracy"] == pytest.approx(np.mean(right))
     assert right != [pair.emotion == "sad" for pair in pairs]
 

@@ -261,11 +261,13 @@ def test_it_learns_32_pairs_by_heart(gate, tmp_path):
         decoding="greedy",
         max_train_samples=32,
         max_eval_samples=2,
-        num_train_epochs=60,
-        reasoner_epochs=60,
+        num_train_epochs=100,
+        reasoner_epochs=40,
+        tokens_per_batch=4096,
+        reasoner_tokens_per_batch=4096,
         label_smoothing_factor=0.0,
-        learning_rate=3e-3,
-        reasoner_learning_rate=3e-3,
+        learning_rate=5e-3,
+        reasoner_learning_rate=5e-3,
     )
     train_recec(args)
     model, tokenizer = load_recec(tmp_path)
