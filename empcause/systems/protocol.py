@@ -125,7 +125,7 @@ class Scores(System, Protocol):
 
 @runtime_checkable
 class Answers(System, Protocol):
-    """Answers dialogues."""
+    """Answers dialogues: greedily, or else an attribute `decoding` says how, as part of a sentence ("by sampling")."""
 
     def check_room(self, max_new_tokens: int) -> None:
         """Check before any work whether it can write answers of this length.
@@ -139,7 +139,7 @@ class Answers(System, Protocol):
         ...
 
     def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:
-        """Answer each dialogue greedily.
+        """Answer each dialogue, twice in the same way.
 
         Args:
             dialogues: what was said; a response that they have is not looked at.

@@ -224,10 +224,9 @@ class RecECSystem:
         self.note = f"RecEC with the {config.gate} gate and causes from {_CAUSES[config.causes]}"
         if config.published:
             self.note += ", as published"
+        self.decoding = "greedily"
         if generation.do_sample:
-            self.note += (
-                f", its answers sampled (top-k {generation.top_k}, temperature {generation.temperature}, seed {SEED})"
-            )
+            self.decoding = f"by sampling (top-k {generation.top_k}, temperature {generation.temperature}, seed {SEED})"
 
     @property
     def emotions(self) -> tuple[str, ...]:
