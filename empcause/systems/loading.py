@@ -8,8 +8,10 @@ from empcause.errors import UserError
 from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
 from empcause.systems.empdg import EmpDGConfig, EmpDGRanking, EmpDGSystem
+from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
+from empcause.systems.recec import RecECConfig, RecECSystem
 
 Folder = str | os.PathLike[str]
 
@@ -19,6 +21,8 @@ SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     EmpDGConfig.model_type: lambda folder, _: EmpDGSystem(folder),
     EmpDGRanking.model_type: lambda folder, _: EmpDGRanking(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
+    RecECConfig.model_type: RecECSystem,
+    GEEConfig.model_type: lambda folder, _: GEESystem(folder),
 }
 
 
