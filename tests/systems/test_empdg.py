@@ -315,7 +315,7 @@ def test_a_tagger_belongs_to_what_the_results_depend_on(folder, tmp_path, monkey
     system.model.config.adjectives = str(tmp_path / "tagger")
     system.model.save_pretrained(tmp_path / "tagged")
     system.tokenizer.save_pretrained(tmp_path / "tagged")
-    with pytest.raises(UserError, match="spa[cC]y"):
+    with pytest.raises(UserError, match=r"spa[cC]y"):
         load_system(tmp_path / "tagged")
     tagged = []
     monkeypatch.setattr(
