@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -96,8 +97,9 @@ class EmpDGTrainingArguments(StageTrainingArguments):
     empdg_ranking: str = field(
         default="random",
         metadata={
-            "help": "how emotion words are ranked as causes: at random, in the text's order, or by the model's attention",
-            "choices": ["random", "order", "attention"],
+            "help": "how emotion words are ranked as causes: at random, in the text's order, or by the attention to them; "
+            "`context`: all content words by the attention to them",
+            "choices": ["random", "order", "attention", "context"],
         },
     )
     empdg_fill: bool = field(
@@ -179,7 +181,7 @@ def train_empdg(args: EmpDGTrainingArguments) -> dict[str, float]:
         EmpDGConfig(
             vocab_size=len(tokenizer),
             emotion_words=sorted(lexicon),
-            adjectives=args.adjectives,
+            adjectives=str(Path(args.adjectives).resolve()) if args.adjectives else None,
             ranking=args.empdg_ranking,
             fill=args.empdg_fill,
             id2label=dict(enumerate(corpus.emotions)),

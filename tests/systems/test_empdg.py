@@ -281,12 +281,25 @@ class TestRanking:
         (encoded,) = system.encode([Dialogue((self.TEXT,), (SPEAKER,))])
         batch = collate([encoded.item()], PAD)
         encoder = system.model.emotion_encoder
-        states, first = encoder(system.model._embed(batch["emotion_ids"]), batch["emotion_mask"].bool())
+        _, first = encoder(system.model._embed(batch["emotion_ids"]), batch["emotion_mask"].bool())
         assert first.sum().item() == pytest.approx(1)
         order = first[0, 1:].argsort(descending=True).tolist()
         assert found == [["storm", "dog", "lost", "friend"][place] for place in order]
         assert found != ["storm", "dog", "lost", "friend"], "the test would not notice"
-        del states
+
+    def test_all_content_words_by_attention(self, folder, tmp_path):
+        found, system = self.rank(folder, tmp_path, ranking="context")
+        assert sorted(found) == ["came", "cried", "dog", "friend", "lost", "storm"]
+        (encoded,) = system.encode([Dialogue((self.TEXT,), (SPEAKER,))])
+        batch = collate([encoded.item()], PAD)
+        embedded = system.model._embed(batch["input_ids"]) + system.model._embed(batch["token_type_ids"])
+        _, first = system.model.context_encoder(embedded, batch["attention_mask"].bool())
+        words = [word.text for word in split_words(self.TEXT)]
+        ranked = [words[place] for place in first[0, 1:].argsort(descending=True).tolist()]
+        assert found == [word for word in ranked if word in found]
+        assert "its causes are content words by the attention to them" in system.note
+        with pytest.raises(UserError, match="leave out fill"):
+            self.rank(folder, tmp_path, ranking="context", fill=True)
 
     def test_words_of_another_split(self, system):
         """The benchmark's own words need not be those of the vocabulary."""

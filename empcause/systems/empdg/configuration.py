@@ -29,7 +29,8 @@ class EmpDGConfig(PreTrainedConfig):
         emotion_words: the lexicon, lower-cased words.
         adjectives: folder of a spaCy model whose adjectives are emotion words too; None: they are not.
         ranking: how emotion words are ranked as causes: in "random" order, in the "order" of the text, or by the "attention" of
-            the emotion encoder's first token.
+            the emotion encoder's first token; "context" ranks all content words in their place, by the attention of the context
+            encoder's first token.
         fill: rank the text's other content words behind the emotion words, in random order; otherwise they are not predicted.
         ranking_seed: seed of random orders.
         id2label: names of the emotions by their ids; default is those of EmpatheticDialogues.
@@ -51,7 +52,7 @@ class EmpDGConfig(PreTrainedConfig):
     ffn_last_relu: bool = False
     emotion_words: list | None = None
     adjectives: str | None = None
-    ranking: Literal["random", "order", "attention"] = "random"
+    ranking: Literal["random", "order", "attention", "context"] = "random"
     fill: bool = False
     ranking_seed: int = 0
     is_encoder_decoder: bool = True
@@ -73,6 +74,8 @@ class EmpDGConfig(PreTrainedConfig):
                 f"attention_size is {self.attention_size}; expected a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}."
             )
+        if self.fill and self.ranking == "context":
+            raise UserError('ranking "context" ranks all content words already; leave out fill.')
         if self.id2label is None:  # type: ignore[has-type]
             self.id2label = dict(enumerate(EMPATHETIC_DIALOGUES.emotions))
         super().__post_init__(**kwargs)

@@ -186,6 +186,7 @@ class EmpDGContext(ModelOutput):
         mask: `[B, K]` bool, False at padding.
         source_ids: `[B, K]` int64, what `mix_copies` takes.
         emotion_logits: `[B, E]`.
+        context_attention: `[B, n + 1]` attention of the context encoder's first token to itself and the words.
         emotion_attention: `[B, m + 1]` attention of the emotion encoder's first token to itself and the emotion words.
     """
 
@@ -193,6 +194,7 @@ class EmpDGContext(ModelOutput):
     mask: Tensor | None = None
     source_ids: Tensor | None = None
     emotion_logits: Tensor | None = None
+    context_attention: Tensor | None = None
     emotion_attention: Tensor | None = None
 
 
@@ -206,14 +208,12 @@ class EmpDGOutput(ModelOutput):
         logits: `[B, T, V + extra_words]` logarithms of the mixed probabilities.
         token_losses: `[B, T]` negative log-likelihood of the labels in nats, 0 where there is none; None without labels.
         emotion_logits: `[B, E]`.
-        emotion_attention: see `EmpDGContext`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     token_losses: Tensor | None = None
     emotion_logits: Tensor | None = None
-    emotion_attention: Tensor | None = None
 
 
 class EmpDG(PreTrainedModel, GenerationMixin):
@@ -282,14 +282,15 @@ class EmpDG(PreTrainedModel, GenerationMixin):
             emotion_mask: `[B, m + 1]`, 0 at padding.
         """
         mask, emotion_mask = attention_mask.bool(), emotion_mask.bool()
-        states, _ = self.context_encoder(self._embed(input_ids) + self._embed(token_type_ids), mask)
-        emotion_states, attention = self.emotion_encoder(self._embed(emotion_ids), emotion_mask)
+        states, context_attention = self.context_encoder(self._embed(input_ids) + self._embed(token_type_ids), mask)
+        emotion_states, emotion_attention = self.emotion_encoder(self._embed(emotion_ids), emotion_mask)
         return EmpDGContext(
             last_hidden_state=torch.cat((states, emotion_states), 1),
             mask=torch.cat((mask, emotion_mask), 1),
             source_ids=torch.cat((input_ids, emotion_ids), 1),
             emotion_logits=self.emotion_head(torch.cat((emotion_states[:, 0], states[:, 0]), -1)),
-            emotion_attention=attention,
+            context_attention=context_attention,
+            emotion_attention=emotion_attention,
         )
 
     def forward(
@@ -325,7 +326,7 @@ class EmpDG(PreTrainedModel, GenerationMixin):
         context: Any = encoder_outputs
         if decoder_input_ids is None:
             if labels is None:
-                return EmpDGOutput(emotion_logits=context.emotion_logits, emotion_attention=context.emotion_attention)
+                return EmpDGOutput(emotion_logits=context.emotion_logits)
             before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
             decoder_input_ids = pad(before, (1, 0), value=config.decoder_start_token_id)
         start = self.start(context.emotion_logits)[:, None]
@@ -334,9 +335,7 @@ class EmpDG(PreTrainedModel, GenerationMixin):
         copies = copy_weights(logits.float(), context.mask, config.copy_softmax)
         gate = self.gate(states).float().sigmoid()
         log_probs = mix_copies(self.head(states).float(), gate, copies, context.source_ids, extra_words)
-        output = EmpDGOutput(
-            logits=log_probs, emotion_logits=context.emotion_logits, emotion_attention=context.emotion_attention
-        )
+        output = EmpDGOutput(logits=log_probs, emotion_logits=context.emotion_logits)
         if labels is not None:
             real = labels != IGNORED
             targets = labels.masked_fill(~real, config.pad_token_id)

@@ -51,16 +51,14 @@ class EmpDGSystem:
             tagger = load_tagger(config.adjectives)
             self.folders["adjectives"] = Path(config.adjectives)
         self.encode = Encoder(self.tokenizer, config.emotion_words or (), tagger)
-        orders = {
-            "random": f"in random order (seed {config.ranking_seed})",
-            "order": "in the order of the text",
-            "attention": "by the attention to them",
-        }
+        causes = {
+            "random": f"emotion words in random order (seed {config.ranking_seed})",
+            "order": "emotion words in the order of the text",
+            "attention": "emotion words by the attention to them",
+            "context": "content words by the attention to them",
+        }[config.ranking]
         rest = ", then other content words in random order" if config.fill else ""
-        self.note = (
-            f"without discriminators, with {config.vocab_size:,} words; its causes are emotion words "
-            f"{orders[config.ranking]}{rest}"
-        )
+        self.note = f"without discriminators, with {config.vocab_size:,} words; its causes are {causes}{rest}"
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -81,30 +79,39 @@ class EmpDGSystem:
         for indices, batch in _batches(self.model, encoded, batch_size):
             output = self._contexts(batch)
             probs = output.emotion_logits.float().softmax(-1).cpu().numpy()  # type: ignore[union-attr]
-            attention = output.emotion_attention.float().cpu().numpy()  # type: ignore[union-attr]
-            for row, index in enumerate(indices):
-                ranks = self._rank(dialogues[index].text, words[index], encoded[index], attention[row, 1:])
+            by_context = self.model.config.ranking == "context"
+            attention: Any = output.context_attention if by_context else output.emotion_attention
+            for row, values in enumerate(attention[:, 1:].float().cpu().numpy()):
+                index = indices[row]
+                ranks = self._rank(dialogues[index].text, words[index], encoded[index], values)
                 found[index] = Reading(probs[row], ranks)
         return [found[index] for index in range(len(dialogues))]
 
     def _rank(
         self, text: str, words: Sequence[Word], encoded: EncodedPair, attention: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Scores of the words of a text: emotion words above 1, words that fill up from 0 to 1, 0 for words not predicted."""
+        """Scores of the words of a text: those ranked first above 1, words that fill up from 0 to 1, 0 for words not predicted.
+
+        Args:
+            text, words, encoded: a text, its words and how it is encoded.
+            attention: the attention to its emotion words or, where all content words are ranked, to its words; then padding.
+        """
         config = self.model.config
         random = np.random.default_rng((config.ranking_seed, zlib.crc32(text.encode("utf-8", "surrogatepass"))))
-        number = len(encoded.emotion_places)
-        scores: NDArray[Any] = attention[:number]
+        content = np.array([is_content_word(word.text) for word in words], bool)
+        places = range(len(encoded.spans)) if config.ranking == "context" else encoded.emotion_places
+        scores: NDArray[Any] = attention[: len(places)]
         if config.ranking == "random":
-            scores = random.permutation(number)
+            scores = random.permutation(len(places))
         elif config.ranking == "order":
-            scores = np.arange(number)[::-1]
-        spans = np.array([encoded.spans[place] for place in encoded.emotion_places], np.int64).reshape(-1, 2)
+            scores = np.arange(len(places))[::-1]
+        spans = np.array([encoded.spans[place] for place in places], np.int64).reshape(-1, 2)
         own = np.array([(word.start, word.end) for word in words], np.int64).reshape(-1, 2)
         found = align_max(spans, 2 + scores.astype(np.float32), own)
         rest = (1 + random.permutation(len(words))).astype(np.float32) / max(1, len(words))
-        fills = np.array([config.fill and is_content_word(word.text) for word in words], bool)
-        return np.where(found > 0, found, np.where(fills, rest, 0)).astype(np.float32)
+        rest = np.where(content & config.fill, rest, 0)
+        first = content if config.ranking == "context" else found > 0
+        return np.where(first, found, rest).astype(np.float32)
 
     def targets(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
         """Ids of the tokens of each response that are scored (see `Scores`)."""
