@@ -49,6 +49,11 @@ class EmpDGTrainingArguments(StageTrainingArguments):
         "max_eval_samples": COUNT,
     }
 
+    refused: ClassVar = StageTrainingArguments.refused | dict.fromkeys(
+        ("gradient_checkpointing", "activation_checkpointing"),
+        "EmpDG has one layer, which is not worth computing twice",
+    )
+
     output_dir: str | None = field(
         default="runs/empdg", metadata={"help": "folder for the checkpoints and the finished model"}
     )
@@ -140,6 +145,11 @@ class EmpDGTrainingArguments(StageTrainingArguments):
     metric_for_best_model: str | None = field(
         default="perplexity", metadata={"help": "validation figure that early stopping watches"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_scheduler_type == SchedulerType.INVERSE_SQRT and self.lr_scheduler_kwargs:
+            raise UserError("lr_scheduler_type inverse_sqrt takes no lr_scheduler_kwargs here; give warmup_steps.")
 
 
 @in_output_folder("empcause train empdg")
@@ -273,7 +283,7 @@ class EmpDGTrainer(StageTrainer):
         self.label_smoother: Any = None  # the model smooths its labels itself
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule of the learning rate."""
+        """Make the schedule of the learning rate, for `inverse_sqrt` that of `noam`."""
         scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self.args.lr_scheduler_type == SchedulerType.INVERSE_SQRT and warmup:

@@ -180,3 +180,17 @@ def test_command(tmp_path, lexicon, capsys):
     assert "perplexity" in capsys.readouterr().out
     assert main([*words, "--overwrite_output_dir", "true", "--emotion_lexicon", str(tmp_path / "nowhere")]) == 2
     assert "The lexicon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_checkpointing": True}, "EmpDG has one layer"),
+        ({"lr_scheduler_kwargs": {"timescale": 3}}, "takes no lr_scheduler_kwargs here"),
+        ({"pairs": "some"}, "pairs is 'some'; expected one of all, empdg"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+    ],
+)
+def test_options_that_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        arguments(tmp_path / "empdg", **options)
