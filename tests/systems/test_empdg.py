@@ -315,6 +315,8 @@ class TestRanking:
         [
             ({"rank": "order"}, "has an entry rank; expected empdg and any of ranking, fill, ranking_seed"),
             ({"ranking": "best"}, "ranking"),
+            ({"fill": "yes"}, "fill is 'yes'; expected true or false"),
+            ({"ranking_seed": -1}, "ranking_seed is -1"),
             ({"empdg": "nowhere"}, "There is no EmpDG model at"),
         ],
     )

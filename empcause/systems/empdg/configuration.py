@@ -74,6 +74,8 @@ class EmpDGConfig(PreTrainedConfig):
                 f"attention_size is {self.attention_size}; expected a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}."
             )
+        if not isinstance(self.fill, bool):
+            raise UserError(f"fill is {self.fill!r}; expected true or false.")
         if self.fill and self.ranking == "context":
             raise UserError('ranking "context" ranks all content words already; leave out fill.')
         if self.id2label is None:  # type: ignore[has-type]

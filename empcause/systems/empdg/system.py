@@ -146,7 +146,12 @@ class EmpDGSystem:
         return [answers[index] for index in range(len(dialogues))]
 
     def words(self, ids: Sequence[int], unknown: Sequence[str]) -> str:
-        """The words of an answer up to its end token."""
+        """The words of an answer up to its end token, without unknown ones, with spaces between them.
+
+        Args:
+            ids: the answer's tokens; V, V+1, ... are the dialogue's words outside of the vocabulary.
+            unknown: these words (`EncodedPair.unknown`).
+        """
         end, size = self.tokenizer.eos_token_id, len(self.tokenizer)
         ids = ids[: ids.index(end)] if end in ids else ids
         special = set(self.tokenizer.all_special_ids)
