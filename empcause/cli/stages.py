@@ -82,6 +82,30 @@ STAGES = {
             result="report",
         ),
     ),
+    "empdg": Stage(
+        title="EmpDG, a system to compare with",
+        purpose="a system to compare with: answers that copy emotion words",
+        recipe="recipes/empdg.yaml",
+        train=Task(
+            module="empcause.training.empdg",
+            options="EmpDGTrainingArguments",
+            function="train_empdg",
+            description="Train EmpDG's generator (Li et al., 2020), without its discriminators.",
+            result="EmpDG",
+        ),
+    ),
+    "recec": Stage(
+        title="RecEC, a system to compare with",
+        purpose="a system to compare with: answers that attend to the turns of the cause",
+        recipe="recipes/recec.yaml",
+        train=Task(
+            module="empcause.training.recec",
+            options="RecECTrainingArguments",
+            function="train_recec",
+            description="Train RecEC (Gao et al., 2021): an emotion reasoner, and a generator over it.",
+            result="RecEC",
+        ),
+    ),
     "gee": Stage(
         title="GEE, a system to compare with",
         purpose="a system to compare with: causes by Bayes' rule",

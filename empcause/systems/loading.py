@@ -7,16 +7,21 @@ from empcause.checkpoints import read_config
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
+from empcause.systems.empdg import EmpDGConfig, EmpDGRanking, EmpDGSystem
 from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
+from empcause.systems.recec import RecECConfig, RecECSystem
 
 Folder = str | os.PathLike[str]
 
 # By the `model_type` in a folder's config.json: what makes the system from this folder and the folder of an extractor.
 SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     CauseExtractorConfig.model_type: lambda folder, _: ExtractorSystem(folder),
+    EmpDGConfig.model_type: lambda folder, _: EmpDGSystem(folder),
+    EmpDGRanking.model_type: lambda folder, _: EmpDGRanking(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
+    RecECConfig.model_type: RecECSystem,
     GEEConfig.model_type: lambda folder, _: GEESystem(folder),
 }
 

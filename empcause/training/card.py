@@ -27,6 +27,7 @@ _NOT_SETTINGS = {
     "model_type",
     "config_overrides",
     "extractor",
+    "reasoner",
     "emotion_lexicon",
     "adjectives",
     "embeddings",
@@ -52,7 +53,7 @@ def model_card(
     """
     args = trainer.args
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
-    hidden = _NOT_SETTINGS | ({"per_device_train_batch_size"} if getattr(args, "tokens_per_step", None) else set())
+    hidden = _NOT_SETTINGS | ({"per_device_train_batch_size"} if getattr(args, "tokens_per_batch", None) else set())
     settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in hidden}
     settings["processes"] = args.world_size
     about: dict[str, object] = {"license": origin.licence, "library_name": "empcause"}

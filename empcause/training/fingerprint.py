@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # activations, compilation and the device change results within rounding.
 _FREE = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint data model_name_or_path tokenizer_name model_type config_overrides "
-    "extractor emotion_lexicon adjectives embeddings "
+    "extractor reasoner emotion_lexicon adjectives embeddings "
     "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica "
     "log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id debug "
     "skip_memory_metrics include_num_input_tokens_seen save_strategy save_steps save_total_limit save_only_model "
@@ -29,8 +29,11 @@ _FREE = frozenset(
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout".split()
 )
 
-# Fields of a configuration that do not affect the model.
-_INCIDENTAL = ("transformers_version", "_name_or_path", "architectures", "use_cache", "dtype")
+# Fields of a configuration that do not affect the model, or whose effect on the training items is compared instead.
+_INCIDENTAL = (
+    *("transformers_version", "_name_or_path", "architectures", "use_cache", "dtype"),
+    *("emotion_words", "adjectives", "ranking", "fill", "ranking_seed"),
+)
 
 
 def digest(items: Iterable[Any]) -> str:
