@@ -1,0 +1,243 @@
+"""The results of a table: `results.json` (ids, hashes and scores, no texts), and the table in Markdown and LaTeX."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from empcause.data import CauseAnnotation
+from empcause.errors import UserError
+from empcause.evaluation.items import digest
+from empcause.evaluation.significance import Interval, holm
+from empcause.evaluation.tables import markdown_table
+from empcause.files import write_text
+from empcause.metrics import RECALL_CUTS, score_causes
+from empcause.reproduction.figures import Figure, Ratio, Variety, mean_of, read_figures
+from empcause.reproduction.folder import versions
+from empcause.reproduction.tables import CEILING, FIRST_WORDS, LOWER_IS_BETTER, RANDOM_WORDS, TABLES, Table
+from empcause.text import code, markdown
+
+SCHEMA = 1
+# Random rankings whose recalls are averaged.
+_RANDOM_RANKINGS = 5
+
+
+def write_results(
+    folder: Path,
+    name: str,
+    about: Mapping[str, Any],
+    made: Mapping[str, Mapping[int, Path]],
+    annotations: Sequence[CauseAnnotation],
+) -> None:
+    """Compute a table of what was evaluated, and write `results.json`, `table.md` and `table.tex`.
+
+    Args:
+        folder: where they are written.
+        name: name of the table.
+        about: what else stands in the results: which data, systems and options they are of.
+        made: folders of evaluations, by row and seed.
+        annotations: the annotated situations that were tested; none for a table of responses.
+    """
+    table = TABLES[name]
+    figures: dict[str, dict[str, Figure]] = {}
+    for key, row in table.rows.items():
+        if row.system and key in made:
+            figures[key] = read_figures(table.task, list(made[key].values()))
+        elif not row.system:
+            figures[key] = rank_without_system(key, annotations)
+    ids = [each.conv_id for each in annotations]
+    if not ids and made:
+        first = next(iter(next(iter(made.values())).values()))
+        ids = json.loads((first / "items.json").read_text(encoding="utf-8"))["ids"]
+    compared = _compare(table, figures)
+    rows = {}
+    for key, columns in figures.items():
+        shown = {column: columns[column] for column in table.columns if column in columns}
+        replies = columns.get("distinct_1")
+        by_seed = {seed: read_figures(table.task, [path]) for seed, path in made.get(key, {}).items()}
+        rows[key] = {
+            "title": table.rows[key].title,
+            "seeds": list(by_seed),
+            "replies": len(replies.without) if isinstance(replies, Variety) else 0,
+            "figures": {column: list(figure.interval()) for column, figure in shown.items()},
+            "by_seed": {
+                column: [each[column].interval().value for each in by_seed.values()] if len(by_seed) > 1 else []
+                for column in shown
+            },
+            "differences": compared.get(key, {}),
+            "items": {
+                column: [round(value, 5) for value in figure.numerators.tolist()]
+                for column, figure in shown.items()
+                if isinstance(figure, Ratio)
+            },
+        }
+    results = {"schema": SCHEMA, **about, "versions": versions(), "rows": rows, "ids": ids}
+    write_text(folder / "results.json", _dump(results))
+    write_text(folder / "table.md", _markdown(table, name, results))
+    write_text(folder / "table.tex", _latex(table, results))
+
+
+def _dump(results: Mapping[str, Any]) -> str:
+    """JSON of results with their digest, one line per value of the outer levels."""
+    return json.dumps(dict(results) | {"sha256": digest(results)}, indent=1) + "\n"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a `results.json`.
+
+    Raises:
+        UserError: it is missing or damaged, was changed after it was written, or is of another version of its format.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        found = results.pop("sha256")
+        table = results["table"]
+    except FileNotFoundError as error:
+        raise UserError(f"There are no results at {path}; `empcause reproduce` makes them.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no results.json of `empcause reproduce`, or it is damaged.") from error
+    if found != digest(results):
+        raise UserError(f"{path} was changed after it was written: its hash does not fit; make it anew.")
+    if results.get("schema") != SCHEMA or table not in TABLES:
+        raise UserError(f"{path} is of another version of empcause; make it anew.")
+    return results
+
+
+def rank_without_system(key: str, annotations: Sequence[CauseAnnotation]) -> dict[str, Figure]:
+    """The recalls of a ranking that needs no system: random content words, the first ones, or the annotated words themselves."""
+    words = [len(annotation.words) for annotation in annotations]
+    if key == CEILING:
+        scores = score_causes(annotations, [np.zeros(number) for number in words]).items
+        return {f"top{cut}_recall": mean_of(scores[f"oracle_top{cut}_recall"]) for cut in RECALL_CUTS}
+    if key == FIRST_WORDS:
+        rankings = [[-np.arange(number, dtype=float) for number in words]]
+    else:
+        assert key == RANDOM_WORDS
+        random = np.random.default_rng(0)
+        rankings = [[random.random(number) for number in words] for _ in range(_RANDOM_RANKINGS)]
+    scored = [score_causes(annotations, ranking).items for ranking in rankings]
+    return {
+        f"top{cut}_recall": mean_of(np.mean([each[f"top{cut}_recall"] for each in scored], axis=0))
+        for cut in RECALL_CUTS
+    }
+
+
+def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, Any]]:
+    """The paired difference of every system's figure to that of the best baseline, with Holm's correction over the table.
+
+    The best baseline is chosen for each column among those whose figures can be compared with the row's.
+    """
+    baselines = [key for key in figures if table.rows[key].system and not table.rows[key].ours]
+    found: list[tuple[str, str, str, Any]] = []
+    for key in figures:
+        if not table.rows[key].system:
+            continue
+        for column in table.columns:
+            mine = figures[key].get(column)
+            if mine is None:
+                continue
+            sign = 1 if column in LOWER_IS_BETTER else -1
+            others: list[tuple[float, str, Any]] = []
+            for other in baselines:
+                theirs = figures[other].get(column)
+                difference = None if theirs is None else mine.minus(theirs)  # type: ignore[arg-type]
+                if theirs is not None and difference is not None:
+                    others.append((sign * theirs.interval().value, other, difference))
+            if others and (best := min(others, key=lambda each: each[0]))[1] != key:
+                found.append((key, column, best[1], best[2]))
+    adjusted = holm([difference.p for *_, difference in found])
+    compared: dict[str, dict[str, Any]] = {}
+    for (key, column, other, difference), p in zip(found, adjusted, strict=True):
+        compared.setdefault(key, {})[column] = {
+            "to": other,
+            "difference": list(difference.interval),
+            "p": difference.p,
+            "p_holm": p,
+        }
+    return compared
+
+
+def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
+    """The table's cells, one list per line: what stands in it, the figures, and how the training ended."""
+    lines: list[list[str]] = []
+    for key, row in table.rows.items():
+        printed = table.printed(row)
+        if printed:
+            shown = [f"{printed[column]:.3f}" if column in printed else "–" for column in table.columns]
+            lines.append([f"{row.title}, paper", *shown, ""])
+        measured = results["rows"].get(key)
+        if measured is None:
+            lines.append([f"{row.title}, here", *("–" for _ in table.columns), "not made yet"])
+            continue
+        seeds = len(measured["seeds"])
+        figures = measured["figures"]
+        here = f"{row.title}, here{f' (mean of {seeds} seeds)' if seeds > 1 else ''}" if row.system else row.title
+        shown = [str(Interval(*figures[column])) if column in figures else "–" for column in table.columns]
+        lines.append([here, *shown, _ended(results["systems"].get(key))])
+        if seeds > 1:
+            spread = [measured["by_seed"].get(column, []) for column in table.columns]
+            lines.append(
+                [
+                    "least and greatest of the seeds",
+                    *(f"{min(e):.3f} to {max(e):.3f}" if e else "–" for e in spread),
+                    "",
+                ]
+            )
+        if differences := measured["differences"]:
+            shown = [
+                _difference(differences[column], table) if column in differences else "–" for column in table.columns
+            ]
+            lines.append(["minus the best baseline", *shown, ""])
+    return lines
+
+
+def _ended(system: Mapping[str, Any] | None) -> str:
+    if system is None:
+        return ""
+    ended = [model["training"]["ended"] for model in system["models"].values()]
+    return ", ".join(f"{each} ({ended.count(each)})" if len(ended) > 1 else each for each in dict.fromkeys(ended))
+
+
+def _difference(each: Mapping[str, Any], table: Table) -> str:
+    value, low, high = each["difference"]
+    span = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    p = "p < .001" if each["p_holm"] < 0.001 else f"p = {each['p_holm']:.3f}"
+    return f"{value:+.3f}{span}, {p} ({table.rows[each['to']].title})"
+
+
+def _header(table: Table) -> list[str]:
+    return ["system", *(column.replace("_", " ") for column in table.columns), "training"]
+
+
+def _markdown(table: Table, name: str, results: Mapping[str, Any]) -> str:
+    cells = [[markdown(cell) for cell in line] for line in _cells(table, results)]
+    items = "situations" if table.task == "extractor" else "responses"
+    parts = [
+        f"# Table {name.removeprefix('table')}: {table.title} (size {results['size']})",
+        f"On {len(results['ids']):,} {items} of {results['data']['name']} (split test). Brackets are 95% intervals over "
+        "them; they do not cover the choice of the seed. Differences are paired; their p-values are corrected by Holm's method "
+        "over the table, and the best baseline of the column stands in parentheses.",
+        markdown_table(_header(table), cells),
+    ]
+    if table.task == "generator":
+        replies = results["evaluation"].get("max_generated")
+        parts.append(
+            f"At most {replies} replies per row, to the same contexts. Perplexities and bits per byte are of all responses. "
+            "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies."
+        )
+    parts.append(f"Made by {code(results['command'])}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex(table: Table, results: Mapping[str, Any]) -> str:
+    lines = [" & ".join(map(_escape, line)) + r" \\" for line in (_header(table), *_cells(table, results))]
+    body = "\n".join([lines[0], r"\hline", *lines[1:]])
+    return f"\\begin{{tabular}}{{l{'r' * len(table.columns)}l}}\n\\hline\n{body}\n\\hline\n\\end{{tabular}}\n"
+
+
+def _escape(text: str) -> str:
+    """Text for LaTeX."""
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "<": "$<$"}
+    return "".join(named.get(each, f"\\{each}" if each in "&%$#_{}" else each) for each in text)
