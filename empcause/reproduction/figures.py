@@ -42,14 +42,21 @@ class Ratio:
     denominators: Array
     scale: Callable[[Any], Any] = lambda ratio: ratio
 
+    @property
+    def value(self) -> float:
+        """The figure."""
+        return float(self.scale(self.numerators.sum() / self.denominators.sum()))
+
     def interval(self) -> Interval:
         """The figure with its bootstrap interval over items."""
         return bootstrap(lambda a, b: self.scale(a / b), self.numerators, self.denominators)
 
-    def minus(self, other: "Ratio") -> Difference | None:
-        """The paired difference to another row's figure; None if they are not of the same items in the same units."""
-        if not np.array_equal(self.denominators, other.denominators):
-            return None
+    def fits(self, other: "Figure") -> bool:
+        """Whether another row's figure is of the same items in the same units, so that a difference means something."""
+        return isinstance(other, Ratio) and np.array_equal(self.denominators, other.denominators)
+
+    def minus(self, other: "Ratio") -> Difference:
+        """The paired difference to another row's figure, which must fit this one."""
         interval = bootstrap(
             lambda a, b, n: self.scale(a / n) - self.scale(b / n), self.numerators, other.numerators, self.denominators
         )
@@ -72,10 +79,12 @@ class Variety:
         """The figure with its jackknife interval over replies."""
         return jackknife_interval(self.value, self.without)
 
-    def minus(self, other: "Variety") -> Difference | None:
-        """The paired difference to another row's figure; None if the numbers of replies differ, which Distinct depends on."""
-        if len(self.without) != len(other.without):
-            return None
+    def fits(self, other: "Figure") -> bool:
+        """Whether another row's figure is of as many replies, on whose number Distinct depends."""
+        return isinstance(other, Variety) and len(self.without) == len(other.without)
+
+    def minus(self, other: "Variety") -> Difference:
+        """The paired difference to another row's figure, which must fit this one."""
         interval = jackknife_interval(self.value - other.value, self.without - other.without)
         return Difference(interval, normal_p(interval))
 

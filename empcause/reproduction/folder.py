@@ -95,6 +95,10 @@ class RunFolder:
         self._units[unit]["finished"] = {name: checksum(self.path / unit / name) for name in files}
         self._save()
 
+    def is_finished(self, unit: str) -> bool:
+        """Whether a unit is finished."""
+        return "finished" in self._units.get(unit, {})
+
     def made(self, unit: str) -> dict[str, Any]:
         """How a finished unit was made: digests of its files and of the code."""
         known = self._units[unit]

@@ -19,6 +19,8 @@ def make_tiny_models(folder: Path) -> None:
     texts += [annotation.situation for annotation in load_annotations("train", "sample")]
     set_seed(0)
     tokenizer = train_tokenizer(texts, vocab_size=1000, output_dir=folder / "encoder", kind="encoder")
+    tokenizer.model_max_length = 256  # bert-score reads it
+    tokenizer.save_pretrained(folder / "encoder")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     encoder = RobertaConfig(
         vocab_size=len(tokenizer),

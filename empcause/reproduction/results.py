@@ -44,7 +44,8 @@ def write_results(
     figures: dict[str, dict[str, Figure]] = {}
     for key, row in table.rows.items():
         if row.system and key in made:
-            figures[key] = read_figures(table.task, list(made[key].values()))
+            found = read_figures(table.task, list(made[key].values()))
+            figures[key] = {column: found[column] for column in found.keys() - row.without}
         elif not row.system:
             figures[key] = rank_without_system(key, annotations)
     ids = [each.conv_id for each in annotations]
@@ -63,7 +64,7 @@ def write_results(
             "replies": len(replies.without) if isinstance(replies, Variety) else 0,
             "figures": {column: list(figure.interval()) for column, figure in shown.items()},
             "by_seed": {
-                column: [each[column].interval().value for each in by_seed.values()] if len(by_seed) > 1 else []
+                column: [each[column].value for each in by_seed.values()] if len(by_seed) > 1 else []
                 for column in shown
             },
             "differences": compared.get(key, {}),
@@ -139,14 +140,11 @@ def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[
             if mine is None:
                 continue
             sign = 1 if column in LOWER_IS_BETTER else -1
-            others: list[tuple[float, str, Any]] = []
-            for other in baselines:
-                theirs = figures[other].get(column)
-                difference = None if theirs is None else mine.minus(theirs)  # type: ignore[arg-type]
-                if theirs is not None and difference is not None:
-                    others.append((sign * theirs.interval().value, other, difference))
-            if others and (best := min(others, key=lambda each: each[0]))[1] != key:
-                found.append((key, column, best[1], best[2]))
+            theirs = {other: figures[other][column] for other in baselines if column in figures[other]}
+            fitting = [other for other, figure in theirs.items() if mine.fits(figure)]
+            best = min(fitting, key=lambda other: sign * theirs[other].value, default=key)
+            if best != key:
+                found.append((key, column, best, mine.minus(theirs[best])))  # type: ignore[arg-type]
     adjusted = holm([difference.p for *_, difference in found])
     compared: dict[str, dict[str, Any]] = {}
     for (key, column, other, difference), p in zip(found, adjusted, strict=True):

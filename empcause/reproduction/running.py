@@ -34,7 +34,7 @@ from empcause.reproduction.tables import (
 Prepare = Callable[[str, str, Sequence[str]], tuple[str, Callable[[], Mapping[str, Any]]]]
 
 FIRST_SEED = 42
-_WRITTEN = ("models", "evaluation", "pretrained", *TABLES, "scorecard", "cases")
+WRITTEN = ("models", "evaluation", "pretrained", *TABLES, "scorecard", "cases")
 _EVALUATED = {
     "extractor": ("metrics.json", "items.json"),
     "generator": ("metrics.json", "items.json", "responses.json"),
@@ -214,7 +214,7 @@ def reproduce(
     if unknown := [system for system in redo if system not in SYSTEMS]:
         raise UserError(f"--redo: there is no system {unknown[0]!r}; expected one of {', '.join(SYSTEMS)}.")
     with working_in(path):
-        run = Run(size, data, RunFolder(path, _WRITTEN, accept_code), prepare, say, data_digests(data))
+        run = Run(size, data, RunFolder(path, WRITTEN, accept_code), prepare, say, data_digests(data))
         for system in redo:
             run.folder.remove(system)
         if size == "smoke" and not all((path / "pretrained" / each / "config.json").exists() for each in TINY_MODELS):
