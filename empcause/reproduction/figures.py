@@ -77,7 +77,8 @@ class Variety:
 
     def interval(self) -> Interval:
         """The figure with its jackknife interval over replies."""
-        return jackknife_interval(self.value, self.without)
+        value, low, high = jackknife_interval(self.value, self.without)
+        return Interval(value, None if low is None else max(0.0, low), None if high is None else min(1.0, high))
 
     def fits(self, other: "Figure") -> bool:
         """Whether another row's figure is of as many replies, on whose number Distinct depends."""

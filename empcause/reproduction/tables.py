@@ -106,10 +106,10 @@ _TINY_EXTRACTOR = {
 }
 _TINY_GENERATOR = {
     "model_name_or_path": TINY_DECODER,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
-    "num_train_epochs": 1,
+    "num_train_epochs": 4,
     "max_eval_samples": 40,
 }
 
