@@ -1,4 +1,4 @@
-"""The stages that are trained and evaluated: one table behind `empcause train` and `empcause evaluate`."""
+"""What is trained and evaluated: one table behind `empcause train` and `empcause evaluate`."""
 
 import argparse
 import importlib
@@ -31,15 +31,16 @@ class Stage:
     Attributes:
         title: what the model is called in help texts.
         purpose: what the model is for.
-        recipe: the recipe with the paper's settings; the names of its variants begin like its own.
-        train, evaluate: the two tasks; each field has the name of its command.
+        recipe: the recipe with the published settings; the names of its variants begin like its own.
+        train, evaluate: the two tasks; each field has the name of its command. A system to compare with has no evaluation of its
+            own, because those of the two stages of the method take the folder of any system.
     """
 
     title: str
     purpose: str
     recipe: str
     train: Task
-    evaluate: Task
+    evaluate: Task | None = None
 
 
 STAGES = {
@@ -81,6 +82,18 @@ STAGES = {
             result="report",
         ),
     ),
+    "gee": Stage(
+        title="GEE, a system to compare with",
+        purpose="a system to compare with: causes by Bayes' rule",
+        recipe="recipes/gee.yaml",
+        train=Task(
+            module="empcause.training.gee",
+            options="GEETrainingArguments",
+            function="train_gee",
+            description="Train GEE (Kim et al., 2021), a language model of the situations of each emotion.",
+            result="GEE",
+        ),
+    ),
 }
 
 
@@ -100,7 +113,8 @@ def add_parser(
         arguments_help: what the command's help says about the arguments behind the stage.
     """
     parser = subparsers.add_parser(command, help=help, description=description)
-    parser.add_argument("stage", choices=list(STAGES), help=f"what to {command}")
+    names = [name for name, stage in STAGES.items() if getattr(stage, command)]
+    parser.add_argument("stage", choices=names, help=f"what to {command}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=arguments_help)
     parser.set_defaults(run=run)
 

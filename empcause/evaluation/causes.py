@@ -25,10 +25,13 @@ from empcause.evaluation.tables import (
     markdown_table,
 )
 from empcause.files import write_text
-from empcause.metrics import RECALL_CUTS, RECALL_KINDS, emotion_correct, score_causes
+from empcause.metrics import RECALL_CUTS, RECALL_KINDS, emotion_correct, rank_words, score_causes
 from empcause.ranges import COUNT, check_values
 from empcause.systems import Reading, Reads, load_system
 from empcause.text import code
+
+# Draws of a random order of words, whose recalls are averaged.
+_DRAWS = 5
 
 
 @dataclass
@@ -67,7 +70,8 @@ def evaluate_causes(options: EvaluateCausesOptions) -> dict[str, Any]:
         options: the options.
 
     Returns:
-        Every figure by name (accuracy and recalls in [0, 1]), and `intervals`: (low, high) by name.
+        Every figure by name (accuracy and recalls in [0, 1], those of `chance_recalls` among them; `predicted_words` is the mean
+        number of words that the system ranks), and `intervals`: (low, high) by name.
 
     Raises:
         UserError: data or model are missing, the model reads no texts or knows other emotions than the data, or `output_dir`
@@ -123,6 +127,36 @@ def _score(
         items["accuracy"] = emotion_correct(emotion_probs, emotion_ids)
     if word_probs := [each.word_probs for each in found if each.word_probs is not None]:
         items |= score_causes(annotations, word_probs).items
+        rankings = [
+            rank_words([word.text for word in annotation.words], probs)
+            for annotation, probs in zip(annotations, word_probs, strict=True)
+        ]
+        items["predicted_words"] = np.array([len(ranking) for ranking in rankings], np.float64)
+        items |= chance_recalls(annotations)
+    return items
+
+
+def chance_recalls(annotations: Sequence[CauseAnnotation]) -> dict[str, NDArray[np.float64]]:
+    """Lenient recall of two rankings of the content words that need no system, which a system has to surpass.
+
+    Args:
+        annotations: situations with their annotated words.
+
+    Returns:
+        `[n]` figures by name, one per situation: `random_topK_recall`, the mean of five random orders, and `first_topK_recall`,
+        of the first words first.
+    """
+    lengths = [len(annotation.words) for annotation in annotations]
+    draws = [np.random.default_rng(seed) for seed in range(_DRAWS)]
+    rankings = {
+        "random_": [[1 - draw.random(length) for length in lengths] for draw in draws],
+        "first_": [[1 / np.arange(1, length + 1) for length in lengths]],
+    }
+    items = {}
+    for prefix, orders in rankings.items():
+        scored = [score_causes(annotations, order).items for order in orders]
+        for name in (f"top{k}_recall" for k in RECALL_CUTS):
+            items[f"{prefix}{name}"] = np.mean([each[name] for each in scored], axis=0)
     return items
 
 
@@ -157,12 +191,16 @@ def _report(
     ]
     if "top1_recall" in intervals:
         kinds = {"lenient (the benchmark's)": "", "strict": "strict_", "without stop-word filter": "unfiltered_"}
-        kinds |= {"oracle ceiling": "oracle_"}
+        kinds |= {"oracle ceiling": "oracle_", "random content words": "random_", "first content words": "first_"}
         rows = [
             [name, *(format_figure(intervals[f"{prefix}top{k}_recall"]) for k in RECALL_CUTS)]
             for name, prefix in kinds.items()
         ]
         parts += ["Recall by variant:", markdown_table(["variant", *(f"Top-{k}" for k in RECALL_CUTS)], rows)]
+        parts += [
+            f"The rows of content words need no system; the random one is the mean of {_DRAWS} draws. This system ranks "
+            f"{format_figure(intervals['predicted_words'])} content words per situation."
+        ]
     if differences and options.compare:
         shown = [[name, format_figure(differences[name])] for name in CAUSE_COLUMNS if name in differences]
         parts += [f"Difference to {code(options.compare)}, paired:", markdown_table(["figure", "difference"], shown)]

@@ -26,7 +26,9 @@ class CauseScores:
 
 
 def rank_words(words: Sequence[str], probs: ArrayLike, *, filtered: bool = True) -> list[int]:
-    """Order words by decreasing probability; of equal ones, the earlier word comes first. Blank words are left out.
+    """Order words by decreasing probability; of equal ones, the earlier word comes first.
+
+    Blank words are left out, and words of probability 0, which are not predicted.
 
     Args:
         words: the words of a text.
@@ -36,8 +38,9 @@ def rank_words(words: Sequence[str], probs: ArrayLike, *, filtered: bool = True)
     Returns:
         Indices of the words.
     """
-    order = np.argsort(-np.asarray(probs, np.float64), kind="stable").tolist()
-    order = [index for index in order if words[index].strip()]
+    values = np.asarray(probs, np.float64)
+    order = np.argsort(-values, kind="stable").tolist()
+    order = [index for index in order if words[index].strip() and values[index] != 0]
     if not filtered:
         return order
     return [index for index in order if is_content_word(words[index])] or order[:1]
@@ -76,7 +79,7 @@ def score_causes(
 
     Args:
         annotations: situations with their annotated words.
-        word_probs: for each situation `[W]` probabilities, one per word.
+        word_probs: for each situation `[W]` probabilities, one per word; a word of probability 0 is not predicted.
         k: numbers of the most probable words that count as predicted.
 
     Returns:

@@ -7,6 +7,7 @@ from empcause.checkpoints import read_config
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
+from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
 
@@ -16,6 +17,7 @@ Folder = str | os.PathLike[str]
 SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     CauseExtractorConfig.model_type: lambda folder, _: ExtractorSystem(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
+    GEEConfig.model_type: lambda folder, _: GEESystem(folder),
 }
 
 

@@ -21,7 +21,8 @@ class Reading:
 
     Attributes:
         emotion_probs: `[E]` float32, probabilities in the order of the system's `emotions`.
-        word_probs: `[W]` float32, the cause probability of every word. Only their order is scored.
+        word_probs: `[W]` float32, the cause probability of every word, 0 for a word that the system does not predict. Only their
+            order is scored.
         causes: cause probabilities of pieces of the text. The dialogues that the system scores and answers have them
             (`Dialogue.causes`).
     """

@@ -37,6 +37,14 @@ class TestRecall:
     def test_blank_words_are_never_ranked(self):
         assert rank_words([" ", "dog"], [0.9, 0.1], filtered=False) == [1]
 
+    def test_words_of_probability_zero_are_not_predicted(self):
+        words = ["My", "dog", "died", "yesterday"]
+        assert rank_words(words, [0.2, 0.0, 0.7, 0.0]) == [2]
+        assert rank_words(words, [0.2, 0.0, 0.7, 0.0], filtered=False) == [2, 0]
+        assert rank_words(words, [0.0, 0.0, 0.0, 0.0]) == []
+        scores = score_causes([annotation("My dog died", ["dog", "died"])], [[0.0, 0.0, 0.3]]).summary()
+        assert scores["top5_recall"] == scores["strict_top5_recall"] == scores["unfiltered_top5_recall"] == 0.5
+
     @pytest.mark.parametrize(
         ("predicted", "gold", "recall"),
         [
