@@ -9,6 +9,7 @@ import numpy as np
 
 from empcause.data import CauseAnnotation
 from empcause.errors import UserError
+from empcause.evaluation.causes import chance_recalls
 from empcause.evaluation.items import digest
 from empcause.evaluation.significance import Interval, holm
 from empcause.evaluation.tables import markdown_table
@@ -16,12 +17,18 @@ from empcause.files import write_text
 from empcause.metrics import RECALL_CUTS, score_causes
 from empcause.reproduction.figures import Figure, Ratio, Variety, mean_of, read_figures
 from empcause.reproduction.folder import versions
-from empcause.reproduction.tables import CEILING, FIRST_WORDS, LOWER_IS_BETTER, RANDOM_WORDS, TABLES, Table
+from empcause.reproduction.tables import (
+    CEILING,
+    FIRST_WORDS,
+    LOWER_IS_BETTER,
+    PREDICTED_WORDS,
+    RANDOM_WORDS,
+    TABLES,
+    Table,
+)
 from empcause.text import code, markdown
 
 SCHEMA = 1
-# Random rankings whose recalls are averaged.
-_RANDOM_RANKINGS = 5
 
 
 def write_results(
@@ -108,21 +115,12 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def rank_without_system(key: str, annotations: Sequence[CauseAnnotation]) -> dict[str, Figure]:
     """The recalls of a ranking that needs no system: random content words, the first ones, or the annotated words themselves."""
-    words = [len(annotation.words) for annotation in annotations]
     if key == CEILING:
-        scores = score_causes(annotations, [np.zeros(number) for number in words]).items
-        return {f"top{cut}_recall": mean_of(scores[f"oracle_top{cut}_recall"]) for cut in RECALL_CUTS}
-    if key == FIRST_WORDS:
-        rankings = [[-np.arange(number, dtype=float) for number in words]]
+        items = score_causes(annotations, [np.ones(len(annotation.words)) for annotation in annotations]).items
     else:
-        assert key == RANDOM_WORDS
-        random = np.random.default_rng(0)
-        rankings = [[random.random(number) for number in words] for _ in range(_RANDOM_RANKINGS)]
-    scored = [score_causes(annotations, ranking).items for ranking in rankings]
-    return {
-        f"top{cut}_recall": mean_of(np.mean([each[f"top{cut}_recall"] for each in scored], axis=0))
-        for cut in RECALL_CUTS
-    }
+        items = chance_recalls(annotations)
+    prefix = {CEILING: "oracle_", RANDOM_WORDS: "random_", FIRST_WORDS: "first_"}[key]
+    return {f"top{cut}_recall": mean_of(items[f"{prefix}top{cut}_recall"]) for cut in RECALL_CUTS}
 
 
 def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, Any]]:
@@ -137,7 +135,7 @@ def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[
             continue
         for column in table.columns:
             mine = figures[key].get(column)
-            if mine is None:
+            if mine is None or column == PREDICTED_WORDS:
                 continue
             sign = 1 if column in LOWER_IS_BETTER else -1
             theirs = {other: figures[other][column] for other in baselines if column in figures[other]}

@@ -142,6 +142,15 @@ SYSTEMS = {
     "attention": _extractor("extractor-attention"),
     "gpt2": _generator("generator-gpt2", gamma=0.0),
     "ecg": _generator("generator", gamma=1.0),
+    "gee": TrainedSystem(
+        stage="gee",
+        full=Training("gee"),
+        small=Training("gee-smollm2"),
+        smoke=Training(
+            "gee-smollm2",
+            {"model_name_or_path": TINY_DECODER, "learning_rate": 1e-3, "per_device_train_batch_size": 16},
+        ),
+    ),
 }
 
 
@@ -214,18 +223,22 @@ class Table:
 # Rankings of words that need no system; table 5 shows what a system has to be better than, and the best that is possible.
 RANDOM_WORDS, FIRST_WORDS, CEILING = "random-words", "first-words", "ceiling"
 
+# Mean number of words that a system ranks in a situation, which says nothing about how good they are.
+PREDICTED_WORDS = "predicted_words"
+
 TABLES = {
     "table5": Table(
         title="emotions and causes of situations, of all systems",
         task="extractor",
         rows={
             "attention": Row("RoBERTa_Att", "RoBERTa_Att (paper)", "attention"),
+            "gee": Row("GEE", "GEE (paper)", "gee"),
             "ece": Row("ECE (ours)", "ECE, RoBERTa-base (paper)", "ece", ours=True),
             RANDOM_WORDS: Row("random content words"),
             FIRST_WORDS: Row("first content words"),
             CEILING: Row("perfect ranking"),
         },
-        columns=CAUSE_COLUMNS,
+        columns=(*CAUSE_COLUMNS, PREDICTED_WORDS),
     ),
     "table6": Table(
         title="the extractor and its ablations",
