@@ -94,6 +94,18 @@ STAGES = {
             result="GEE",
         ),
     ),
+    "recec": Stage(
+        title="RecEC, a system to compare with",
+        purpose="a system to compare with: answers that attend to the turns of the cause",
+        recipe="recipes/recec.yaml",
+        train=Task(
+            module="empcause.training.recec",
+            options="RecECTrainingArguments",
+            function="train_recec",
+            description="Train RecEC (Gao et al., 2021): an emotion reasoner, and a generator over it.",
+            result="RecEC",
+        ),
+    ),
 }
 
 

@@ -101,6 +101,42 @@ class LengthBatchSampler(EpochBatchSampler):
                 yield batches[index]
 
 
+class PaddedBatchSampler(EpochBatchSampler):
+    """Yields batches of items of similar length, with a limit for their number of tokens when they are padded.
+
+    In every epoch there are the same lengths in each batch, but other items of these lengths.
+
+    Args:
+        lengths: `[n]` number of tokens per item.
+        seed: the order depends on it and on the epoch.
+        max_tokens: greatest size of a batch: its number of items times the length of the longest one.
+
+    Raises:
+        ValueError: an item is longer than `max_tokens`.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, max_tokens: int) -> None:
+        super().__init__(lengths, seed)
+        ascending = np.sort(self.lengths).tolist()
+        if ascending and ascending[-1] > max_tokens:
+            raise ValueError(f"an item has {ascending[-1]} tokens, more than max_tokens = {max_tokens}.")
+        self._starts = [0] if ascending else []
+        for place, length in enumerate(ascending):
+            if (place - self._starts[-1] + 1) * length > max_tokens:
+                self._starts.append(place)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def draw(self, random: np.random.Generator) -> Iterator[list[int]]:
+        """Yield the batches; which items of a length are in which batch, and the batches' order, is random."""
+        order = random.permutation(len(self.lengths))
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        batches = np.split(order, self._starts[1:])
+        for index in random.permutation(len(self)):
+            yield batches[index].tolist()
+
+
 class TokenBatchSampler(EpochBatchSampler):
     """Yields batches with nearly the same number of tokens, made of items of all lengths, for packing without padding.
 

@@ -20,9 +20,8 @@ class Word(NamedTuple):
 # contraction's ending is a word of its own ("do|n't", "I|'m"), as in EmoCause; anything else (punctuation, emoji) is one
 # word per user-perceived character.
 _LETTERS = r"[\p{L}\p{M}\p{N}_\u00ad\u200c\u200d\u2060]"
-_WORD = regex.compile(
-    rf"n['’]t\b|['’](?:s|m|re|ve|d|ll)\b|{_LETTERS}+?(?=n['’]t\b)|{_LETTERS}+|(?!\s)\X", regex.IGNORECASE
-)
+WORD_PATTERN = rf"n['’]t\b|['’](?:s|m|re|ve|d|ll)\b|{_LETTERS}+?(?=n['’]t\b)|{_LETTERS}+|(?!\s)\X"
+_WORD = regex.compile(WORD_PATTERN, regex.IGNORECASE)
 _LETTER = regex.compile(r"[\p{L}\p{N}]")
 
 # Function words, which carry no content that could cause an emotion.

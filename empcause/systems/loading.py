@@ -10,6 +10,7 @@ from empcause.generator import GENERATORS
 from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
+from empcause.systems.recec import RecECConfig, RecECSystem
 
 Folder = str | os.PathLike[str]
 
@@ -18,6 +19,7 @@ SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     CauseExtractorConfig.model_type: lambda folder, _: ExtractorSystem(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
     GEEConfig.model_type: lambda folder, _: GEESystem(folder),
+    RecECConfig.model_type: RecECSystem,
 }
 
 

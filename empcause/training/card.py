@@ -27,6 +27,10 @@ _NOT_SETTINGS = {
     "model_type",
     "config_overrides",
     "extractor",
+    "reasoner",
+    "emotion_lexicon",
+    "adjectives",
+    "embeddings",
     "overwrite_output_dir",
 }
 
@@ -49,7 +53,7 @@ def model_card(
     """
     args = trainer.args
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
-    hidden = _NOT_SETTINGS | ({"per_device_train_batch_size"} if getattr(args, "tokens_per_step", None) else set())
+    hidden = _NOT_SETTINGS | ({"per_device_train_batch_size"} if getattr(args, "tokens_per_batch", None) else set())
     settings = {name: getattr(args, name) for name in (*_SETTINGS, *own) if name not in hidden}
     settings["processes"] = args.world_size
     about: dict[str, object] = {"license": origin.licence, "library_name": "empcause"}
@@ -68,10 +72,11 @@ def model_card(
 
 
 def _start(trainer: "StageTrainer") -> str:
-    args = trainer.args
-    if args.model_name_or_path:
-        return f"Fine-tuned from {code(_name(args.model_name_or_path))}, whose licence applies as well,"
-    return f"Trained from nothing ({args.model_type}, {trainer.model.num_parameters():,} parameters)"
+    base = getattr(trainer.args, "model_name_or_path", None)
+    if base:
+        return f"Fine-tuned from {code(_name(base))}, whose licence applies as well,"
+    kind = getattr(trainer.args, "model_type", None) or trainer.model.config.model_type
+    return f"Trained from nothing ({kind}, {trainer.model.num_parameters():,} parameters)"
 
 
 def _name(path: str) -> str:

@@ -1,4 +1,4 @@
-"""What both stages share: their options, tokenizers and configurations, and the trainer."""
+"""What all trainings share: their options, tokenizers and configurations, and the trainer."""
 
 import math
 import os
@@ -41,7 +41,7 @@ _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
 
 @dataclass
 class StageTrainingArguments(TrainingArguments):
-    """Options that both stages have; the defaults are those settings of the paper's Table 4 that both share.
+    """Options that every training has; the defaults are those settings of the paper's Table 4 that both stages share.
 
     Early stopping, the plateau scheduler and the choice of the best checkpoint watch `metric_for_best_model`.
 
@@ -63,19 +63,6 @@ class StageTrainingArguments(TrainingArguments):
     data: str | None = field(
         default=None,
         metadata={"help": "folder or archive of the data, a corpus' name, or `sample`; default $EMPCAUSE_DATA_DIR"},
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "pretrained model to start from, by name or folder; empty: a new model of model_type"},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "tokenizer, by name or folder; default: that of model_name_or_path"}
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "architecture of a new model, e.g. roberta, gpt2, llama"}
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "sizes of a new model, e.g. n_embd=384,n_layer=6,n_head=6"}
     )
     early_stopping_patience: int = field(
         default=5, metadata={"help": "end after this many evaluations without a better figure; 0: never end early"}
@@ -110,16 +97,6 @@ class StageTrainingArguments(TrainingArguments):
         return super().to_json_string().replace("<", r"\u003c").replace("](", r"]\u0028")
 
     def __post_init__(self) -> None:
-        if self.model_name_or_path and self.config_overrides:
-            raise ValueError(
-                "config_overrides sets the sizes of a new model; leave model_name_or_path empty to make one."
-            )
-        if not self.model_name_or_path and not self.model_type:
-            raise ValueError("give model_name_or_path (a pretrained model) or model_type (a new model).")
-        if not self.model_name_or_path and not self.tokenizer_name:
-            raise ValueError("a new model needs tokenizer_name, the name or folder of a tokenizer.")
-        for name in ("model_name_or_path", "tokenizer_name"):
-            _check_local(name, getattr(self, name))
         self._check_settings()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 is refused where there is no GPU
@@ -200,13 +177,49 @@ class StageTrainingArguments(TrainingArguments):
             )
 
 
+@dataclass
+class PretrainedStageArguments(StageTrainingArguments):
+    """Options of a stage whose model is one of transformers, pretrained or new, with that model's tokenizer.
+
+    Raises:
+        ValueError: the options name no model or no tokenizer, or a folder that does not exist.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "pretrained model to start from, by name or folder; empty: a new model of model_type"},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "tokenizer, by name or folder; default: that of model_name_or_path"}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "architecture of a new model, e.g. roberta, gpt2, llama"}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "sizes of a new model, e.g. n_embd=384,n_layer=6,n_head=6"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path and self.config_overrides:
+            raise ValueError(
+                "config_overrides sets the sizes of a new model; leave model_name_or_path empty to make one."
+            )
+        if not self.model_name_or_path and not self.model_type:
+            raise ValueError("give model_name_or_path (a pretrained model) or model_type (a new model).")
+        if not self.model_name_or_path and not self.tokenizer_name:
+            raise ValueError("a new model needs tokenizer_name, the name or folder of a tokenizer.")
+        for name in ("model_name_or_path", "tokenizer_name"):
+            _check_local(name, getattr(self, name))
+        super().__post_init__()
+
+
 def _check_local(name: str, value: str | None) -> None:
     """Refuse a value that looks like a path and does not exist; anything else is a name on the model hub."""
     if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(value).expanduser().exists():
         raise ValueError(f"{name} {value!r} does not exist.")
 
 
-def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(args: PretrainedStageArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the options name.
 
     Raises:
@@ -227,7 +240,7 @@ def load_tokenizer(args: StageTrainingArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_config(args: StageTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def load_config(args: PretrainedStageArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Load the configuration of the named model, or make one of `model_type` with `config_overrides`.
 
     Args:

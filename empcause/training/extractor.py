@@ -24,8 +24,8 @@ from empcause.metrics import emotion_correct, score_causes
 from empcause.ranges import COUNT, NOT_NEGATIVE, Range
 from empcause.training.card import model_card
 from empcause.training.common import (
+    PretrainedStageArguments,
     StageTrainer,
-    StageTrainingArguments,
     finish,
     load_config,
     load_tokenizer,
@@ -43,7 +43,7 @@ SUPERVISIONS = ("semi-supervised", "supervised", "unsupervised", "emotion")
 
 
 @dataclass
-class ExtractorTrainingArguments(StageTrainingArguments):
+class ExtractorTrainingArguments(PretrainedStageArguments):
     """Options of stage 1; the defaults are the paper's (Table 4)."""
 
     figures: ClassVar = (
@@ -51,7 +51,7 @@ class ExtractorTrainingArguments(StageTrainingArguments):
         *(f"{kind}top{cut}_recall" for kind in ("", "strict_") for cut in (1, 3, 5)),
     )
     higher_is_better: ClassVar = True
-    ranges: ClassVar = StageTrainingArguments.ranges | {
+    ranges: ClassVar = PretrainedStageArguments.ranges | {
         "automatic_label_start": NOT_NEGATIVE,
         "automatic_top_k": COUNT,
         "emotion_weight": NOT_NEGATIVE,
@@ -59,7 +59,7 @@ class ExtractorTrainingArguments(StageTrainingArguments):
         "aux_weight": NOT_NEGATIVE,
         "max_length": Range(MIN_LENGTH),
     }
-    refused: ClassVar = StageTrainingArguments.refused | {
+    refused: ClassVar = PretrainedStageArguments.refused | {
         "label_smoothing_factor": "the extractor's losses are the paper's, without smoothed labels",
         "debug": "it cannot read the extractor's automatic labels",
     }

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # activations, compilation and the device change results within rounding.
 _FREE = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint data model_name_or_path tokenizer_name model_type config_overrides "
-    "extractor logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica "
+    "extractor reasoner emotion_lexicon adjectives embeddings "
+    "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica "
     "log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id debug "
     "skip_memory_metrics include_num_input_tokens_seen save_strategy save_steps save_total_limit save_only_model "
     "save_on_each_node load_best_model_at_end use_cache "

@@ -31,8 +31,8 @@ from empcause.ranges import COUNT, NOT_NEGATIVE, SHARE, Range
 from empcause.text import code
 from empcause.training.card import model_card
 from empcause.training.common import (
+    PretrainedStageArguments,
     StageTrainer,
-    StageTrainingArguments,
     finish,
     load_config,
     load_tokenizer,
@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class GeneratorTrainingArguments(StageTrainingArguments):
+class GeneratorTrainingArguments(PretrainedStageArguments):
     """Options of stage 2; the defaults are the paper's (Table 4).
 
     `padding_free`, `bf16` and `torch_compile` are None until the device decides them; afterwards they are True or False.
@@ -53,7 +53,7 @@ class GeneratorTrainingArguments(StageTrainingArguments):
 
     figures: ClassVar = ("perplexity", "nll_per_token")
     higher_is_better: ClassVar = False
-    ranges: ClassVar = StageTrainingArguments.ranges | {
+    ranges: ClassVar = PretrainedStageArguments.ranges | {
         "gamma": NOT_NEGATIVE,
         "cause_threshold": SHARE,
         "max_length": Range(MIN_LENGTH),

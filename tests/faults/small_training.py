@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from empcause.training.common import StageTrainer, StageTrainingArguments
+from empcause.training.common import PretrainedStageArguments, StageTrainer
 from empcause.training.fingerprint import digest
 from empcause.training.folder import find_checkpoint, in_output_folder, save_finished
 
@@ -20,7 +20,7 @@ ITEMS = [{"input_ids": [start % 16, start // 2, 3, 1], "labels": [start % 16, st
 
 
 @dataclass
-class Arguments(StageTrainingArguments):
+class Arguments(PretrainedStageArguments):
     figures: ClassVar = ("loss",)
     higher_is_better: ClassVar = False
 

@@ -39,8 +39,8 @@ def card(args, *, steps=10, planned=10, data=SAMPLE, abilities="It answers."):
 @fault(
     Guard(
         "empcause/training/card.py",
-        "    if args.model_name_or_path:\n",
-        "    if args.model_name_or_path or args.model_type:\n",
+        "    if base:\n",
+        "    if base or args.model_type:\n",
     ),
     Guard("empcause/training/card.py", "    if state.global_step < state.max_steps:\n", "    if False:\n"),
     Guard("empcause/training/card.py", "Path(path).resolve().name if Path(path).exists() else path", "path"),
