@@ -21,7 +21,7 @@ from empcause.data.loading import find_corpus, load_annotations, load_dialogues
 from empcause.data.origin import fingerprint
 from empcause.errors import UserError
 from empcause.evaluation.items import digest
-from empcause.outputs import LOCK, Record, check_ours, checksum, read_record, remove_made, write_record
+from empcause.outputs import LOCK, RECORD, Record, check_ours, checksum, remove_made, write_record
 
 MADE_BY = "empcause reproduce"
 
@@ -116,11 +116,12 @@ class RunFolder:
             raise UserError(f"--redo {system}: {self.path} holds nothing of it.")
         for unit in units:
             folder = self.path / unit
-            if folder.is_dir() and read_record(folder) is not None:
-                remove_made(folder)
-                for each in (folder / LOCK, folder):
-                    with suppress(OSError):  # where something else is in it, it stays
-                        each.rmdir() if each.is_dir() else each.unlink()
+            # A system of several parts has trained each in a folder of its own inside of the unit's; inner ones come first.
+            for made in sorted((path.parent for path in folder.rglob(RECORD)), key=lambda path: -len(path.parts)):
+                remove_made(made)
+                (made / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # where something else is in it, it stays
+                    made.rmdir()
             del self._units[unit]
             self._save()
 

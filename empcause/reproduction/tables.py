@@ -142,6 +142,25 @@ SYSTEMS = {
     "attention": _extractor("extractor-attention"),
     "gpt2": _generator("generator-gpt2", gamma=0.0),
     "ecg": _generator("generator", gamma=1.0),
+    "recec": TrainedSystem(
+        stage="recec",
+        full=Training("recec"),
+        small=Training("recec-small"),
+        smoke=Training(
+            "recec-small",
+            {
+                "hidden_size": 32,
+                "attention_size": 32,
+                "ffn_size": 64,
+                "learning_rate": 5e-3,
+                "reasoner_learning_rate": 5e-3,
+                "num_train_epochs": 2,
+                "reasoner_epochs": 2,
+                "max_eval_samples": 40,
+            },
+        ),
+        own_words=True,
+    ),
     "gee": TrainedSystem(
         stage="gee",
         full=Training("gee"),
@@ -255,6 +274,7 @@ TABLES = {
         title="scores of responses and replies, of all systems",
         task="generator",
         rows={
+            "recec": Row("RecEC", "RecEC (paper)", "recec"),
             "gpt2": Row("GPT2", "GPT2 (paper)", "gpt2", without=("emotion_accuracy",)),
             "ecg": Row("ECG (ours)", "ECG (paper)", "ecg", ours=True),
         },
