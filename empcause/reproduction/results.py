@@ -23,6 +23,7 @@ from empcause.reproduction.tables import (
     LOWER_IS_BETTER,
     PREDICTED_WORDS,
     RANDOM_WORDS,
+    SYSTEMS,
     TABLES,
     Table,
 )
@@ -135,10 +136,13 @@ def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[
             continue
         for column in table.columns:
             mine = figures[key].get(column)
-            if mine is None or column == PREDICTED_WORDS:
+            if mine is None or column == PREDICTED_WORDS or _is_bound(table, key, column):
                 continue
             sign = 1 if column in LOWER_IS_BETTER else -1
-            theirs = {other: figures[other][column] for other in baselines if column in figures[other]}
+            measured = [
+                other for other in baselines if column in figures[other] and not _is_bound(table, other, column)
+            ]
+            theirs = {other: figures[other][column] for other in measured}
             fitting = [other for other, figure in theirs.items() if mine.fits(figure)]
             best = min(fitting, key=lambda other: sign * theirs[other].value, default=key)
             if best != key:
@@ -153,6 +157,12 @@ def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[
             "p_holm": p,
         }
     return compared
+
+
+def _is_bound(table: Table, key: str, column: str) -> bool:
+    """Whether a figure is a lower bound: a system with words of its own predicts an unknown word as such, without its bytes."""
+    system = table.rows[key].system
+    return bool(system) and column == "bits_per_byte" and SYSTEMS[system].own_words
 
 
 def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
@@ -170,7 +180,12 @@ def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
         seeds = len(measured["seeds"])
         figures = measured["figures"]
         here = f"{row.title}, here{f' (mean of {seeds} seeds)' if seeds > 1 else ''}" if row.system else row.title
-        shown = [str(Interval(*figures[column])) if column in figures else "–" for column in table.columns]
+        shown = [
+            f"{'at least ' if _is_bound(table, key, column) else ''}{Interval(*figures[column])}"
+            if column in figures
+            else "–"
+            for column in table.columns
+        ]
         lines.append([here, *shown, _ended(results["systems"].get(key))])
         if seeds > 1:
             spread = [measured["by_seed"].get(column, []) for column in table.columns]
@@ -221,7 +236,8 @@ def _markdown(table: Table, name: str, results: Mapping[str, Any]) -> str:
         replies = results["evaluation"].get("max_generated")
         parts.append(
             f"At most {replies} replies per row, to the same contexts. Perplexities and bits per byte are of all responses. "
-            "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies."
+            "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies. A system with a "
+            "vocabulary of words predicts an unknown word as such, which flatters its perplexity and bounds its bits per byte."
         )
     parts.append(f"Made by {code(results['command'])}.")
     return "\n\n".join(parts) + "\n"

@@ -1,6 +1,7 @@
 """`empcause reproduce TABLE`: trains what is missing, evaluates it, and writes the table after every row."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from empcause.data import load_annotations, load_dialogues, response_pairs
 from empcause.data.origin import origin
 from empcause.errors import Interrupted, UserError
 from empcause.evaluation.items import SAVED, SavedItems
+from empcause.files import write_text
 from empcause.metrics.causes import rank_words
 from empcause.outputs import read_record, working_in
 from empcause.reproduction.folder import RunFolder, Subject, code_digests, data_digests
@@ -34,7 +36,7 @@ from empcause.reproduction.tables import (
 Prepare = Callable[[str, str, Sequence[str]], tuple[str, Callable[[], Mapping[str, Any]]]]
 
 FIRST_SEED = 42
-WRITTEN = ("models", "evaluation", "pretrained", *TABLES, "scorecard", "cases")
+WRITTEN = ("models", "views", "evaluation", "pretrained", *TABLES, "scorecard", "cases")
 _EVALUATED = {
     "extractor": ("metrics.json", "items.json"),
     "generator": ("metrics.json", "items.json", "responses.json"),
@@ -125,17 +127,22 @@ def evaluate(run: Run, table: Table, key: str, seed: int) -> tuple[Path, bool]:
     row = table.rows[key]
     unit = f"evaluation/{table.task}/{key}/seed-{seed}"
     folder = run.path / unit
-    chosen = dict(row.evaluation)
+    chosen: dict[str, Any] = {}
     if table.task == "generator":
-        chosen = {"max_samples": responses_of(run)} | dict(SIZES[run.size].responses) | chosen
+        chosen = {"max_samples": responses_of(run)} | dict(SIZES[run.size].responses)
     model = train(run, row.system, seed)
+    if row.view:
+        trained, model = model, run.path / f"views/{key}/seed-{seed}"
+        model.mkdir(parents=True, exist_ok=True)
+        view = dict(row.view) | {row.system: os.path.relpath(trained, model)}
+        write_text(model / "config.json", json.dumps(view, indent=1) + "\n")
     needed = {row.system: run.folder.made(f"models/{row.system}/seed-{seed}")["files"]}
     options = chosen | {"model": str(model), "data": run.data, "output_dir": str(folder)}
     if table.task == "generator" and (extractor := SYSTEMS[row.system].extractor):
         options["extractor"] = str(run.path / f"models/{extractor}/seed-{seed}")
         needed[extractor] = run.folder.made(f"models/{extractor}/seed-{seed}")["files"]
     module, work = run.prepare("evaluate", table.task, run.words(options))
-    if run.folder.begin(unit, _subject(run, row.system, chosen, needed, module), redo=row.system):
+    if run.folder.begin(unit, _subject(run, row.system, dict(row.view) | chosen, needed, module), redo=row.system):
         return folder, False
     run.say(f"evaluates {key}, seed {seed}")
     with _interrupted(f"while {key} was evaluated"):

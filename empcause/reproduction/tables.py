@@ -199,7 +199,8 @@ class Row:
         printed: name of the paper's row among the published figures; empty for a row that the paper does not have.
         system: the trained system; empty for a ranking without one.
         ours: whether it is the method's own row, and not one to compare it with.
-        evaluation: options of its evaluation beside those of the size.
+        view: the config.json of a folder made by hand, which names the system's folder under the system's name and says what is
+            otherwise; empty: the system as it was trained.
         without: columns in which it has no figure of its own, because another system beside it finds the emotions.
     """
 
@@ -207,7 +208,7 @@ class Row:
     printed: str = ""
     system: str = ""
     ours: bool = False
-    evaluation: Options = field(default_factory=dict)
+    view: Options = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
 
