@@ -129,7 +129,7 @@ def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[
 
     The best baseline is chosen for each column among those whose figures can be compared with the row's.
     """
-    baselines = [key for key in figures if table.rows[key].system and not table.rows[key].ours]
+    baselines = [key for key in figures if _is_baseline(table, key)]
     found: list[tuple[str, str, str, Any]] = []
     for key in figures:
         if not table.rows[key].system:
@@ -157,6 +157,12 @@ def _compare(table: Table, figures: Mapping[str, Mapping[str, Figure]]) -> dict[
             "p_holm": p,
         }
     return compared
+
+
+def _is_baseline(table: Table, key: str) -> bool:
+    """Whether a row is a system to compare with whose figures are not too good."""
+    row = table.rows[key]
+    return bool(row.system) and not row.ours and not row.selected_on_test
 
 
 def _is_bound(table: Table, key: str, column: str) -> bool:
@@ -236,8 +242,9 @@ def _markdown(table: Table, name: str, results: Mapping[str, Any]) -> str:
         replies = results["evaluation"].get("max_generated")
         parts.append(
             f"At most {replies} replies per row, to the same contexts. Perplexities and bits per byte are of all responses. "
-            "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies. A system with a "
-            "vocabulary of words predicts an unknown word as such, which flatters its perplexity and bounds its bits per byte."
+            "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies. A "
+            "system with a vocabulary of words predicts an unknown word as such, which flatters its perplexity and bounds its "
+            "bits per byte."
         )
     parts.append(f"Made by {code(results['command'])}.")
     return "\n\n".join(parts) + "\n"

@@ -82,7 +82,7 @@ def why_not_comparable(table: Table, key: str, column: str, results: Mapping[str
     if start != effective_options(own.full).get("model_name_or_path"):
         yield Reason.PRETRAINED
     ended = [model["training"]["ended"] for model in results["systems"][key]["models"].values()]
-    if results["size"] != "full" and "stopped by budget" in ended:
+    if training_of(system, results["size"]) != SYSTEMS[system].full and "stopped by budget" in ended:
         yield Reason.BUDGET
     if own.own_words and column == "perplexity":
         yield Reason.VOCABULARY

@@ -172,7 +172,7 @@ class TestFigures:
             (ceiling, (0.423, 0.871, 0.972)),
         ):
             found = [figures[f"top{cut}_recall"].value for cut in (1, 3, 5)]
-            np.testing.assert_allclose(found, expected, atol=0.006)
+            np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 ANNOTATIONS = load_annotations("test", "sample")
@@ -202,7 +202,7 @@ class Commands:
 
         def evaluate():
             folder.mkdir(parents=True, exist_ok=True)
-            write_record(folder, Record(f"empcause evaluate {stage}"))
+            write_record(folder, Record(f"empcause evaluate {stage}", {"items.json": None, "metrics.json": None}))
             if self.stop == (command, stage):
                 raise KeyboardInterrupt
             random = np.random.default_rng(len(self.ran))
@@ -244,7 +244,7 @@ class TestRuns:
     def test_what_is_done_is_not_done_again(self, run, commands):
         folder = run()
         assert [each[:2] for each in commands.ran[:2]] == [("train", "unsupervised"), ("evaluate", "unsupervised")]
-        assert len(commands.ran) == 8
+        assert len(commands.ran) == 10
         first = (folder / "results.json").read_text()
         run()
         assert commands.ran == []
@@ -254,7 +254,7 @@ class TestRuns:
         run(rows=["ece"])
         folder = run(seeds=2)
         assert [each[1] for each in commands.ran if each[0] == "train"] == [
-            "unsupervised", "supervised", "no-aux", "unsupervised", "supervised", "no-aux", "ece"
+            *("unsupervised", "supervised", "supervised-published", "no-aux") * 2, "ece"
         ]  # fmt: skip
         results = read_results(folder / "results.json")
         assert results["rows"]["ece"]["seeds"] == [42, 43]
@@ -272,13 +272,13 @@ class TestRuns:
         commands.stop = None
         run()
         assert commands.ran[0] == (stopped[0], "unsupervised", "true" if stopped[0] == "train" else None)
-        assert len(commands.ran) == (8 if stopped[0] == "train" else 7)
+        assert len(commands.ran) == (10 if stopped[0] == "train" else 9)
 
     def test_a_table_of_some_rows(self, run, commands):
         folder = run(rows=["supervised"])
         table = (folder / "table.md").read_text()
         assert "| ECE, unsupervised, here | – | – | – | – | not made yet |" in table
-        assert table.count("not made yet") == 3
+        assert table.count("not made yet") == 4
         assert "| ECE, supervised, paper | 0.560 | 0.246 | 0.514 | 0.556 |" in table
         assert "minus the best baseline" not in table
 
@@ -290,7 +290,11 @@ class TestRuns:
             for key in rows
             for column in ("top1_recall", "top3_recall", "top5_recall")
         ]
-        assert sum(each is not None for each in columns) == 9, "every row but the best baseline of each column"
+        assert sum(each is not None for each in columns) == 12, "every row but the best baseline of each column"
+        others = {each["to"] for each in columns if each}
+        assert others <= {"unsupervised", "supervised", "no-aux"}, (
+            "neither ours nor one that was selected on the test split"
+        )
         assert all(each["p"] <= each["p_holm"] <= 1 for each in columns if each)
         lines = (folder / "table.md").read_text().splitlines()
         (ours,) = (line for line in lines if line.startswith("| ECE, semi-supervised (ours), here"))
@@ -304,7 +308,7 @@ class TestRuns:
         folder = run()
         results = (folder / "results.json").read_text()
         items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
-        assert len(items) == 4 * len(ANNOTATIONS)
+        assert len(items) == 5 * len(ANNOTATIONS)
         assert items[0]["situation"] == ANNOTATIONS[0].situation
         assert read_results(folder / "results.json")["ids"] == [each.conv_id for each in ANNOTATIONS]
         for annotation in ANNOTATIONS:
@@ -414,7 +418,7 @@ class TestScorecard:
         results |= {"size": "full", "data": {"name": "EmoCause"}}
         verdicts = [each for each in score({"table6": results}) if each.table == "table6" and each.measured is not None]
         assert {each.verdict for each in verdicts} <= {"reproduced", "better", "worse"}
-        assert len(verdicts) == 12
+        assert len(verdicts) == 15
 
     def test_results_that_were_changed(self, run, tmp_path, capsys):
         folder = run()
