@@ -106,6 +106,18 @@ STAGES = {
             result="RecEC",
         ),
     ),
+    "empdg": Stage(
+        title="EmpDG, a system to compare with",
+        purpose="a system to compare with: answers that copy emotion words",
+        recipe="recipes/empdg.yaml",
+        train=Task(
+            module="empcause.training.empdg",
+            options="EmpDGTrainingArguments",
+            function="train_empdg",
+            description="Train EmpDG's generator (Li et al., 2020), without its discriminators.",
+            result="EmpDG",
+        ),
+    ),
 }
 
 

@@ -75,16 +75,16 @@ class Attention(nn.Module):
         )
         return self.output(attended.transpose(1, 2).flatten(2))
 
-    def mean_logits(self, states: Tensor, memory: Tensor) -> Tensor:
-        """The attention's logits, mean over heads and not masked: `[B, Q, K]`.
+    def logits(self, states: Tensor, memory: Tensor) -> Tensor:
+        """The attention's logits, not masked: `[B, num_heads, Q, K]`, for what is read of them beside the attention itself.
 
         Args:
             states, memory: as for `forward`.
         """
-        query, key = self.query(states), self.key(memory)
-        # The mean over heads of their products is the product over all heads' features, divided by the number of heads.
-        head_size = query.shape[-1] // self.num_heads
-        return query @ key.transpose(1, 2) / (math.sqrt(head_size) * self.num_heads)
+        query, key = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query(states), self.key(memory))
+        )
+        return query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
 
 
 def smoothed_cross_entropy(

@@ -7,6 +7,7 @@ from empcause.checkpoints import read_config
 from empcause.errors import UserError
 from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
+from empcause.systems.empdg import EmpDGConfig, EmpDGRanking, EmpDGSystem
 from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
@@ -17,6 +18,8 @@ Folder = str | os.PathLike[str]
 # By the `model_type` in a folder's config.json: what makes the system from this folder and the folder of an extractor.
 SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     CauseExtractorConfig.model_type: lambda folder, _: ExtractorSystem(folder),
+    EmpDGConfig.model_type: lambda folder, _: EmpDGSystem(folder),
+    EmpDGRanking.model_type: lambda folder, _: EmpDGRanking(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
     GEEConfig.model_type: lambda folder, _: GEESystem(folder),
     RecECConfig.model_type: RecECSystem,

@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
@@ -34,6 +35,8 @@ from empcause.training.filling import FilledBatches, FilledDataset
 from empcause.training.fingerprint import check_same, fingerprint
 from empcause.training.folder import CheckpointedTrainer, save_finished
 from empcause.training.settings import OPTIMIZERS, RANGES, REFUSED, WITHOUT_OPTIONS, WITHOUT_WARMUP, WORKING
+
+Item = TypeVar("Item")
 
 # Files in a tokenizer's folder that tell the class of the tokenizer.
 _NAMING_FILES = ("tokenizer_config.json", "tokenizer.json", "config.json")
@@ -266,6 +269,14 @@ def load_config(args: PretrainedStageArguments, tokenizer: PreTrainedTokenizerBa
     except ValueError as error:
         raise UserError(f"Cannot make a model of type {args.model_type!r}: {_one_line(error)}") from error
     return config
+
+
+def draw_samples(items: Sequence[Item], number: int | None, seed: int) -> Sequence[Item]:
+    """Draw `number` items in an order that the seed decides; for None, or where there are not more, they stay as they are."""
+    if number is None or number >= len(items):
+        return items
+    chosen = np.random.default_rng(seed).permutation(len(items))[:number]
+    return [items[index] for index in chosen]
 
 
 def _one_line(error: Exception) -> str:

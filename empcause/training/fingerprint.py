@@ -29,8 +29,11 @@ _FREE = frozenset(
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout".split()
 )
 
-# Fields of a configuration that do not affect the model.
-_INCIDENTAL = ("transformers_version", "_name_or_path", "architectures", "use_cache", "dtype")
+# Fields of a configuration that do not affect the model, or whose effect on the training items is compared instead.
+_INCIDENTAL = (
+    *("transformers_version", "_name_or_path", "architectures", "use_cache", "dtype"),
+    *("emotion_words", "adjectives", "ranking", "fill", "ranking_seed"),
+)
 
 
 def digest(items: Iterable[Any]) -> str:

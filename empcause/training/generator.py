@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
@@ -33,6 +32,7 @@ from empcause.training.card import model_card
 from empcause.training.common import (
     PretrainedStageArguments,
     StageTrainer,
+    draw_samples,
     finish,
     load_config,
     load_tokenizer,
@@ -188,8 +188,8 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
     for split, responses in (("train", train_responses), ("valid", valid_responses)):
         if not responses:
             raise UserError(f"No turn is answered in the split {split} of {data.name}; give other --data.")
-    train_pairs = _draw(train_responses, args.max_train_samples, args.seed)
-    valid_pairs = _draw(valid_responses, args.max_eval_samples, args.seed)
+    train_pairs = draw_samples(train_responses, args.max_train_samples, args.seed)
+    valid_pairs = draw_samples(valid_responses, args.max_eval_samples, args.seed)
     set_seed(args.seed)
     model, tokenizer = build_generator(args)
     limit = min(args.max_length, longest_sequence(model))
@@ -232,13 +232,6 @@ def train_generator(args: GeneratorTrainingArguments) -> dict[str, float]:
         trainer, metrics, "Empathetic conversation generator", f"Answers a dialogue; {bias}.", trained_on, data
     )
     return finish(trainer, metrics, card)
-
-
-def _draw(pairs: list[Dialogue], number: int | None, seed: int) -> list[Dialogue]:
-    if number is None or number >= len(pairs):
-        return pairs
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[:number]
-    return [pairs[index] for index in chosen]
 
 
 def build_generator(args: GeneratorTrainingArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,22 @@
+"""EmpDG, a published system that answers by the emotion and the emotion words of a dialogue (Li et al., COLING 2020)."""
+
+from empcause.systems.empdg.configuration import EmpDGConfig
+from empcause.systems.empdg.encoding import SPECIAL_TOKENS, EncodedPair, Encoder, collate
+from empcause.systems.empdg.modeling import EmpDG, EmpDGContext, EmpDGOutput, copy_weights, mix_copies
+from empcause.systems.empdg.system import EmpDGRanking, EmpDGSystem, measure_pairs
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "EmpDG",
+    "EmpDGConfig",
+    "EmpDGContext",
+    "EmpDGOutput",
+    "EmpDGRanking",
+    "EmpDGSystem",
+    "EncodedPair",
+    "Encoder",
+    "collate",
+    "copy_weights",
+    "measure_pairs",
+    "mix_copies",
+]

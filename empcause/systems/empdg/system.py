@@ -1,0 +1,217 @@
+"""EmpDG as a system: it tells emotions, ranks emotion words as causes, scores responses and answers dialogues."""
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from empcause.checkpoints import load_own_tokenizer, load_pretrained, read_config
+from empcause.data import Dialogue, Word, align_max, is_content_word
+from empcause.data.batching import length_batches
+from empcause.data.dialogue import SPEAKER
+from empcause.data.sequences import IGNORED
+from empcause.errors import UserError
+from empcause.systems.empdg.configuration import EmpDGConfig
+from empcause.systems.empdg.encoding import EncodedPair, Encoder, collate
+from empcause.systems.empdg.modeling import EmpDG, EmpDGContext
+from empcause.systems.lexicon import load_tagger
+from empcause.systems.protocol import Reading
+
+
+class EmpDGSystem:
+    """EmpDG, a published comparison system (Li et al., COLING 2020).
+
+    As causes of an emotion, the paper that compares with it takes its emotion words. `ranking`, `fill` and `ranking_seed` of the
+    configuration say how they are ranked.
+
+    Args:
+        folder: the folder of a finished training.
+        **ranking: entries of the configuration that take the place of the folder's.
+
+    Raises:
+        UserError: there is no EmpDG in it, it is damaged, the tagger that it was trained with is missing, or an entry is out of
+            range.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], **ranking: Any) -> None:
+        self.folders = {"model": Path(folder)}
+        self.model = load_pretrained(
+            EmpDG, folder, "EmpDG model", "empcause train empdg", EmpDGConfig.model_type
+        ).eval()
+        self.tokenizer: Any = load_own_tokenizer(self.model, folder, needed=["unk_token", "pad_token", "eos_token"])
+        config = self.model.config = EmpDGConfig(**self.model.config.to_dict() | ranking)
+        tagger = None
+        if config.adjectives is not None:
+            tagger = load_tagger(config.adjectives)
+            self.folders["adjectives"] = Path(config.adjectives)
+        self.encode = Encoder(self.tokenizer, config.emotion_words or (), tagger)
+        orders = {
+            "random": f"in random order (seed {config.ranking_seed})",
+            "order": "in the order of the text",
+            "attention": "by the attention to them",
+        }
+        rest = ", then other content words in random order" if config.fill else ""
+        self.note = f"without discriminators; its causes are emotion words {orders[config.ranking]}{rest}"
+
+    @property
+    def emotions(self) -> tuple[str, ...]:
+        """Names of the emotions that it knows, by their ids."""
+        return self.model.emotions
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int) -> list[Reading]:
+        """Emotions of texts, each read as one turn of the speaker, and the ranks of their words (see `Reads`)."""
+        encoded = self.encode([Dialogue((text,), (SPEAKER,)) for text in texts])
+        found: dict[int, Reading] = {}
+        for indices, batch in _batches(self.model, encoded, batch_size):
+            output = self._contexts(batch)
+            probs = output.emotion_logits.float().softmax(-1).cpu().numpy()  # type: ignore[union-attr]
+            attention = output.emotion_attention.float().cpu().numpy()  # type: ignore[union-attr]
+            for row, index in enumerate(indices):
+                word_probs = self._rank(texts[index], words[index], encoded[index], attention[row, 1:])
+                found[index] = Reading(probs[row], word_probs)
+        return [found[index] for index in range(len(texts))]
+
+    def _rank(
+        self, text: str, words: Sequence[Word], encoded: EncodedPair, attention: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Scores of the words of a text: emotion words above 1, words that fill up from 0 to 1, 0 for words not predicted."""
+        config = self.model.config
+        random = np.random.default_rng((config.ranking_seed, zlib.crc32(text.encode("utf-8", "surrogatepass"))))
+        number = len(encoded.emotion_places)
+        scores = {
+            "random": lambda: random.permutation(number),
+            "order": lambda: np.arange(number)[::-1],
+            "attention": lambda: attention[:number],
+        }[config.ranking]()
+        spans = np.array([encoded.spans[place] for place in encoded.emotion_places], np.int64).reshape(-1, 2)
+        own = np.array([(word.start, word.end) for word in words], np.int64).reshape(-1, 2)
+        found = align_max(spans, 2 + scores.astype(np.float32), own)
+        rest = (1 + random.permutation(len(words))).astype(np.float32) / max(1, len(words))
+        fills = np.array([config.fill and is_content_word(word.text) for word in words], bool)
+        return np.where(found > 0, found, np.where(fills, rest, 0)).astype(np.float32)
+
+    def targets(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
+        """Ids of the tokens of each response that are scored (see `Scores`)."""
+        return [each.labels.tolist() for each in self.encode(dialogues)]
+
+    def score(self, encoded: Sequence[EncodedPair], batch_size: int) -> list[tuple[float, int]]:
+        """Summed negative log-likelihood of each response, and its number of tokens (see `Scores`).
+
+        A word that is neither in the vocabulary nor in the context is scored as the unknown word.
+        """
+        return measure_pairs(self.model, encoded, batch_size)[0]
+
+    def check_room(self, max_new_tokens: int) -> None:
+        """Refuse nothing: EmpDG reads and writes texts of any length (see `Answers`)."""
+
+    @torch.inference_mode()
+    def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:
+        """Greedy answers: lower-cased words with spaces between them; unknown words are left out (see `Answers`)."""
+        encoded = self.encode([replace(dialogue, response="") for dialogue in dialogues])
+        answers: dict[int, str] = {}
+        for indices, batch in _batches(self.model, encoded, batch_size):
+            output = self.model.generate(
+                encoder_outputs=self._contexts(batch),
+                extra_words=batch["extra_words"],
+                decoder_input_ids=torch.full((len(indices), 1), self.model.config.decoder_start_token_id),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=False,
+            )
+            for row, index in enumerate(indices):
+                answers[index] = self.words(output[row, 1:].tolist(), encoded[index].unknown)
+        return [answers[index] for index in range(len(dialogues))]
+
+    def words(self, ids: Sequence[int], unknown: Sequence[str]) -> str:
+        """The words of an answer up to its end token."""
+        end, size = self.tokenizer.eos_token_id, len(self.tokenizer)
+        ids = ids[: ids.index(end)] if end in ids else ids
+        special = set(self.tokenizer.all_special_ids)
+        known = self.tokenizer.convert_ids_to_tokens([min(each, size - 1) for each in ids])
+        return " ".join(
+            unknown[each - size] if each >= size else word
+            for each, word in zip(ids, known, strict=True)
+            if each not in special
+        )
+
+    def _contexts(self, batch: Mapping[str, Any]) -> EmpDGContext:
+        names = ("input_ids", "attention_mask", "token_type_ids", "emotion_ids", "emotion_mask")
+        return self.model.encode(**{name: batch[name] for name in names})
+
+
+class EmpDGRanking(EmpDGSystem):
+    """EmpDG whose emotion words are ranked in another way than its own folder says.
+
+    Args:
+        folder: a folder made by hand, whose `config.json` has the `model_type` "empdg_ranking", the path `empdg` of EmpDG's own
+            folder (relative to this one), and any of `ranking`, `fill` and `ranking_seed` (see `EmpDGConfig`).
+
+    Raises:
+        UserError: there is no EmpDG at that path, or an entry is none of these or out of range.
+    """
+
+    model_type = "empdg_ranking"
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        values = read_config(folder, "model", "empcause train")
+        known = ("ranking", "fill", "ranking_seed")
+        chosen = {name: value for name, value in values.items() if name not in ("model_type", "empdg")}
+        if (unknown := next((name for name in chosen if name not in known), None)) or "empdg" not in values:
+            what = f"has an entry {unknown}" if unknown else "has no entry empdg"
+            raise UserError(f"{Path(folder) / 'config.json'} {what}; expected empdg and any of {', '.join(known)}.")
+        super().__init__(Path(folder) / str(values["empdg"]), **chosen)
+        self.folders = {"model": Path(folder), "empdg": self.folders.pop("model")} | self.folders
+
+
+def _batches(
+    model: EmpDG, encoded: Sequence[EncodedPair], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yield the indices of pairs of similar length, and their batch on the model's device."""
+    for indices in length_batches([len(each) for each in encoded], batch_size):
+        batch = collate([encoded[index].item() for index in indices], model.config.pad_token_id)
+        yield (
+            indices,
+            {name: value if isinstance(value, int) else value.to(model.device) for name, value in batch.items()},
+        )
+
+
+@torch.inference_mode()
+def measure_pairs(
+    model: EmpDG, encoded: Sequence[EncodedPair], batch_size: int
+) -> tuple[list[tuple[float, int]], list[int]]:
+    """Score responses, and tell the emotions of their contexts.
+
+    Args:
+        model: the generator.
+        encoded: dialogues with their responses.
+        batch_size: dialogues per batch.
+
+    Returns:
+        Per dialogue, the negative log-likelihood of its response in nats and the number of tokens, the end token included; then
+        per dialogue, the id of the most probable emotion.
+
+    Raises:
+        UserError: the model's probabilities are not finite.
+    """
+    scores: dict[int, tuple[float, int]] = {}
+    emotions: dict[int, int] = {}
+    was_training = model.training
+    model.eval()
+    for indices, batch in _batches(model, encoded, batch_size):
+        output = model(**batch)
+        sums = output.token_losses.double().sum(1).tolist()
+        counts = (batch["labels"] != IGNORED).sum(1).tolist()
+        scores |= zip(indices, zip(sums, counts, strict=True), strict=True)
+        emotions |= zip(indices, output.emotion_logits.argmax(1).tolist(), strict=True)
+    model.train(was_training)
+    if not np.isfinite([nll for nll, _ in scores.values()]).all():
+        raise UserError("EmpDG's probabilities are not numbers (NaN): its training diverged or its files are damaged.")
+    places = range(len(encoded))
+    return [scores[place] for place in places], [emotions[place] for place in places]

@@ -1,0 +1,321 @@
+"""EmpDG: its parts against figures worked out by hand, what it reads, and what it does as a system."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from empcause.data import LISTENER, SPEAKER, Dialogue, load_dialogues, response_pairs, split_words
+from empcause.errors import UserError
+from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
+from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
+from empcause.metrics import rank_words
+from empcause.systems import Answers, Reads, Scores, load_system
+from empcause.systems.empdg import (
+    SPECIAL_TOKENS,
+    EmpDG,
+    EmpDGConfig,
+    EmpDGSystem,
+    Encoder,
+    collate,
+    copy_weights,
+    mix_copies,
+)
+from empcause.systems.empdg.modeling import FeedForward, UnbiasedLayerNorm
+from empcause.systems.vocabulary import train_word_tokenizer
+
+UNK, PAD, EOS, SOS, USR, SYS, CLS, LAB = range(8)
+SIZES = {"hidden_size": 16, "attention_size": 8, "filter_size": 6}
+WORDS = ["dog", "happy", "lost", "sad", "scared", "storm", "proud", "friend", "angry"]
+
+
+def make_tokenizer():
+    texts = [turn for dialogue in load_dialogues("train", "sample") for turn in dialogue.turns]
+    return train_word_tokenizer(texts, SPECIAL_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An EmpDG that has learned nothing."""
+    torch.manual_seed(0)
+    path, tokenizer = tmp_path_factory.mktemp("empdg"), make_tokenizer()
+    EmpDG(EmpDGConfig(vocab_size=len(tokenizer), emotion_words=WORDS, **SIZES)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def system(folder):
+    return load_system(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return response_pairs(load_dialogues("test", "sample"))[:7]
+
+
+class TestFigures:
+    """The acceptance figures of the specification."""
+
+    LOGITS = torch.tensor([[[1.0, 0, 0.5, -1]]])
+    CROSS = torch.tensor([[[[0.2, 1, -0.5, 0]], [[0.6, 0.2, 0.1, 0]]]])
+    MASK = torch.tensor([[True, True, True, False]])
+
+    @pytest.mark.parametrize(
+        ("softmax", "weights", "probs"),
+        [
+            ("once", (0.360983, 0.440905, 0.198112, 0), (0.331794, 0.122060, 0.368971, 0.044903, 0.132272)),
+            ("twice", (0.275490, 0.298412, 0.234084, 0.192014), (0.331794, 0.179664, 0.354115, 0.044903, 0.089524)),
+        ],
+    )
+    def test_pointer(self, softmax, weights, probs):
+        """Four words and one outside of the vocabulary, gate 0.7, source 2, 4, 2 and padding; `twice` is as published."""
+        found = copy_weights(self.CROSS, self.MASK, softmax)
+        torch.testing.assert_close(found, torch.tensor([[weights]]), atol=1e-6, rtol=0)
+        mixed = mix_copies(self.LOGITS, torch.tensor([[[0.7]]]), found, torch.tensor([[2, 4, 2, PAD]]), 1)
+        torch.testing.assert_close(mixed.exp(), torch.tensor([[probs]]), atol=1e-6, rtol=0)
+
+    def test_layer_norm(self):
+        found = UnbiasedLayerNorm(4)(torch.tensor([1.0, 2, 3, 6])).detach()
+        expected = torch.tensor([-0.925820, -0.462910, 0, 1.388730])
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+    @pytest.mark.parametrize("vocab_size", [8, 11191])
+    def test_number_of_parameters(self, vocab_size):
+        with torch.device("meta"):
+            model = EmpDG(EmpDGConfig(vocab_size=vocab_size))
+        assert model.num_parameters() == 601 * vocab_size + 768_451
+
+    @pytest.mark.parametrize(("std", "expected"), [(None, 300**-0.5), (0.01, 0.01)])
+    def test_initial_words(self, std, expected):
+        model = EmpDG(EmpDGConfig(vocab_size=2000, initial_std=std))
+        assert model.words.weight.std().item() == pytest.approx(expected, rel=0.02)
+        bound = (6 / (300 + 2000)) ** 0.5
+        assert model.head.weight.abs().max().item() == pytest.approx(bound, rel=0.01), "Xavier's uniform rule"
+
+
+def test_a_relu_ends_the_feed_forward_layers_as_published():
+    torch.manual_seed(0)
+    states = torch.randn(1, 5, 16)
+    for last_relu in (False, True):
+        found = FeedForward(EmpDGConfig(**SIZES, ffn_last_relu=last_relu), causal=True)(states)
+        assert (found >= 0).all() == last_relu
+
+
+def test_what_is_read():
+    tokenizer = make_tokenizer()
+    words = ["i", "the", "my", "you", "?"]
+    known = dict(zip(words, tokenizer.convert_tokens_to_ids(words), strict=True))
+    assert UNK not in known.values()
+    size = len(tokenizer)
+    dialogue = Dialogue(
+        ("I zorked", "The sad blorp ?", "my sad zorked"),
+        (SPEAKER, LISTENER, SPEAKER),
+        response="You zorked the grumpf sad",
+    )
+    sad = tokenizer.convert_tokens_to_ids("sad")
+    assert sad != UNK
+    (found,) = Encoder(tokenizer, ["sad", "blorp", "i"])([dialogue])
+    i, the, my, you, mark = known.values()
+    assert found.input_ids.tolist() == [CLS, i, size, the, sad, size + 1, mark, my, sad, size]
+    assert found.token_type_ids.tolist() == [CLS, USR, USR, SYS, SYS, SYS, SYS, USR, USR, USR]
+    assert found.emotion_ids.tolist() == [LAB, sad, size + 1, sad], (
+        "in order, repeated, no stop word, those unknown too"
+    )
+    assert found.labels.tolist() == [you, size, the, UNK, sad, EOS], "an unknown word of the context can be copied"
+    assert found.unknown == ["zorked", "blorp"]
+    assert [dialogue.text[start:end] for start, end in found.spans][found.emotion_places[1]] == "blorp"
+    assert len(found) == 10 + 6
+
+    batch = collate([found.item(3), Encoder(tokenizer, ())([Dialogue(("i",), (SPEAKER,), "i")])[0].item(4)], PAD)
+    assert batch["input_ids"][1].tolist() == [CLS, i] + [PAD] * 8
+    assert batch["attention_mask"].sum(1).tolist() == [10, 2]
+    assert batch["emotion_ids"][1].tolist() == [LAB, PAD, PAD, PAD]
+    assert batch["emotion_mask"].sum(1).tolist() == [4, 1]
+    assert batch["labels"][1].tolist() == [i, EOS, -100, -100, -100, -100]
+    assert batch["emotion_labels"].tolist() == [3, 4]
+    assert batch["extra_words"] == 2
+
+
+class TestModel:
+    @pytest.fixture
+    def model(self, system):
+        return system.model
+
+    @pytest.fixture
+    def batch(self, system, pairs):
+        return collate([each.item(index) for index, each in enumerate(system.encode(pairs))], PAD)
+
+    def test_probabilities_sum_to_one_and_losses_are_theirs(self, model, batch):
+        output = model(**batch)
+        probs, labels = output.logits.exp(), batch["labels"]
+        torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:2]))
+        assert probs.shape[-1] == model.config.vocab_size + batch["extra_words"]
+        row, column = 2, 1
+        assert output.token_losses[row, column] == -output.logits[row, column, labels[row, column]]
+        assert (output.token_losses[labels == -100] == 0).all()
+        emotion = torch.nn.functional.cross_entropy(output.emotion_logits, batch["emotion_labels"], reduction="sum")
+        torch.testing.assert_close(output.loss, output.token_losses.sum() + emotion)
+        assert model(**batch, smoothing=0.1).loss != output.loss
+
+    def test_a_later_word_changes_nothing_before_it(self, model, batch):
+        before = model(**batch).logits
+        batch["labels"][:, 2] = EOS
+        after = model(**batch).logits
+        assert torch.equal(before[:, :3], after[:, :3])
+        assert not torch.equal(before[:, 3], after[:, 3])
+
+    def test_items_without_labels_do_not_count(self, model, batch):
+        whole = model(**batch).loss
+        batch["labels"][1:], batch["emotion_labels"][1:] = -100, -100
+        alone = {name: value if isinstance(value, int) else value[:1] for name, value in batch.items()}
+        torch.testing.assert_close(model(**batch).loss, model(**alone).loss)
+        assert whole > model(**batch).loss
+
+    def test_a_word_outside_of_the_vocabulary_learns_to_be_copied(self, model, system):
+        """The loss falls with the weight of its place in the source, not with the probability of an unknown word."""
+        (pair,) = system.encode([Dialogue(("zorked dog",), (SPEAKER,), "zorked")])
+        batch = collate([pair.item()], PAD)
+        copied = batch["labels"][0, 0].item()
+        assert copied == model.config.vocab_size
+        output = model(**batch)
+        gradient = torch.autograd.grad(output.token_losses[0, 0], model.gate.bias)[0]
+        assert gradient > 0, "a lower gate copies more"
+
+    def test_it_decides_by_emotion(self, model, batch):
+        """The decoder starts from the emotion's logits."""
+        context = model.encode(**{name: batch[name] for name in (
+            "input_ids", "attention_mask", "token_type_ids", "emotion_ids", "emotion_mask")})  # fmt: skip
+        given = {"encoder_outputs": context, "extra_words": batch["extra_words"], "labels": batch["labels"]}
+        before = model(**given).logits
+        context.emotion_logits = context.emotion_logits + 1
+        assert not torch.allclose(before, model(**given).logits)
+
+
+class TestSystem:
+    def test_what_it_can_do(self, system, folder):
+        assert all(isinstance(system, kind) for kind in (Reads, Scores, Answers))
+        assert system.folders == {"model": folder}
+        assert "emotion words in random order (seed 0)" in system.note
+        assert len(system.emotions) == 32
+        system.check_room(10_000)
+
+    def test_a_batch_gives_what_its_items_give_alone(self, system, pairs):
+        encoded = system.encode(pairs)
+        together = np.array(system.score(encoded, len(pairs)))
+        alone = np.array([system.score([each], 1)[0] for each in encoded])
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+        answers = system.answer(pairs, len(pairs), 12)
+        assert answers == [system.answer([pair], 1, 12)[0] for pair in pairs]
+        texts = [pair.text for pair in pairs]
+        words = [split_words(text) for text in texts]
+        for one, other in zip(system.read(texts, words, 7), system.read(texts, words, 2), strict=True):
+            np.testing.assert_allclose(one.emotion_probs, other.emotion_probs, rtol=1e-4)
+            np.testing.assert_array_equal(one.word_probs, other.word_probs)
+
+    def test_answers_are_the_most_probable_words(self, system, pairs):
+        """Written word by word by `forward`, as a check of what `generate` hands on."""
+        (encoded,) = system.encode([pairs[0]])
+        batch = collate([encoded.item()], PAD)
+        said = [SOS]
+        while len(said) <= 6 and said[-1] != EOS:
+            batch["decoder_input_ids"] = torch.tensor([said])
+            batch["labels"] = None
+            said.append(system.model(**batch).logits[0, -1].argmax().item())
+        assert system.answer([pairs[0]], 1, 6)[0] == system.words(said[1:], encoded.unknown)
+
+    def test_scored_tokens(self, system, pairs):
+        targets = system.targets(pairs)
+        assert targets == [each.labels.tolist() for each in system.encode(pairs)]
+        assert [tokens for _, tokens in system.score(system.encode(pairs), 4)] == [len(each) for each in targets]
+
+    def test_an_answer_ends_and_shows_copied_words(self, system):
+        size = len(system.tokenizer)
+        the = system.tokenizer.convert_tokens_to_ids("the")
+        assert system.words([the, size + 1, UNK, the, EOS, the], ["zorked", "blorp"]) == "the blorp the"
+
+
+class TestRanking:
+    TEXT = "The storm came and my dog got lost, the friend cried"
+
+    def rank(self, folder, tmp_path, **ranking):
+        tmp_path.mkdir(exist_ok=True)
+        config = {"model_type": "empdg_ranking", "empdg": str(folder)} | ranking
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        system = load_system(tmp_path)
+        words = split_words(self.TEXT)
+        (reading,) = system.read([self.TEXT], [words], 1)
+        return [words[index].text for index in rank_words([word.text for word in words], reading.word_probs)], system
+
+    def test_emotion_words_alone_are_predicted(self, folder, tmp_path):
+        ordered, system = self.rank(folder, tmp_path, ranking="order")
+        assert ordered == ["storm", "dog", "lost", "friend"]
+        assert "in the order of the text" in system.note
+        assert system.folders == {"model": tmp_path, "empdg": folder}
+        drawn = [self.rank(folder, tmp_path, ranking_seed=seed)[0] for seed in range(6)]
+        assert all(sorted(each) == sorted(ordered) for each in drawn)
+        assert len(set(map(tuple, drawn))) > 1
+        assert drawn[3] == self.rank(folder, tmp_path, ranking_seed=3)[0]
+
+    def test_filled_with_other_content_words(self, folder, tmp_path):
+        found, system = self.rank(folder, tmp_path, ranking="order", fill=True)
+        assert found[:4] == ["storm", "dog", "lost", "friend"]
+        assert sorted(found[4:]) == ["came", "cried"]
+        assert "then other content words in random order" in system.note
+
+    def test_by_attention(self, folder, tmp_path):
+        found, system = self.rank(folder, tmp_path, ranking="attention")
+        (encoded,) = system.encode([Dialogue((self.TEXT,), (SPEAKER,))])
+        batch = collate([encoded.item()], PAD)
+        encoder = system.model.emotion_encoder
+        states, first = encoder(system.model._embed(batch["emotion_ids"]), batch["emotion_mask"].bool())
+        assert first.sum().item() == pytest.approx(1)
+        order = first[0, 1:].argsort(descending=True).tolist()
+        assert found == [["storm", "dog", "lost", "friend"][place] for place in order]
+        assert found != ["storm", "dog", "lost", "friend"], "the test would not notice"
+        del states
+
+    def test_words_of_another_split(self, system):
+        """The benchmark's own words need not be those of the vocabulary."""
+        words = split_words("lost-and-found")
+        joined = [words[0]._replace(text="lost-and-found", end=words[-1].end)]
+        (reading,) = system.read(["lost-and-found"], [joined], 1)
+        assert reading.word_probs[0] >= 1
+        (reading,) = system.read([""], [[]], 1)
+        assert reading.word_probs.shape == (0,)
+
+    @pytest.mark.parametrize(
+        ("entries", "message"),
+        [
+            ({"rank": "order"}, "has an entry rank; expected empdg and any of ranking, fill, ranking_seed"),
+            ({"ranking": "best"}, "ranking"),
+            ({"empdg": "nowhere"}, "There is no EmpDG model at"),
+        ],
+    )
+    def test_folders_that_are_no_ranking(self, folder, tmp_path, entries, message):
+        with pytest.raises(UserError, match=message):
+            self.rank(folder, tmp_path, **entries)
+
+
+def test_evaluations_take_it(folder, tmp_path):
+    options = {"model": str(folder), "data": "sample"}
+    figures = evaluate_causes(EvaluateCausesOptions(**options, output_dir=str(tmp_path / "causes")))
+    assert {"accuracy", "top5_recall"} <= set(figures)
+    options |= {"max_samples": 6, "max_generated": 2, "max_new_tokens": 5}
+    figures = evaluate_responses(EvaluateResponsesOptions(**options, output_dir=str(tmp_path / "responses")))
+    assert {"perplexity", "bits_per_byte", "distinct_1", "emotion_accuracy"} <= set(figures)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_size": 15}, {"attention_size": 9}, {"dropout": 2.0}, {"copy_softmax": "never"}, {"ranking": "best"}],
+)
+def test_configurations_that_are_none(values):
+    with pytest.raises((UserError, ValueError), match=next(iter(values))):
+        EmpDGConfig(**(SIZES | values))
+
+
+def test_a_folder_that_holds_something_else(small_generator):
+    with pytest.raises(UserError, match="not an EmpDG model"):
+        EmpDGSystem(small_generator)
