@@ -143,6 +143,28 @@ SYSTEMS = {
     "attention": _extractor("extractor-attention"),
     "gpt2": _generator("generator-gpt2", gamma=0.0),
     "ecg": _generator("generator", gamma=1.0),
+    "empdg": TrainedSystem(
+        stage="empdg",
+        full=Training("empdg"),
+        small=Training("empdg"),
+        smoke=Training(
+            "empdg",
+            {
+                "hidden_size": 32,
+                "attention_size": 8,
+                "filter_size": 16,
+                "warmup_steps": 10,
+                "max_steps": 40,
+                "eval_steps": 20,
+                "save_steps": 20,
+                "eval_delay": 0,
+                "learning_rate": 5e-3,
+                "max_eval_samples": 40,
+            },
+        ),
+        own_words=True,
+        lexicon=True,
+    ),
     "recec": TrainedSystem(
         stage="recec",
         full=Training("recec"),
@@ -235,10 +257,11 @@ class Table:
         """The figures that the paper prints in a row, by column."""
         if not row.printed:
             return {}
-        figures = (PUBLISHED_CAUSES["EmoCause"] | PUBLISHED_RESPONSES["EmpatheticDialogues"])[row.printed]
-        columns = CAUSE_COLUMNS if self.task == "extractor" else RESPONSE_COLUMNS
-        found = dict(zip(columns, figures, strict=True))
-        if self.task == "generator":
+        if self.task == "extractor":
+            found = dict(zip(CAUSE_COLUMNS, PUBLISHED_CAUSES["EmoCause"][row.printed], strict=True))
+        else:
+            figures = PUBLISHED_RESPONSES["EmpatheticDialogues"][row.printed]
+            found = dict(zip(RESPONSE_COLUMNS, figures, strict=True))
             found["emotion_accuracy"] = PUBLISHED_EMOTION_ACCURACY[row.printed]
         return {name: value for name, value in found.items() if value is not None}
 
@@ -254,6 +277,19 @@ TABLES = {
         title="emotions and causes of situations, of all systems",
         task="extractor",
         rows={
+            "empdg": Row("EmpDG, emotion words at random", "EmpDG (paper)", "empdg"),
+            "empdg-filled": Row(
+                "EmpDG, then other content words at random",
+                "EmpDG (paper)",
+                "empdg",
+                view={"model_type": "empdg_ranking", "fill": True},
+            ),
+            "empdg-attention": Row(
+                "EmpDG, emotion words by attention, then others",
+                "EmpDG (paper)",
+                "empdg",
+                view={"model_type": "empdg_ranking", "ranking": "attention", "fill": True},
+            ),
             "attention": Row("RoBERTa_Att", "RoBERTa_Att (paper)", "attention"),
             "gee": Row("GEE", "GEE (paper)", "gee"),
             "ece": Row("ECE (ours)", "ECE, RoBERTa-base (paper)", "ece", ours=True),
@@ -284,6 +320,7 @@ TABLES = {
         title="scores of responses and replies, of all systems",
         task="generator",
         rows={
+            "empdg": Row("EmpDG", "EmpDG (paper)", "empdg"),
             "recec": Row("RecEC", "RecEC (paper)", "recec"),
             "gpt2": Row("GPT2", "GPT2 (paper)", "gpt2", without=("emotion_accuracy",)),
             "ecg": Row("ECG (ours)", "ECG (paper)", "ecg", ours=True),
