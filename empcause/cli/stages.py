@@ -82,6 +82,18 @@ STAGES = {
             result="report",
         ),
     ),
+    "empdg": Stage(
+        title="EmpDG, a system to compare with",
+        purpose="a system to compare with: answers that copy emotion words",
+        recipe="recipes/empdg.yaml",
+        train=Task(
+            module="empcause.training.empdg",
+            options="EmpDGTrainingArguments",
+            function="train_empdg",
+            description="Train EmpDG's generator (Li et al., 2020), without its discriminators.",
+            result="EmpDG",
+        ),
+    ),
     "gee": Stage(
         title="GEE, a system to compare with",
         purpose="a system to compare with: causes by Bayes' rule",
@@ -106,16 +118,16 @@ STAGES = {
             result="RecEC",
         ),
     ),
-    "empdg": Stage(
-        title="EmpDG, a system to compare with",
-        purpose="a system to compare with: answers that copy emotion words",
-        recipe="recipes/empdg.yaml",
+    "gee": Stage(
+        title="GEE, a system to compare with",
+        purpose="a system to compare with: causes by Bayes' rule",
+        recipe="recipes/gee.yaml",
         train=Task(
-            module="empcause.training.empdg",
-            options="EmpDGTrainingArguments",
-            function="train_empdg",
-            description="Train EmpDG's generator (Li et al., 2020), without its discriminators.",
-            result="EmpDG",
+            module="empcause.training.gee",
+            options="GEETrainingArguments",
+            function="train_gee",
+            description="Train GEE (Kim et al., 2021), a language model of the situations of each emotion.",
+            result="GEE",
         ),
     ),
 }

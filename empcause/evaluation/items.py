@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from empcause.data import Causes, Word
+from empcause.data import Causes, Dialogue, Word
 from empcause.data.batching import length_batches
 from empcause.errors import Interrupted, UserError
 from empcause.outputs import (
@@ -30,7 +30,7 @@ from empcause.outputs import (
     working_in,
     write_record,
 )
-from empcause.systems import Reading, Reads, System
+from empcause.systems import Reading, Reads, ReadsDialogues, System
 
 SAVED = "saved-items.jsonl"
 # What an evaluation writes into its folder.
@@ -232,14 +232,18 @@ def unknown_emotions(system: Reads, annotated: Iterable[str], data: str) -> str 
 
 
 def readings(
-    saved: SavedItems, system: Reads, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int
+    saved: SavedItems,
+    system: Reads,
+    texts: Sequence[str] | Sequence[Dialogue],
+    words: Sequence[Sequence[Word]],
+    batch_size: int,
 ) -> list[Reading]:
     """Let a system read texts, and save what it finds batch by batch.
 
     Args:
         saved: where the results go.
         system: the system.
-        texts: raw texts.
+        texts: raw texts, or dialogues, which most systems read as one text.
         words: the words of each text.
         batch_size: texts per batch.
 
@@ -247,8 +251,15 @@ def readings(
         UserError: what it finds does not fit the texts, or is not finite; nothing of that batch is saved.
     """
 
+    raw = [text.text if isinstance(text, Dialogue) else text for text in texts]
+    dialogues = [text for text in texts if isinstance(text, Dialogue)]
+
     def compute(batch: list[int]) -> list[Any]:
-        found = system.read([texts[index] for index in batch], [words[index] for index in batch], batch_size)
+        of_batch = [words[index] for index in batch]
+        if dialogues and isinstance(system, ReadsDialogues):
+            found = system.read_dialogues([dialogues[index] for index in batch], of_batch, batch_size)
+        else:
+            found = system.read([raw[index] for index in batch], of_batch, batch_size)
         _check_readings(system, found, [len(words[index]) for index in batch])
         arrays = [(each.emotion_probs, each.word_probs, *(each.causes or (None, None))) for each in found]
         return [[None if array is None else array.tolist() for array in each] for each in arrays]
@@ -262,7 +273,7 @@ def readings(
             else Causes(np.array(spans, np.int64).reshape(-1, 2), np.array(probs, np.float32)),
         )
         for emotion_probs, word_probs, spans, probs in saved.each(
-            "extracting causes", [len(text) for text in texts], batch_size, compute
+            "extracting causes", [len(text) for text in raw], batch_size, compute
         )
     ]
 

@@ -54,14 +54,14 @@ def plot_training(model_dir: Path, watched: str, path: Path) -> Path | None:
     if loss:
         left.plot(*zip(*loss, strict=True), color="#4C72B0", label="training loss")
     left.set(xlabel="optimiser step", ylabel="training loss")
-    right = left.twinx()
-    if values:
-        right.plot(*zip(*values, strict=True), color="#DD8452", marker="o", label=f"validation {watched}")
-    right.set_ylabel(f"validation {watched.replace('_', ' ')}")
-    lines = [*left.get_lines(), *right.get_lines()]
-    left.legend(lines, [line.get_label() for line in lines], loc="best", frameon=False)
+    lines = [*left.get_lines()]
     left.spines["top"].set_visible(False)
-    right.spines["top"].set_visible(False)
+    if values:  # a system to compare with may have watched another figure
+        right = left.twinx()
+        lines += right.plot(*zip(*values, strict=True), color="#DD8452", marker="o", label=f"validation {watched}")
+        right.set_ylabel(f"validation {watched.replace('_', ' ')}")
+        right.spines["top"].set_visible(False)
+    left.legend(lines, [line.get_label() for line in lines], loc="best", frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path

@@ -204,8 +204,7 @@ def _predict(
 
     found: Sequence[Reading] = ()
     if isinstance(system, Reads):
-        texts = [pair.text for pair in pairs]
-        found = readings(saved, system, texts, [split_words(text) for text in texts], 64)
+        found = readings(saved, system, pairs, [split_words(pair.text) for pair in pairs], 64)
         pairs = [replace(pair, causes=each.causes) for pair, each in zip(pairs, found, strict=True)]
     predictions = _Predictions(pairs, found)
     lengths = [len(pair.text) for pair in pairs]
@@ -342,13 +341,14 @@ def _report(
             for name, values in PUBLISHED_RESPONSES.get(results.data.name, {}).items()
         }
     measured = ", ".join(filter(None, (code(options.model), results.system.note)))
+    decoding = getattr(results.system, "decoding", "greedily")
     shortened = sum(each.dropped_turns > 0 for each in predictions.encoded)
     cut = sum(each.cut_response for each in predictions.encoded)
     parts = [
         "# Empathetic conversation generator",
         f"{measured}, on {len(pairs):,} of {results.whole:,} responses of "
         f"{results.data.name} (split {options.split}), "
-        f"{len(responses):,} generated greedily; 95% bootstrap intervals over responses. Perplexities of "
+        f"{len(responses):,} generated {decoding}; 95% bootstrap intervals over responses. Perplexities of "
         "different tokenizers do not compare; bits per byte do.",
         comparison_table("this model", figures, published, RESPONSE_COLUMNS),
         "" if published else NOT_PUBLISHED,

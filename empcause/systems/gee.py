@@ -48,10 +48,11 @@ _FEWEST_EMOTIONS = 4
 class GEEConfig(PreTrainedConfig):
     """Configuration of a GEE: its language model, and how emotions and causes are found with it.
 
-    `rule` and `count_ends` do not affect the training; a trained model with another value can be saved to another folder.
+    `rule` and `count_ends` do not affect the training: to evaluate a trained model with other values, set them in the `config` of
+    the loaded `GEE` and save that with its tokenizer to another folder.
 
     Args:
-        lm: configuration of the language model.
+        lm: configuration of the language model, or its values by name.
         emotions: names of the emotions, by their ids; default is those of EmpatheticDialogues.
         emotion_prompt: what the language model reads before a situation; `{emotion}` stands for the name of the emotion. The
             published model has `__{emotion}__`.
@@ -66,7 +67,7 @@ class GEEConfig(PreTrainedConfig):
     model_type = "empcause_gee"
     sub_configs: ClassVar = {"lm": AutoConfig}
 
-    lm: dict | PreTrainedConfig | None = None
+    lm: Any = None
     emotions: list[str] | tuple[str, ...] = EMPATHETIC_DIALOGUES.emotions
     emotion_prompt: str = "A situation in which somebody feels {emotion}:"
     rule: Rule = "published"
@@ -202,7 +203,7 @@ def encode_situation(config: GEEConfig, tokenizer: PreTrainedTokenizerBase, text
         tokenizer: a fast tokenizer (character offsets are needed), with an end token.
         text: the raw text.
     """
-    if config.lm.is_encoder_decoder:  # type: ignore[union-attr]
+    if config.lm.is_encoder_decoder:
         ids, special, spans = _encode(tokenizer, text_target=text)
     else:
         ids, special, spans = _encode(tokenizer, text=f" {text}", add_special_tokens=False)
@@ -226,7 +227,7 @@ def encode_prompt(config: GEEConfig, tokenizer: PreTrainedTokenizerBase, *emotio
     Special tokens behind the prompt of a causal language model are left out, because the situation follows.
     """
     ids, special, _ = _encode(tokenizer, text=config.prompt(*emotions))
-    if config.lm.is_encoder_decoder:  # type: ignore[union-attr]
+    if config.lm.is_encoder_decoder:
         return ids
     return ids[: np.flatnonzero(special == 0)[-1] + 1]
 
@@ -247,7 +248,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[NDArray
 
 def make_item(config: GEEConfig, prompt: NDArray[np.int64], situation: Situation) -> dict[str, NDArray[np.int64]]:
     """Make the arguments of `GEE.forward` for one situation: `input_ids` `[S]` and `labels` `[T]`, int64."""
-    if config.lm.is_encoder_decoder:  # type: ignore[union-attr]
+    if config.lm.is_encoder_decoder:
         return {"input_ids": prompt, "labels": situation.ids}
     return {
         "input_ids": np.concatenate([prompt, situation.ids]),

@@ -9,6 +9,7 @@ from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
 from empcause.systems.empdg import EmpDGConfig, EmpDGRanking, EmpDGSystem
 from empcause.systems.gee import GEEConfig, GEESystem
+from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
 from empcause.systems.recec import RecECConfig, RecECSystem
@@ -23,6 +24,7 @@ SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
     GEEConfig.model_type: lambda folder, _: GEESystem(folder),
     RecECConfig.model_type: RecECSystem,
+    GEEConfig.model_type: lambda folder, _: GEESystem(folder),
 }
 
 

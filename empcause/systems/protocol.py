@@ -70,6 +70,26 @@ class Reads(System, Protocol):
 
 
 @runtime_checkable
+class ReadsDialogues(Reads, Protocol):
+    """Reads a dialogue otherwise than as one text, because it matters to it where turns end or who says them."""
+
+    def read_dialogues(
+        self, dialogues: Sequence[Dialogue], words: Sequence[Sequence[Word]], batch_size: int
+    ) -> list[Reading]:
+        """Find emotions and causes in dialogues.
+
+        Args:
+            dialogues: what was said; a response that they have is not looked at.
+            words: the words of each dialogue's `text`.
+            batch_size: dialogues per batch.
+
+        Returns:
+            One reading per dialogue.
+        """
+        ...
+
+
+@runtime_checkable
 class Encoded(Protocol):
     """A dialogue with its response, as a system scores it.
 
@@ -105,7 +125,7 @@ class Scores(System, Protocol):
 
 @runtime_checkable
 class Answers(System, Protocol):
-    """Answers dialogues."""
+    """Answers dialogues: greedily, or else an attribute `decoding` says how, as part of a sentence ("by sampling")."""
 
     def check_room(self, max_new_tokens: int) -> None:
         """Check before any work whether it can write answers of this length.
@@ -119,7 +139,7 @@ class Answers(System, Protocol):
         ...
 
     def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:
-        """Answer each dialogue greedily.
+        """Answer each dialogue, twice in the same way.
 
         Args:
             dialogues: what was said; a response that they have is not looked at.

@@ -272,10 +272,11 @@ class EmpDGTrainer(StageTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the schedule of the learning rate."""
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == SchedulerType.INVERSE_SQRT and warmup:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, noam(warmup))
-        return super().create_scheduler(num_training_steps, optimizer)
+        if self.args.lr_scheduler_type == SchedulerType.INVERSE_SQRT and warmup:
+            scheduler = self.lr_scheduler = LambdaLR(optimizer or self.optimizer, noam(warmup))
+        return scheduler
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

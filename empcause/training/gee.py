@@ -29,8 +29,8 @@ from empcause.systems.gee import (
 )
 from empcause.training.card import model_card
 from empcause.training.common import (
+    PretrainedStageArguments,
     StageTrainer,
-    StageTrainingArguments,
     finish,
     load_config,
     load_tokenizer,
@@ -43,13 +43,13 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class GEETrainingArguments(StageTrainingArguments):
+class GEETrainingArguments(PretrainedStageArguments):
     """Options of GEE's training. Its settings were not published; the defaults are usual ones for a large model."""
 
     figures: ClassVar = ("nll_per_token", "perplexity")
     higher_is_better: ClassVar = False
-    ranges: ClassVar = StageTrainingArguments.ranges | {"max_length": COUNT}
-    refused: ClassVar = StageTrainingArguments.refused | {
+    ranges: ClassVar = PretrainedStageArguments.ranges | {"max_length": COUNT}
+    refused: ClassVar = PretrainedStageArguments.refused | {
         "label_smoothing_factor": "Bayes' rule needs likelihoods, which smoothed labels do not give",
     }
 
@@ -59,7 +59,7 @@ class GEETrainingArguments(StageTrainingArguments):
     model_name_or_path: str | None = field(
         default="facebook/bart-large",
         metadata={
-            "help": "pretrained sequence-to-sequence or causal language model, by name or folder; empty: a new model of model_type"
+            "help": "pretrained sequence-to-sequence or causal LM, by name or folder; empty: a new model of model_type"
         },
     )
     emotion_prompt: str = field(
@@ -140,8 +140,7 @@ def train_gee(args: GEETrainingArguments) -> dict[str, float]:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.measure(model, validation)
     abilities = "Finds the emotion of a situation and the words that caused it, by Bayes' rule over a language model."
-    trained_on = f"{len(training):,} situations with their emotions, validated on {len(validation):,}; no label of a cause"
-    trained_on += " was used"
+    trained_on = f"{len(training):,} situations with their emotions and no causes, validated on {len(validation):,}"
     card = model_card(trainer, metrics, "GEE: emotion causes by a generative model", abilities, trained_on, data)
     return finish(trainer, metrics, card)
 
@@ -171,7 +170,7 @@ def build_gee(args: GEETrainingArguments, emotions: Sequence[str]) -> tuple[GEE,
         base.decoder_start_token_id = tokenizer.pad_token_id
     config = GEEConfig(
         lm=base.to_dict(),
-        emotions=emotions,
+        emotions=list(emotions),
         emotion_prompt=args.emotion_prompt,
         rule=args.rule,
         count_ends=args.count_ends,
@@ -182,10 +181,10 @@ def build_gee(args: GEETrainingArguments, emotions: Sequence[str]) -> tuple[GEE,
         model = GEE(config, lm)
     except ValueError as error:
         raise UserError(f"A model of type {base.model_type!r} is no language model: {error}") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if len(tokenizer) > rows:
         raise UserError(
-            f"The tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model "
-            f"{model.get_input_embeddings().num_embeddings}; give the model's own."
+            f"The tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model {rows}; give the model's own."
         )
     _limit_length(model.config, tokenizer)
     _check_causal(model, tokenizer)

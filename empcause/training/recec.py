@@ -39,10 +39,9 @@ from empcause.systems.recec import (
 from empcause.systems.recec.configuration import REASONER_FIELDS, SHORTEST
 from empcause.systems.vocabulary import load_vectors, train_word_tokenizer
 from empcause.training.card import model_card
-from empcause.training.common import StageTrainer, StageTrainingArguments, finish, set_environment
+from empcause.training.common import StageTrainer, StageTrainingArguments, draw_samples, finish, set_environment
 from empcause.training.fingerprint import digest
 from empcause.training.folder import find_checkpoint, in_output_folder
-from empcause.training.generator import _draw
 
 logger = logging.get_logger(__name__)
 
@@ -364,7 +363,7 @@ def load_training_data(args: RecECTrainingArguments) -> TrainingData:
         pairs = response_pairs(of_split)
         if not pairs:
             raise UserError(f"No turn is answered in the split {split} of {about.name}; give other --data.")
-        chosen.append(_draw(pairs, number, args.seed))
+        chosen.append(draw_samples(pairs, number, args.seed))
         numbers.append(f"{len(chosen[-1]):,} of {len(pairs):,}")
     train, valid = chosen
     digests: dict[str, str | None] = {

@@ -41,7 +41,7 @@ def test_chance_and_ceiling_on_emocause(real_data):
     chance = {name: values.mean() for name, values in chance_recalls(annotations).items()}
     ceiling = score_causes(annotations, [np.ones(len(each.words)) for each in annotations]).summary()
     for prefix, figures, expected in (
-        ("random_", chance, (0.146, 0.419, 0.618)),
+        ("random_", chance, (0.147, 0.420, 0.623)),
         ("first_", chance, (0.118, 0.471, 0.698)),
         ("oracle_", ceiling, (0.423, 0.871, 0.972)),
     ):

@@ -298,6 +298,25 @@ class TestRanking:
             self.rank(folder, tmp_path, **entries)
 
 
+def test_a_tagger_belongs_to_what_the_results_depend_on(folder, tmp_path, monkeypatch):
+    system = load_system(folder)
+    system.model.config.adjectives = str(tmp_path / "tagger")
+    system.model.save_pretrained(tmp_path / "tagged")
+    system.tokenizer.save_pretrained(tmp_path / "tagged")
+    with pytest.raises(UserError, match=r"spaC?y"):
+        load_system(tmp_path / "tagged")
+    tagged = []
+    monkeypatch.setattr(
+        "empcause.systems.empdg.system.load_tagger",
+        lambda path: tagged.append(path) or (lambda words: [word == "old" for word in words]),
+    )
+    tagging = load_system(tmp_path / "tagged")
+    assert tagged == [str(tmp_path / "tagger")]
+    assert tagging.folders == {"model": tmp_path / "tagged", "adjectives": tmp_path / "tagger"}
+    dialogue = Dialogue(("an old dog",), (SPEAKER,))
+    assert [len(each.encode([dialogue])[0].emotion_places) for each in (system, tagging)] == [1, 2]
+
+
 def test_evaluations_take_it(folder, tmp_path):
     options = {"model": str(folder), "data": "sample"}
     figures = evaluate_causes(EvaluateCausesOptions(**options, output_dir=str(tmp_path / "causes")))

@@ -70,6 +70,20 @@ class FindsEmotions(Stranger):
         return [Reading(emotion_probs=probs) for _ in texts]
 
 
+class CountsTurns(FindsEmotions):
+    """Takes the speakers of long dialogues for annoyed, all others for sad."""
+
+    def read_dialogues(self, dialogues, words, batch_size):
+        names = ["annoyed" if len(dialogue.turns) > 2 else "sad" for dialogue in dialogues]
+        return [Reading(np.eye(len(self.emotions), dtype=np.float32)[self.emotions.index(name)]) for name in names]
+
+    def check_room(self, max_new_tokens):
+        pass
+
+    def answer(self, dialogues, batch_size, max_new_tokens):
+        return ["Oh."] * len(dialogues)
+
+
 class RanksWords(Stranger):
     """Takes longer words for the cause, and knows no emotion."""
 
@@ -157,6 +171,14 @@ def test_a_system_that_answers_alone(evaluate):
     answers = json.loads((folder / "responses.json").read_text())
     assert [each["response"] for each in answers] == [each["context"][-1] for each in answers]
     assert "5 generated greedily" in report
+
+
+def test_a_system_that_reads_the_turns_of_dialogues(evaluate):
+    figures, _, _ = evaluate(CountsTurns, EvaluateResponsesOptions, evaluate_responses)
+    pairs = response_pairs(load_dialogues("test", "sample"))
+    right = [pair.emotion == ("annoyed" if len(pair.turns) > 2 else "sad") for pair in pairs]
+    assert figures["emotion_accuracy"] == pytest.approx(np.mean(right))
+    assert right != [pair.emotion == "sad" for pair in pairs]
 
 
 def test_a_system_that_scores_alone(evaluate):

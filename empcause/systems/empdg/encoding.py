@@ -117,10 +117,17 @@ class Encoder:
                 known if known != unk else unknown.get(word, unk)
                 for word, known in zip(response.words, response.ids, strict=True)
             ]
-            arrays = [
-                np.array(each, np.int64) for each in (ids, roles, emotions, [*labels, self.tokenizer.eos_token_id])
-            ]
-            encoded.append(EncodedPair(*arrays, places, spans, list(unknown)))
+            encoded.append(
+                EncodedPair(
+                    input_ids=np.array(ids, np.int64),
+                    token_type_ids=np.array(roles, np.int64),
+                    emotion_ids=np.array(emotions, np.int64),
+                    labels=np.array([*labels, self.tokenizer.eos_token_id], np.int64),
+                    emotion_places=places,
+                    spans=spans,
+                    unknown=list(unknown),
+                )
+            )
         return encoded
 
 

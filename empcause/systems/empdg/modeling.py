@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         Returns:
             The states `[B, S, width]`, and the attention of the first token `[B, S]`, the mean over heads.
         """
-        states = self.dropout(self.project(embedded) + sinusoids(*embedded.shape[1:], embedded.device))
+        states = self.dropout(self.project(embedded) + sinusoids(embedded.shape[1], embedded.shape[2], embedded.device))
         read = self.attention_norm(states)
         logits = self.attention.logits(read[:, :1], read)[:, :, 0]
         first = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         Returns:
             The states `[B, T, width]`, and the logits of the attention to `memory` `[B, heads, T, K]`, not masked.
         """
-        states = self.dropout(self.project(embedded) + sinusoids(*embedded.shape[1:], embedded.device))
+        states = self.dropout(self.project(embedded) + sinusoids(embedded.shape[1], embedded.shape[2], embedded.device))
         states = states + self.dropout(self.attention(self.attention_norm(states), causal=True))
         read = self.cross_attention_norm(states)
         logits = self.cross_attention.logits(read, memory)
@@ -322,7 +322,7 @@ class EmpDG(PreTrainedModel, GenerationMixin):
         config = self.config
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, token_type_ids, emotion_ids, emotion_mask)  # type: ignore[arg-type]
-        context = encoder_outputs
+        context: Any = encoder_outputs
         if decoder_input_ids is None:
             if labels is None:
                 return EmpDGOutput(emotion_logits=context.emotion_logits, emotion_attention=context.emotion_attention)

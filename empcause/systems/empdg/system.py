@@ -85,11 +85,11 @@ class EmpDGSystem:
         config = self.model.config
         random = np.random.default_rng((config.ranking_seed, zlib.crc32(text.encode("utf-8", "surrogatepass"))))
         number = len(encoded.emotion_places)
-        scores = {
-            "random": lambda: random.permutation(number),
-            "order": lambda: np.arange(number)[::-1],
-            "attention": lambda: attention[:number],
-        }[config.ranking]()
+        scores: NDArray[Any] = attention[:number]
+        if config.ranking == "random":
+            scores = random.permutation(number)
+        elif config.ranking == "order":
+            scores = np.arange(number)[::-1]
         spans = np.array([encoded.spans[place] for place in encoded.emotion_places], np.int64).reshape(-1, 2)
         own = np.array([(word.start, word.end) for word in words], np.int64).reshape(-1, 2)
         found = align_max(spans, 2 + scores.astype(np.float32), own)

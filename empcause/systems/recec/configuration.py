@@ -45,9 +45,9 @@ class RecECReasonerConfig(PreTrainedConfig):
     causes: Literal["speaker", "last", "extractor"] = "speaker"
     published: bool = False
     max_tokens: int = 512
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
         counts = dict.fromkeys(("vocab_size", "hidden_size", "attention_size", "ffn_size"), COUNT)
@@ -84,7 +84,7 @@ class RecECConfig(RecECReasonerConfig):
     num_layers: int = 2
     num_heads: int = 2
     is_encoder_decoder: bool = True
-    decoder_start_token_id: int | None = 1
+    decoder_start_token_id: int = 1
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

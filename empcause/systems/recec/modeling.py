@@ -213,25 +213,28 @@ class RecECReasoner(RecECPreTrainedModel):
             emotion_labels: `[B]` int64 emotion ids, or -100 for texts that do not count.
             cause_labels: `[B, S]` int64: 0, 1, or -100 for tokens that do not count; needed with `emotion_labels`.
             smoothing: share of every emotion label that is spread evenly over the emotions.
+
+        Raises:
+            ValueError: there are emotion labels and no cause labels.
         """
         words, mask = self.words(input_ids), attention_mask.bool()
         if self.config.published:
             hidden = self.dropout(self.block(self.dropout(words), mask=mask))
         else:
-            hidden = self.block(self.dropout(words + sinusoids(*words.shape[1:], words.device)), mask)
+            hidden = self.block(self.dropout(words + sinusoids(words.shape[1], words.shape[2], words.device)), mask)
         hidden = self.norm(hidden)
-        output = ReasonerOutput(emotion_logits=self.emotion_head(hidden[:, 0]), cause_logits=self.cause_head(hidden))
-        if emotion_labels is None or cause_labels is None:
-            return output
-        output["emotion_loss"] = _mean_loss(output.emotion_logits, emotion_labels, smoothing)
-        output["cause_loss"] = _mean_loss(output.cause_logits, cause_labels)
-        output["loss"] = output.emotion_loss + output.cause_loss
-        return output
+        emotion_logits, cause_logits = self.emotion_head(hidden[:, 0]), self.cause_head(hidden)
+        if emotion_labels is None:
+            return ReasonerOutput(emotion_logits=emotion_logits, cause_logits=cause_logits)
+        if cause_labels is None:
+            raise ValueError("cause_labels are needed with emotion_labels; -100 where a token has none.")
+        emotion_loss = _mean_loss(emotion_logits, emotion_labels, smoothing)
+        cause_loss = _mean_loss(cause_logits, cause_labels)
+        return ReasonerOutput(emotion_loss + cause_loss, emotion_logits, cause_logits, emotion_loss, cause_loss)
 
 
-def _mean_loss(logits: Tensor | None, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def _mean_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labels that are not -100; 0 if there are none."""
-    assert logits is not None
     total = functional.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", label_smoothing=smoothing
     )
@@ -278,7 +281,7 @@ class RecECEncoder(nn.Module):
     def embed(self, token_ids: Tensor, emotion_state: Tensor) -> Tensor:
         """States `[B, T, d]` with which tokens start: word, position and emotion."""
         words = self.words(token_ids)
-        return self.dropout(words + sinusoids(*words.shape[1:], words.device) + emotion_state)
+        return self.dropout(words + sinusoids(words.shape[1], words.shape[2], words.device) + emotion_state)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, cause_probs: Tensor | None = None, **kwargs: Any
@@ -430,9 +433,9 @@ class RecEC(RecECPreTrainedModel, GenerationMixin):
                 raise ValueError("decoder_input_ids or labels are needed.")
             filled = labels.masked_fill(labels == IGNORED, self.config.pad_token_id)
             decoder_input_ids = functional.pad(filled[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
-        hidden = self.encoder.embed(decoder_input_ids, encoder_outputs.emotion_state)
+        memory, _, emotion_state, causes = encoder_outputs.to_tuple()
+        hidden = self.encoder.embed(decoder_input_ids, emotion_state)
         for block in self.blocks:
-            memory, causes = encoder_outputs.last_hidden_state, encoder_outputs.causes
             hidden = block(hidden, memory, causes, attention_mask.bool())
         hidden = self.norm(hidden)
         if labels is None:

@@ -49,7 +49,7 @@ def load_reasoner(path: str | os.PathLike[str]) -> tuple[RecECReasoner, PreTrain
     Raises:
         UserError: the folder does not exist, holds another kind of model, or is damaged.
     """
-    model = load_pretrained(RecECReasoner, path, "reasoner of RecEC", "empcause train recec", "recec_reasoner")
+    model = load_pretrained(RecECReasoner, path, "emotion reasoner", "empcause train recec", "recec_reasoner")
     return model.eval(), load_own_tokenizer(model, path, needed=SPECIAL_TOKENS)
 
 
@@ -224,10 +224,9 @@ class RecECSystem:
         self.note = f"RecEC with the {config.gate} gate and causes from {_CAUSES[config.causes]}"
         if config.published:
             self.note += ", as published"
+        self.decoding = "greedily"
         if generation.do_sample:
-            self.note += (
-                f", its answers sampled (top-k {generation.top_k}, temperature {generation.temperature}, seed {SEED})"
-            )
+            self.decoding = f"by sampling (top-k {generation.top_k}, temperature {generation.temperature}, seed {SEED})"
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -235,11 +234,17 @@ class RecECSystem:
         return self.model.emotions
 
     def read(self, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int) -> list[Reading]:
-        """Emotions by the reasoner, and causes by the reasoner or the extractor (see `Reads`). A text counts as one turn."""
-        encoded = self.encode([Dialogue((text,), (SPEAKER,)) for text in texts])
+        """Emotions by the reasoner, and causes by the reasoner or the extractor; a text is one turn (see `Reads`)."""
+        return self.read_dialogues([Dialogue((text,), (SPEAKER,)) for text in texts], words, batch_size)
+
+    def read_dialogues(
+        self, dialogues: Sequence[Dialogue], words: Sequence[Sequence[Word]], batch_size: int
+    ) -> list[Reading]:
+        """Emotions by the reasoner, and causes by the reasoner or the extractor (see `ReadsDialogues`)."""
+        encoded = self.encode(dialogues)
         found = read_pairs(self.model.encoder.reasoner, self.tokenizer, encoded, batch_size)
         if self.extractor is not None:
-            causes = self.extractor.read(texts, words, batch_size)
+            causes = self.extractor.read([dialogue.text for dialogue in dialogues], words, batch_size)
             return [replace(each, emotion_probs=probs) for each, (probs, _) in zip(causes, found, strict=True)]
         return [
             Reading(emotion_probs, align_max(each.spans, cause_probs, [(word.start, word.end) for word in of_text]))
