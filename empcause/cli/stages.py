@@ -118,18 +118,6 @@ STAGES = {
             result="RecEC",
         ),
     ),
-    "gee": Stage(
-        title="GEE, a system to compare with",
-        purpose="a system to compare with: causes by Bayes' rule",
-        recipe="recipes/gee.yaml",
-        train=Task(
-            module="empcause.training.gee",
-            options="GEETrainingArguments",
-            function="train_gee",
-            description="Train GEE (Kim et al., 2021), a language model of the situations of each emotion.",
-            result="GEE",
-        ),
-    ),
 }
 
 

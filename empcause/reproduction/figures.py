@@ -36,11 +36,13 @@ class Ratio:
     Attributes:
         numerators, denominators: `[n]` values per item.
         scale: what is computed of the ratio.
+        unit: what the denominators count, where rows differ in that: a digest of the tokens.
     """
 
     numerators: Array
     denominators: Array
     scale: Callable[[Any], Any] = lambda ratio: ratio
+    unit: str = ""
 
     @property
     def value(self) -> float:
@@ -53,7 +55,8 @@ class Ratio:
 
     def fits(self, other: "Figure") -> bool:
         """Whether another row's figure is of the same items in the same units, so that a difference means something."""
-        return isinstance(other, Ratio) and np.array_equal(self.denominators, other.denominators)
+        same = isinstance(other, Ratio) and self.unit == other.unit
+        return same and np.array_equal(self.denominators, other.denominators)  # type: ignore[union-attr]
 
     def minus(self, other: "Ratio") -> Difference:
         """The paired difference to another row's figure, which must fit this one."""
@@ -132,7 +135,7 @@ def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
         name: mean_of(values) for name, values in means.items() if name not in ("nll", "tokens", "bytes")
     }
     if "nll" in means:
-        figures["perplexity"] = Ratio(means["nll"], means["tokens"], np.exp)
+        figures["perplexity"] = Ratio(means["nll"], means["tokens"], np.exp, saved[0]["scored"])
     if "bytes" in means:
         figures["bits_per_byte"] = Ratio(means["nll"] / np.log(2), means["bytes"])
     replies = [

@@ -9,7 +9,6 @@ from empcause.extractor import CauseExtractorConfig
 from empcause.generator import GENERATORS
 from empcause.systems.empdg import EmpDGConfig, EmpDGRanking, EmpDGSystem
 from empcause.systems.gee import GEEConfig, GEESystem
-from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
 from empcause.systems.recec import RecECConfig, RecECSystem

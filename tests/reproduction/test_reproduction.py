@@ -131,6 +131,8 @@ class TestFigures:
         assert difference.interval.value == pytest.approx(np.exp(1.3) - np.exp(1.6))
         assert difference.p == 0.25  # three differences of one sign: 2 of 8 choices of the signs
         assert not better.fits(Ratio(better.numerators, np.array([2.0, 5, 4])))
+        assert not better.fits(replace(perplexity, unit="other tokens, of which there are as many"))
+        assert better.fits(perplexity)
         assert not better.fits(variety(["a"], 1))
         assert not variety(["a"], 1).fits(variety(["a", "b"], 1))
 
