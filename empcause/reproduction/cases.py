@@ -17,7 +17,7 @@ from empcause.outputs import working_in
 from empcause.reproduction.folder import RunFolder
 from empcause.reproduction.running import FIRST_SEED, WRITTEN, run_folder
 from empcause.reproduction.tables import SIZES, SYSTEMS, TABLES
-from empcause.systems import Answers, Reads, load_system
+from empcause.systems import Answers, Reads, ReadsDialogues, load_system
 from empcause.text import markdown, visible
 
 # The two dialogues of Table 10, by their identifiers in the test split, with the words in which the paper's copy differs.
@@ -102,7 +102,11 @@ def answer_cases(
     dialogues = [case.dialogue for case in cases]
     answers = [Answer(title) for _ in cases]
     if isinstance(system, Reads):
-        found = system.read([each.text for each in dialogues], [case.words for case in cases], len(cases))
+        words = [case.words for case in cases]
+        if isinstance(system, ReadsDialogues):
+            found = system.read_dialogues(dialogues, words, len(cases))
+        else:
+            found = system.read([each.text for each in dialogues], words, len(cases))
         dialogues = [replace(each, causes=reading.causes) for each, reading in zip(dialogues, found, strict=True)]
         for index, (case, reading) in enumerate(zip(cases, found, strict=True)):
             if reading.emotion_probs is not None:
@@ -173,7 +177,7 @@ def write_cases(
 
 def _title(system: str) -> str:
     """What the tables call a system."""
-    rows = (row for table in TABLES.values() for row in table.rows.values() if row.system == system)
+    rows = (row for table in reversed(TABLES.values()) for row in table.rows.values() if row.system == system)
     return next(rows).title
 
 

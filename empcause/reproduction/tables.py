@@ -197,9 +197,10 @@ SYSTEMS = {
 
 
 def recipe_path(name: str) -> Path:
-    """Path of a recipe of this package, by its name without the ending."""
-    inside = Path(empcause.__file__).parent / "recipes" / f"{name}.yaml"
-    return inside if inside.exists() else Path(empcause.__file__).parents[1] / "recipes" / f"{name}.yaml"
+    """Path of a recipe by its name without the ending: in the installed package, or in the clone that it is imported from."""
+    package = Path(empcause.__file__).parent
+    inside = package / "recipes" / f"{name}.yaml"
+    return inside if inside.exists() else package.parent / "recipes" / f"{name}.yaml"
 
 
 def training_of(system: str, size: str) -> Training:

@@ -254,7 +254,8 @@ def split_annotations(args: ExtractorTrainingArguments) -> tuple[list[CauseAnnot
     corpus, _ = find_corpus(args.data)
     if args.annotations == "published":
         splits = [split for split in (corpus.annotations.splits if corpus.annotations else ()) if split != "test"]
-        return [each for split in splits for each in load_annotations(split, args.data)], load_annotations("test", args.data)
+        learned = [each for split in splits for each in load_annotations(split, args.data)]
+        return learned, load_annotations("test", args.data)
     if corpus.annotations and "train" in corpus.annotations.splits:
         return load_annotations("train", args.data), load_annotations("valid", args.data)
     annotations = load_annotations("valid", args.data)
