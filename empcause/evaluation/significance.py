@@ -139,10 +139,10 @@ def sign_flip_p(differences: ArrayLike, *, draws: int = RESAMPLES, seed: int = 0
     Raises:
         ValueError: a difference is not finite.
     """
-    values = np.asarray(differences, np.float64)
-    if not np.isfinite(values).all():
+    every = np.asarray(differences, np.float64)
+    if not np.isfinite(every).all():
         raise ValueError("a difference is not a finite number.")
-    values = values[values != 0]
+    values = every[every != 0]
     number = len(values)
     if not number:
         return 1.0

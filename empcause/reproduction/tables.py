@@ -114,7 +114,7 @@ _TINY_GENERATOR = {
 }
 
 
-def _extractor(recipe: str, small: Options = {}) -> TrainedSystem:  # noqa: B006 (never written to)
+def _extractor(recipe: str, **small: Any) -> TrainedSystem:
     return TrainedSystem(
         stage="extractor",
         full=Training(recipe),
@@ -137,8 +137,8 @@ def _generator(recipe: str, gamma: float) -> TrainedSystem:
 SYSTEMS = {
     "ece": _extractor("extractor"),
     "unsupervised": _extractor("extractor-unsupervised"),
-    "supervised": _extractor("extractor-supervised", {"num_train_epochs": 6}),
-    "supervised-published": _extractor("extractor-supervised-published", {"num_train_epochs": 6}),
+    "supervised": _extractor("extractor-supervised", num_train_epochs=6),
+    "supervised-published": _extractor("extractor-supervised-published", num_train_epochs=6),
     "no-aux": _extractor("extractor-no-aux"),
     "attention": _extractor("extractor-attention"),
     "gpt2": _generator("generator-gpt2", gamma=0.0),
