@@ -52,7 +52,7 @@ def write_results(
     figures: dict[str, dict[str, Figure]] = {}
     for key, row in table.rows.items():
         if row.system and key in made:
-            found = read_figures(table.task, list(made[key].values()))
+            found = read_figures(table.task, [made[key][seed] for seed in sorted(made[key])])
             figures[key] = {column: found[column] for column in found.keys() - row.without}
         elif not row.system:
             figures[key] = rank_without_system(key, annotations)
@@ -65,7 +65,7 @@ def write_results(
     for key, columns in figures.items():
         shown = {column: columns[column] for column in table.columns if column in columns}
         replies = columns.get("distinct_1")
-        by_seed = {seed: read_figures(table.task, [path]) for seed, path in made.get(key, {}).items()}
+        by_seed = {seed: read_figures(table.task, [path]) for seed, path in sorted(made.get(key, {}).items())}
         rows[key] = {
             "title": table.rows[key].title,
             "seeds": list(by_seed),
@@ -89,8 +89,9 @@ def write_results(
 
 
 def _dump(results: Mapping[str, Any]) -> str:
-    """JSON of results with their digest, one line per value of the outer levels."""
-    return json.dumps(dict(results) | {"sha256": digest(results)}, indent=1) + "\n"
+    """JSON of results with their digest, one line per entry."""
+    entries = dict(results) | {"sha256": digest(results)}
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items()) + "\n}\n"
 
 
 def read_results(path: Path) -> dict[str, Any]:

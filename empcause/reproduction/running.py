@@ -114,18 +114,23 @@ def train(run: Run, system: str, seed: int) -> Path:
     return folder
 
 
-def evaluate(run: Run, table: Table, key: str, seed: int) -> tuple[Path, bool]:
+def _evaluation(table: Table, key: str, seed: int) -> str:
+    """Name of the unit that evaluates a row."""
+    return f"evaluation/{table.task}/{key}/seed-{seed}"
+
+
+def evaluate(run: Run, table: Table, key: str, seed: int) -> Path:
     """Evaluate the system of a row unless that is done; an interrupted evaluation is continued.
 
     Returns:
-        Folder of the evaluation, and whether anything was done.
+        Folder of the evaluation.
 
     Raises:
         UserError: the folder holds an evaluation of something else, or the evaluation fails.
         Interrupted: Ctrl-C or SIGTERM.
     """
     row = table.rows[key]
-    unit = f"evaluation/{table.task}/{key}/seed-{seed}"
+    unit = _evaluation(table, key, seed)
     folder = run.path / unit
     chosen: dict[str, Any] = {}
     if table.task == "generator":
@@ -143,12 +148,12 @@ def evaluate(run: Run, table: Table, key: str, seed: int) -> tuple[Path, bool]:
         needed[extractor] = run.folder.made(f"models/{extractor}/seed-{seed}")["files"]
     module, work = run.prepare("evaluate", table.task, run.words(options))
     if run.folder.begin(unit, _subject(run, row.system, dict(row.view) | chosen, needed, module), redo=row.system):
-        return folder, False
+        return folder
     run.say(f"evaluates {key}, seed {seed}")
     with _interrupted(f"while {key} was evaluated"):
         work()
     run.folder.finish(unit, _EVALUATED[table.task])
-    return folder, True
+    return folder
 
 
 def responses_of(run: Run) -> int:
@@ -199,7 +204,7 @@ def reproduce(
         output_dir: folder that holds a folder for each size.
         seeds: number of seeds, from 42 on.
         data: the data, for sizes that do not name theirs.
-        rows: the rows that are made; empty: all.
+        rows: the rows that are made; empty: all. The table shows the others too, where they are finished.
         redo: systems whose models and evaluations are removed first.
         accept_code: go on with what other code made.
         command: the command as the user typed it, for the results.
@@ -226,18 +231,22 @@ def reproduce(
             run.folder.remove(system)
         if size == "smoke" and not all((path / "pretrained" / each / "config.json").exists() for each in TINY_MODELS):
             make_tiny_models(path / "pretrained")
-        made: dict[str, dict[int, Path]] = {}
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            for key, row in table.rows.items():
-                if row.system and (not rows or key in rows):
-                    made.setdefault(key, {})[seed], new = evaluate(run, table, key, seed)
-                    if new:
-                        _write(run, name, made, command)
+        made: dict[str, dict[int, Path]] = {key: {} for key, row in table.rows.items() if row.system}
+        wanted = [(seed, key) for seed in range(FIRST_SEED, FIRST_SEED + seeds) for key in made]
+        # What is finished comes first, so that no table has fewer rows than the one before it.
+        finished = [each for each in wanted if run.folder.is_finished(_evaluation(table, each[1], each[0]))]
+        for seed, key in finished:
+            made[key][seed] = evaluate(run, table, key, seed)
+        for seed, key in wanted:
+            if seed not in made[key] and (not rows or key in rows):
+                made[key][seed] = evaluate(run, table, key, seed)
+                _write(run, name, made, command)
         return _write(run, name, made, command)
 
 
 def _write(run: Run, name: str, made: Mapping[str, Mapping[int, Path]], command: str) -> Path:
     """Write the table of what is there."""
+    made = {key: by_seed for key, by_seed in made.items() if by_seed}
     table, folder = TABLES[name], run.path / name
     folder.mkdir(exist_ok=True)
     annotations = load_annotations("test", run.data) if table.task == "extractor" else []

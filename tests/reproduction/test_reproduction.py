@@ -283,6 +283,9 @@ class TestRuns:
         assert table.count("not made yet") == 4
         assert "| ECE, supervised, paper | 0.560 | 0.246 | 0.514 | 0.556 |" in table
         assert "minus the best baseline" not in table
+        table = (run(rows=["ece"]) / "table.md").read_text()
+        assert table.count("not made yet") == 3, "the row that was there already is shown too"
+        assert table.count("minus the best baseline") == 1
 
     def test_differences_and_how_trainings_ended(self, run, commands):
         folder = run()
