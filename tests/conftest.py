@@ -31,7 +31,7 @@ from empcause.extractor import CauseExtractor, CauseExtractorConfig
 from empcause.generator import GENERATORS, add_separator
 
 CORPUS = [
-    "I feel so lonely sometimes because all my friends live in a different country.",
+    "Evenings are long and lonely since my sister moved to another country.",
     "That sounds hard. Do you talk to them often?",
     "My dog passed away last week, and the house is silent now.",
     "I'm so sorry to hear that. How old was he?",

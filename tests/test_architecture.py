@@ -18,6 +18,7 @@ LEVELS = (
     ("systems",),
     ("evaluation",),
     ("training",),
+    ("reproduction",),
     ("benchmarks",),
     ("cli",),
     ("__main__",),

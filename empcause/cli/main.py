@@ -17,7 +17,7 @@ from empcause.errors import Interrupted, UserError
 from empcause.text import visible
 
 # Modules of this package. Each has `register(subparsers)`, which adds a parser whose default `run` takes the parsed arguments.
-COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo", "bench")
+COMMANDS = ("data", "train", "evaluate", "respond", "chat", "info", "demo", "bench", "reproduce", "cases")
 
 _TRAININGS = "\n".join(
     f"  {f'empcause train {name} --config {stage.recipe}':<61}{stage.purpose}" for name, stage in STAGES.items()

@@ -94,18 +94,6 @@ STAGES = {
             result="EmpDG",
         ),
     ),
-    "recec": Stage(
-        title="RecEC, a system to compare with",
-        purpose="a system to compare with: answers that attend to the turns of the cause",
-        recipe="recipes/recec.yaml",
-        train=Task(
-            module="empcause.training.recec",
-            options="RecECTrainingArguments",
-            function="train_recec",
-            description="Train RecEC (Gao et al., 2021): an emotion reasoner, and a generator over it.",
-            result="RecEC",
-        ),
-    ),
     "gee": Stage(
         title="GEE, a system to compare with",
         purpose="a system to compare with: causes by Bayes' rule",
@@ -116,6 +104,18 @@ STAGES = {
             function="train_gee",
             description="Train GEE (Kim et al., 2021), a language model of the situations of each emotion.",
             result="GEE",
+        ),
+    ),
+    "recec": Stage(
+        title="RecEC, a system to compare with",
+        purpose="a system to compare with: answers that attend to the turns of the cause",
+        recipe="recipes/recec.yaml",
+        train=Task(
+            module="empcause.training.recec",
+            options="RecECTrainingArguments",
+            function="train_recec",
+            description="Train RecEC (Gao et al., 2021): an emotion reasoner, and a generator over it.",
+            result="RecEC",
         ),
     ),
 }

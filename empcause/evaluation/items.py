@@ -64,6 +64,10 @@ class SavedItems:
     def __len__(self) -> int:
         return sum(map(len, self._parts.values()))
 
+    def part(self, name: str) -> dict[int, Any]:
+        """The saved results of one part, by index of the item."""
+        return dict(self._parts.get(name, {}))
+
     def each(
         self,
         part: str,

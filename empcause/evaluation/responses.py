@@ -254,7 +254,8 @@ def _judge(
 ) -> dict[str, Any]:
     """Compute the figures of what was found, scored and answered, and write all files."""
     predictions = results.predictions
-    metrics, intervals = _score(predictions, results.emotion_ids)
+    references = [pair.response for pair in predictions.pairs]
+    metrics, intervals, correct = _score(predictions, results.emotion_ids)
     if predictions.bertscores and results.bertscore is not None:
         metrics["bertscore_model"] = results.bertscore.setting
     metrics["intervals"] = {name: each[1:] for name, each in intervals.items()}
@@ -265,8 +266,11 @@ def _judge(
 
     folder = Path(options.output_dir)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    items = {"scored": results.scored, "nll": predictions.nll.tolist(), "tokens": predictions.tokens.tolist()}
-    write_text(folder / "items.json", json.dumps(items))
+    items = {"nll": predictions.nll, "tokens": predictions.tokens, "emotion_accuracy": correct} | predictions.bertscores
+    values: dict[str, Any] = {"scored": results.scored} | {name: array.tolist() for name, array in items.items()}
+    values["ids"] = [f"{pair.conv_id}:{len(pair.turns)}" for pair in predictions.pairs]
+    values["bytes"] = [] if metrics.get("bits_per_byte") is None else [len(ref.encode()) for ref in references]
+    write_text(folder / "items.json", json.dumps(values))
     dialogues = [
         {"context": pair.turns, "emotion": pair.emotion, "reference": pair.response, "response": response}
         for pair, response in zip(predictions.pairs, predictions.responses, strict=False)
@@ -283,8 +287,10 @@ def _judge(
     return metrics
 
 
-def _score(predictions: _Predictions, emotion_ids: Sequence[int]) -> tuple[dict[str, Any], dict[str, Interval]]:
-    """Compute the figures, and the intervals of those that have one, by name."""
+def _score(
+    predictions: _Predictions, emotion_ids: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Interval], NDArray[np.float64]]:
+    """Compute the figures, and the intervals of those that have one, by name, and which emotions are right (`[n]` or `[0]`)."""
     nll, tokens, responses = predictions.nll, predictions.tokens, predictions.responses
     references = [pair.response for pair in predictions.pairs]
     metrics: dict[str, Any] = {}
@@ -299,6 +305,7 @@ def _score(predictions: _Predictions, emotion_ids: Sequence[int]) -> tuple[dict[
             "bits_per_byte": None if in_part else bits_per_byte(nll, references),
         }
     emotion_probs = [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]
+    correct = np.zeros(0)
     if emotion_probs and emotion_ids:
         correct = emotion_correct(emotion_probs, emotion_ids)
         intervals["emotion_accuracy"] = mean_interval(correct)
@@ -313,7 +320,7 @@ def _score(predictions: _Predictions, emotion_ids: Sequence[int]) -> tuple[dict[
     for name, values in predictions.bertscores.items():
         intervals[name] = mean_interval(values)
         metrics[name] = intervals[name].value
-    return metrics, intervals
+    return metrics, intervals, correct
 
 
 def _report(

@@ -1,6 +1,7 @@
-"""Paired bootstrap: how sure a figure, or the difference between two systems on the same items, is."""
+"""How sure a figure, or the difference between two systems on the same items, is: paired bootstrap, jackknife and tests."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,3 +90,83 @@ def perplexity_interval(nll: ArrayLike, tokens: ArrayLike, **options: float) -> 
 def perplexity_difference(first: ArrayLike, second: ArrayLike, tokens: ArrayLike, **options: float) -> Interval:
     """Difference of two corpus perplexities on the same items and tokens, with its paired interval."""
     return bootstrap(lambda a, b, n: np.exp(a / n) - np.exp(b / n), first, second, tokens, **options)  # type: ignore[arg-type]
+
+
+def jackknife_interval(value: float, without: ArrayLike) -> Interval:
+    """Interval of a figure that is no function of sums over items, such as Distinct, or of the difference of two such figures.
+
+    The bootstrap cannot be used for Distinct: a resample holds the same reply several times, so that it is less varied than
+    any sample. The standard error is the jackknife's, and the interval is the normal one.
+
+    Args:
+        value: the figure of all items.
+        without: `[n]` the figure of all items but one, for each item.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    values = np.asarray(without, np.float64)
+    if not (math.isfinite(value) and np.isfinite(values).all()):
+        raise ValueError("a figure is not a finite number.")
+    number = len(values)
+    if number < 2:
+        return Interval(value, None, None)
+    error = 1.959964 * math.sqrt((number - 1) * float(values.var()))
+    return Interval(value, value - error, value + error)
+
+
+def normal_p(interval: Interval) -> float:
+    """Two-sided p-value of a figure being 0, from its normal 95% interval; 1 where there is no interval."""
+    if interval.low is None or interval.high is None:
+        return 1.0
+    error = (interval.high - interval.low) / (2 * 1.959964)
+    if error == 0:
+        return 1.0 if interval.value == 0 else 0.0
+    return math.erfc(abs(interval.value) / error / math.sqrt(2))
+
+
+def sign_flip_p(differences: ArrayLike, *, draws: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of the mean of paired differences being 0: the paired permutation test.
+
+    If two systems are equally good, each item's difference has either sign with the same probability.
+
+    Args:
+        differences: `[n]` differences, item by item.
+        draws: number of random choices of all signs; if there are no more choices than that, each is taken once, and the
+            p-value is exact. Otherwise it is at least 1 / (draws + 1).
+        seed: seed of the choices.
+
+    Raises:
+        ValueError: a difference is not finite.
+    """
+    every = np.asarray(differences, np.float64)
+    if not np.isfinite(every).all():
+        raise ValueError("a difference is not a finite number.")
+    values = every[every != 0]
+    number = len(values)
+    if not number:
+        return 1.0
+    least = abs(values.sum()) * (1 - 1e-12)  # sums in another order differ by rounding
+    if 2**number <= draws:
+        signs = 1.0 - 2.0 * (np.arange(2**number)[:, None] >> np.arange(number) & 1)
+        return float((abs(signs @ values) >= least).mean())
+    random = np.random.default_rng(seed)
+    extreme = 0
+    for start in range(0, draws, 250):
+        signs = 1.0 - 2.0 * random.integers(2, size=(min(250, draws - start), number))
+        extreme += int((abs(signs @ values) >= least).sum())
+    return (1 + extreme) / (1 + draws)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of several tests by Holm's method (1979), in the order in which they are given.
+
+    A test whose adjusted p-value is at most .05 stays significant if the probability of any false one shall be at most .05.
+    """
+    order = np.argsort(p_values, kind="stable").tolist()
+    adjusted = [0.0] * len(order)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted

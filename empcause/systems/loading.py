@@ -21,6 +21,7 @@ SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     EmpDGConfig.model_type: lambda folder, _: EmpDGSystem(folder),
     EmpDGRanking.model_type: lambda folder, _: EmpDGRanking(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
+    GEEConfig.model_type: lambda folder, _: GEESystem(folder),
     RecECConfig.model_type: RecECSystem,
     GEEConfig.model_type: lambda folder, _: GEESystem(folder),
 }

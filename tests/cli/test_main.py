@@ -20,7 +20,8 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"\n    {name} " in shown for name in cli.COMMANDS)
+    listed = [line.split()[0] for line in shown.splitlines() if line[:4].isspace() and line[4:5].strip()]
+    assert set(cli.COMMANDS) <= set(listed)
 
 
 HELP = """

@@ -8,9 +8,13 @@ import pytest
 from empcause.evaluation.significance import (
     bootstrap,
     difference_interval,
+    holm,
+    jackknife_interval,
     mean_interval,
+    normal_p,
     perplexity_difference,
     perplexity_interval,
+    sign_flip_p,
 )
 
 
@@ -46,3 +50,48 @@ class TestSignificance:
         assert mean_interval([1.0, 2.0, 4.0]) == mean_interval([1.0, 2.0, 4.0])
         with pytest.raises(ValueError, match="at least one item"):
             bootstrap(lambda sums: sums, [])
+
+
+class TestTests:
+    def test_sign_flips_of_a_few_items_are_counted(self):
+        """Four differences of one sign: only all plus and all minus are as far from 0, 2 of 16."""
+        assert sign_flip_p([2 / 3, 1 / 3, 1 / 3, 0, 2 / 3]) == 0.125
+        assert sign_flip_p([0.0, 0.0]) == 1
+        assert sign_flip_p([1.0, -1.0]) == 1
+
+    def test_sign_flips_match_scipy(self):
+        stats = pytest.importorskip("scipy.stats")
+        values = np.random.default_rng(0).normal(0.1, 1, 200)
+        theirs = stats.permutation_test(
+            (values, np.zeros(200)),
+            lambda a, b: np.mean(a - b),
+            permutation_type="samples",
+            rng=np.random.default_rng(1),
+        )
+        assert sign_flip_p(values) == pytest.approx(theirs.pvalue, abs=0.02)
+
+    def test_sign_flips_are_right_where_nothing_differs(self):
+        """Without a difference, a p-value is at most .1 in a tenth of the experiments."""
+        random = np.random.default_rng(0)
+        found = np.array([sign_flip_p(random.normal(0, 1, 30), draws=400) for _ in range(400)])
+        assert (found <= 0.1).mean() == pytest.approx(0.1, abs=0.04)
+
+    def test_holm(self):
+        assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+        assert holm([0.6, 0.7]) == [1, 1]
+        assert holm([]) == []
+
+    def test_jackknife_of_a_mean_is_its_standard_error(self):
+        values = np.random.default_rng(0).normal(2, 3, 50)
+        without = (values.sum() - values) / 49
+        interval = jackknife_interval(values.mean(), without)
+        error = values.std(ddof=1) / math.sqrt(50)
+        assert interval.high - interval.value == pytest.approx(1.96 * error, rel=1e-4)
+        assert normal_p(interval) == pytest.approx(math.erfc(values.mean() / error / math.sqrt(2)), rel=1e-3)
+        assert jackknife_interval(1.0, [0.5]) == (1.0, None, None)
+
+    def test_figures_that_are_not_finite(self):
+        with pytest.raises(ValueError, match="a difference is not a finite number"):
+            sign_flip_p([1.0, math.nan])
+        with pytest.raises(ValueError, match="a figure is not a finite number"):
+            jackknife_interval(1.0, [math.inf])
