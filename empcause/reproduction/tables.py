@@ -286,10 +286,10 @@ TABLES = {
                 view={"model_type": "empdg_ranking", "fill": True},
             ),
             "empdg-attention": Row(
-                "EmpDG, emotion words by attention, then others",
+                "EmpDG, content words by attention",
                 "EmpDG (paper)",
                 "empdg",
-                view={"model_type": "empdg_ranking", "ranking": "attention", "fill": True},
+                view={"model_type": "empdg_ranking", "ranking": "context"},
             ),
             "attention": Row("RoBERTa_Att", "RoBERTa_Att (paper)", "attention"),
             "gee": Row("GEE", "GEE (paper)", "gee"),

@@ -136,7 +136,9 @@ class EmpDGSystem:
             output = self.model.generate(
                 encoder_outputs=self._contexts(batch),
                 extra_words=batch["extra_words"],
-                decoder_input_ids=torch.full((len(indices), 1), self.model.config.decoder_start_token_id),
+                decoder_input_ids=torch.full(
+                    (len(indices), 1), self.model.config.decoder_start_token_id, device=self.model.device
+                ),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=False,
