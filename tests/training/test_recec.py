@@ -186,6 +186,12 @@ def test_as_published(tmp_path, monkeypatch):
     assert tokenizer.unk_token not in once
 
 
+def test_the_published_hard_gate_keeps_no_best_generator(tmp_path):
+    assert not arguments(tmp_path, published=True, gate="hard").load_best_model_at_end
+    assert arguments(tmp_path, published=True).load_best_model_at_end
+    assert arguments(tmp_path, gate="hard").load_best_model_at_end
+
+
 class Overlap:
     """Stands in for BERTScore: its F falls from call to call."""
 
