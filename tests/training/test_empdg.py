@@ -1,6 +1,9 @@
 """EmpDG's training on the embedded sample: it learns, overfits, and resumes to the same weights."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,28 @@ def test_accumulated_batches_sum_as_one(tmp_path):
     train_empdg(arguments(tmp_path / "one", per_device_train_batch_size=16, **options))
     train_empdg(arguments(tmp_path / "two", per_device_train_batch_size=8, gradient_accumulation_steps=2, **options))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Twenty dialogues are five batches, which two processes cannot share evenly."""
+    options = {
+        "data": "sample",
+        "emotion_lexicon": tmp_path / "words.txt",
+        "max_train_samples": 20,
+        "max_eval_samples": 2,
+    }
+    options |= TINY | {"optim": "sgd", "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    options |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "max_steps": 4}
+    options |= {"per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "empcause", "train", "empdg", *words, "--output_dir", str(tmp_path / "two")]
+    subprocess.run([*torchrun, *command], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    words += ["--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
+    assert main(["train", "empdg", *words]) == 0
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, atol=1e-6, rtol=1e-5)
 

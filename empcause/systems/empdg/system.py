@@ -57,26 +57,35 @@ class EmpDGSystem:
             "attention": "by the attention to them",
         }
         rest = ", then other content words in random order" if config.fill else ""
-        self.note = f"without discriminators; its causes are emotion words {orders[config.ranking]}{rest}"
+        self.note = (
+            f"without discriminators, with {config.vocab_size:,} words; its causes are emotion words "
+            f"{orders[config.ranking]}{rest}"
+        )
 
     @property
     def emotions(self) -> tuple[str, ...]:
         """Names of the emotions that it knows, by their ids."""
         return self.model.emotions
 
-    @torch.inference_mode()
     def read(self, texts: Sequence[str], words: Sequence[Sequence[Word]], batch_size: int) -> list[Reading]:
         """Emotions of texts, each read as one turn of the speaker, and the ranks of their words (see `Reads`)."""
-        encoded = self.encode([Dialogue((text,), (SPEAKER,)) for text in texts])
+        return self.read_dialogues([Dialogue((text,), (SPEAKER,)) for text in texts], words, batch_size)
+
+    @torch.inference_mode()
+    def read_dialogues(
+        self, dialogues: Sequence[Dialogue], words: Sequence[Sequence[Word]], batch_size: int
+    ) -> list[Reading]:
+        """Emotions of dialogues and the ranks of their words (see `ReadsDialogues`)."""
+        encoded = self.encode([replace(dialogue, response="") for dialogue in dialogues])
         found: dict[int, Reading] = {}
         for indices, batch in _batches(self.model, encoded, batch_size):
             output = self._contexts(batch)
             probs = output.emotion_logits.float().softmax(-1).cpu().numpy()  # type: ignore[union-attr]
             attention = output.emotion_attention.float().cpu().numpy()  # type: ignore[union-attr]
             for row, index in enumerate(indices):
-                word_probs = self._rank(texts[index], words[index], encoded[index], attention[row, 1:])
-                found[index] = Reading(probs[row], word_probs)
-        return [found[index] for index in range(len(texts))]
+                ranks = self._rank(dialogues[index].text, words[index], encoded[index], attention[row, 1:])
+                found[index] = Reading(probs[row], ranks)
+        return [found[index] for index in range(len(dialogues))]
 
     def _rank(
         self, text: str, words: Sequence[Word], encoded: EncodedPair, attention: NDArray[np.float32]
