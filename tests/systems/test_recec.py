@@ -333,6 +333,8 @@ class TestModel:
     def test_the_reasoner_gets_no_gradient(self, tokenizer, pairs):
         for options in ({}, {"gate": "hard"}, {"published": True}):
             model = make(tokenizer, **options).train()
+            assert not any(value.requires_grad for value in model.encoder.reasoner.parameters())
+            model.requires_grad_(True)  # as after `from_pretrained`
             model(**make_batch(model, tokenizer, pairs[:4])).loss.backward()
             parts = {name: value.grad is not None for name, value in model.named_parameters()}
             assert {name for name, has in parts.items() if not has} == {
