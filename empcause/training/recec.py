@@ -455,7 +455,7 @@ def encode_pairs(
     if dropped or cut:
         logger.warning(
             f"{dropped} oldest turns and the ends of {cut} responses of {len(pairs)} dialogues did not fit into "
-            f"{config.max_length} tokens."
+            f"{config.max_tokens} tokens."
         )
     return encoded
 
