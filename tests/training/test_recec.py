@@ -271,6 +271,12 @@ def test_refused_options(options, message, tmp_path):
         arguments(tmp_path, **options)
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(RecECTrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(UserError, match="RecEC is trained in one process; start the command without torchrun"):
+        arguments(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["soft", "hard"])
 def test_it_learns_32_pairs_by_heart(gate, tmp_path):
