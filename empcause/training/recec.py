@@ -183,6 +183,8 @@ class RecECTrainingArguments(StageTrainingArguments):
 
     def __post_init__(self) -> None:
         self.higher_is_better = str(self.metric_for_best_model).removeprefix("eval_") == "bertscore_f"  # type: ignore[misc]
+        if self.published and self.gate == "hard":
+            self.load_best_model_at_end = False  # the published code forgets the best figure after every epoch
         super().__post_init__()
         if self.world_size > 1:
             raise UserError("RecEC is trained in one process; start the command without torchrun.")
@@ -453,7 +455,7 @@ def encode_pairs(
     if dropped or cut:
         logger.warning(
             f"{dropped} oldest turns and the ends of {cut} responses of {len(pairs)} dialogues did not fit into "
-            f"{config.max_length} tokens."
+            f"{config.max_tokens} tokens."
         )
     return encoded
 

@@ -13,6 +13,7 @@ from empcause.data import emotion_id, load_dialogues, response_pairs
 from empcause.data.batching import PaddedBatchSampler
 from empcause.errors import UserError
 from empcause.systems.recec import answer_pairs, encode_pair, load_reasoner, load_recec, pair_nll, read_pairs
+from empcause.systems.vocabulary import train_word_tokenizer
 from empcause.training import recec
 from empcause.training.recec import RecECTrainingArguments, load_training_data, train_recec
 
@@ -186,6 +187,12 @@ def test_as_published(tmp_path, monkeypatch):
     assert tokenizer.unk_token not in once
 
 
+def test_the_published_hard_gate_keeps_no_best_generator(tmp_path):
+    assert not arguments(tmp_path, published=True, gate="hard").load_best_model_at_end
+    assert arguments(tmp_path, published=True).load_best_model_at_end
+    assert arguments(tmp_path, gate="hard").load_best_model_at_end
+
+
 class Overlap:
     """Stands in for BERTScore: its F falls from call to call."""
 
@@ -215,6 +222,21 @@ def test_causes_of_an_extractor(small_extractor, tmp_path):
     train_recec(arguments(tmp_path, **options))
     model, _ = load_recec(tmp_path)
     assert model.config.causes == "extractor"
+
+
+def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(recec.logger, "warning", said.append)
+    args = arguments(tmp_path, max_length=12)
+    pairs = load_training_data(args).train
+    tokenizer = train_word_tokenizer(pairs[0].turns, recec.SPECIAL_TOKENS, min_count=1)
+    encoded = recec.encode_pairs(tokenizer, pairs, recec.make_config(args, tokenizer, ("sad",)))
+    assert max(len(each) for each in encoded) == 12
+    dropped, cut = sum(each.dropped_turns for each in encoded), sum(each.cut_response for each in encoded)
+    assert dropped
+    assert said == [
+        f"{dropped} oldest turns and the ends of {cut} responses of 48 dialogues did not fit into 12 tokens."
+    ]
 
 
 def test_given_word_vectors(trained, tmp_path):
@@ -247,6 +269,12 @@ def test_given_word_vectors(trained, tmp_path):
 def test_refused_options(options, message, tmp_path):
     with pytest.raises((UserError, ValueError), match=message):
         arguments(tmp_path, **options)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(RecECTrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(UserError, match="RecEC is trained in one process; start the command without torchrun"):
+        arguments(tmp_path)
 
 
 @pytest.mark.slow

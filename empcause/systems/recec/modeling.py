@@ -175,8 +175,13 @@ class RecECReasoner(RecECPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if self.config.published and module is self.words:
+        if module is not self.words:
+            return
+        if self.config.published:
             init.uniform_(module.weight)
+        else:
+            # Words are added to positions, whose numbers are sines: beside smaller words the emotion is not learned for long.
+            init.normal_(module.weight)
 
     @property
     def emotions(self) -> tuple[str, ...]:

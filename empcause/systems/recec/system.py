@@ -170,8 +170,8 @@ def read_pairs(
         batch_size: contexts per batch; batches hold contexts of similar length.
 
     Returns:
-        Per context `[E]` float32 probabilities of the emotions, and `[S]` float32 cause probabilities of the tokens, 0 at the
-        class token.
+        Per context `[E]` float32 probabilities of the emotions, and `[S]` float32 cause probabilities of the tokens, special
+        tokens included.
 
     Raises:
         UserError: the reasoner's probabilities are not finite.
@@ -187,7 +187,6 @@ def read_pairs(
         if not (np.isfinite(emotion_probs).all() and np.isfinite(cause_probs).all()):
             raise UserError(_DIVERGED)
         for row, index in enumerate(indices):
-            cause_probs[row, 0] = 0
             found[index] = emotion_probs[row], cause_probs[row, : len(encoded[index].input_ids)]
     reasoner.train(was_training)
     return [found[index] for index in range(len(encoded))]
