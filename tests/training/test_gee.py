@@ -89,7 +89,7 @@ def test_it_learns_32_situations_by_heart(base, few, tmp_path):
             "decoder_attention_heads=4,encoder_ffn_dim=128,decoder_ffn_dim=128,max_position_embeddings=128,init_std=0.1,dropout=0",
         },
     }["causal" if "gpt2" in base.name else "seq2seq"]
-    options = {"model_name_or_path": None, "tokenizer_name": str(base), "max_steps": 100, "learning_rate": 5e-3}
+    options = {"model_name_or_path": None, "tokenizer_name": str(base), "max_steps": 200, "learning_rate": 5e-3}
     options["logging_steps"] = 50
     metrics = train_gee(arguments(base, tmp_path, **(options | sizes | UNWATCHED)))
     assert metrics["nll_per_token"] < 0.1
