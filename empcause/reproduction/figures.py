@@ -132,7 +132,7 @@ def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
     if task == "extractor":
         return {name: mean_of(values) for name, values in means.items()}
     figures: dict[str, Figure] = {
-        name: mean_of(values) for name, values in means.items() if name not in ("nll", "tokens", "bytes")
+        name: mean_of(values) for name, values in means.items() if name not in ("nll", "tokens", "bytes", "unknown")
     }
     if "nll" in means:
         figures["perplexity"] = Ratio(means["nll"], means["tokens"], np.exp, saved[0]["scored"])
@@ -149,3 +149,18 @@ def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
                 float(np.mean([one.value for one in each])), np.mean([one.without for one in each], axis=0)
             )
     return figures
+
+
+def read_vocabulary(folder: Path) -> dict[str, Any] | None:
+    """Read which vocabulary of words a system scored responses with.
+
+    Args:
+        folder: output folder of an evaluation.
+
+    Returns:
+        `size` in tokens, and `unknown_share`, the share of unknown words among the scored tokens; None for a system without one.
+    """
+    saved = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+    if saved.get("vocab_size") is None:
+        return None
+    return {"size": saved["vocab_size"], "unknown_share": sum(saved["unknown"]) / sum(saved["tokens"])}

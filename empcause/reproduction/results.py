@@ -15,7 +15,7 @@ from empcause.evaluation.significance import Interval, holm
 from empcause.evaluation.tables import markdown_table
 from empcause.files import write_text
 from empcause.metrics import RECALL_CUTS, score_causes
-from empcause.reproduction.figures import Figure, Ratio, Variety, mean_of, read_figures
+from empcause.reproduction.figures import Figure, Ratio, Variety, mean_of, read_figures, read_vocabulary
 from empcause.reproduction.folder import versions
 from empcause.reproduction.tables import (
     CEILING,
@@ -70,6 +70,7 @@ def write_results(
             "title": table.rows[key].title,
             "seeds": list(by_seed),
             "replies": len(replies.without) if isinstance(replies, Variety) else 0,
+            "vocabulary": read_vocabulary(next(iter(made[key].values()))) if key in made else None,
             "figures": {column: list(figure.interval()) for column, figure in shown.items()},
             "by_seed": {
                 column: [each[column].value for each in by_seed.values()] if len(by_seed) > 1 else []
@@ -187,12 +188,7 @@ def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
         seeds = len(measured["seeds"])
         figures = measured["figures"]
         here = f"{row.title}, here{f' (mean of {seeds} seeds)' if seeds > 1 else ''}" if row.system else row.title
-        shown = [
-            f"{'at least ' if _is_bound(table, key, column) else ''}{Interval(*figures[column])}"
-            if column in figures
-            else "–"
-            for column in table.columns
-        ]
+        shown = [_figure(table, key, column, measured) if column in figures else "–" for column in table.columns]
         lines.append([here, *shown, _ended(results["systems"].get(key))])
         if seeds > 1:
             spread = [measured["by_seed"].get(column, []) for column in table.columns]
@@ -209,6 +205,16 @@ def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
             ]
             lines.append(["minus the best baseline", *shown, ""])
     return lines
+
+
+def _figure(table: Table, key: str, column: str, measured: Mapping[str, Any]) -> str:
+    """A measured figure with its interval, and beside it what bounds or flatters it."""
+    text = str(Interval(*measured["figures"][column]))
+    if _is_bound(table, key, column):
+        return f"at least {text}"
+    if column == "perplexity" and (vocabulary := measured["vocabulary"]):
+        return f"{text} ({vocabulary['size']:,} words, {vocabulary['unknown_share']:.1%} unknown)"
+    return text
 
 
 def _ended(system: Mapping[str, Any] | None) -> str:
@@ -244,8 +250,9 @@ def _markdown(table: Table, name: str, results: Mapping[str, Any]) -> str:
         parts.append(
             f"At most {replies} replies per row, to the same contexts. Perplexities and bits per byte are of all responses. "
             "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies. A "
-            "system with a vocabulary of words predicts an unknown word as such, which flatters its perplexity and bounds its "
-            "bits per byte."
+            "system with a vocabulary of words predicts all unknown words as one token, which flatters its perplexity and bounds "
+            "its bits per byte; the size of the vocabulary and the share of unknown words among the scored tokens stand beside "
+            "the perplexity."
         )
     parts.append(f"Made by {code(results['command'])}.")
     return "\n\n".join(parts) + "\n"

@@ -26,7 +26,7 @@ from empcause.reproduction import SIZES, TABLES, reproduce, running, write_score
 from empcause.reproduction.cases import Answer, Case, answer_cases, choose_cases, marked_parts, to_html, to_markdown
 from empcause.reproduction.figures import Ratio, read_figures, variety
 from empcause.reproduction.folder import code_digests
-from empcause.reproduction.results import rank_without_system, read_results
+from empcause.reproduction.results import rank_without_system, read_results, write_results
 from empcause.reproduction.scorecard import Reason, judge, score
 from empcause.reproduction.tables import (
     CEILING,
@@ -388,6 +388,30 @@ class TestRuns:
         assert {"empcause/training/extractor.py", "empcause/training/common.py", "empcause/data/words.py"} <= set(code)
         assert "empcause/cli/main.py" not in code
         assert "empcause/reproduction/running.py" not in code
+
+
+def test_the_vocabulary_stands_beside_the_perplexity(tmp_path):
+    """A system that knows few words predicts the unknown word often, and that is easy."""
+    made = {}
+    for key, words in (
+        ("recec", {"vocab_size": 11193, "unknown": [1, 2]}),
+        ("gpt2", {"vocab_size": None, "unknown": []}),
+    ):
+        folder = tmp_path / key
+        folder.mkdir()
+        items = {"scored": key, "ids": ["a", "b"], "nll": [20.0, 30.0], "tokens": [10, 14], "bytes": [40, 50]} | words
+        (folder / "items.json").write_text(json.dumps(items))
+        (folder / "responses.json").write_text("[]")
+        made[key] = {42: folder}
+    about = {"size": "smoke", "command": "c", "data": {"name": "n"}, "evaluation": {}, "systems": {}}
+    write_results(tmp_path, "table7", about, made, [])
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("% unknown") == 1
+    (line,) = (line for line in table.splitlines() if line.startswith("| RecEC, here"))
+    assert line.split(" | ")[1].endswith("(11,193 words, 12.5% unknown)")
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows["recec"]["vocabulary"] == {"size": 11193, "unknown_share": 0.125}
+    assert rows["gpt2"]["vocabulary"] is None
 
 
 class TestScorecard:

@@ -13,7 +13,7 @@ from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
-from empcause.systems import Answers, Reads, ReadsDialogues, Scores, load_system
+from empcause.systems import Answers, Reads, ReadsDialogues, Scores, ScoresWords, load_system
 from empcause.systems.recec import (
     RecEC,
     RecECConfig,
@@ -401,6 +401,13 @@ class TestSystem:
         scores = system.score(encoded, 2)
         assert [tokens for _, tokens in scores] == [len(target) for target in system.targets(pairs[:3])]
         assert all(nll > 0 for nll, _ in scores)
+
+    def test_unknown_words_are_told(self, folder):
+        system = load_system(folder())
+        assert isinstance(system, ScoresWords)
+        assert system.vocab_size == len(system.tokenizer)
+        (target,) = system.targets([Dialogue(("A xylophone.",), (SPEAKER,), response="xylophone quux")])
+        assert target == [system.unknown_id, system.unknown_id, system.tokenizer.eos_token_id]
 
     def test_turns_matter(self, folder, pairs):
         """Of a dialogue the reasoner reads what it was trained on, with the separators of its turns."""
