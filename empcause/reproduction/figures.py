@@ -116,12 +116,12 @@ def variety(responses: Sequence[str], n: int) -> Variety:
 def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
     """Read the figures that the evaluations of a row saved.
 
-    Of several seeds, each item counts with the mean of its values over the seeds (its mean NLL, for a perplexity), and Distinct
-    is the mean of the seeds' values.
+    Of several evaluations, each item counts with the mean of its values over them (its mean NLL, for a perplexity), and Distinct
+    is the mean of their values.
 
     Args:
         task: "extractor" or "generator", what was evaluated.
-        folders: output folders of the evaluations of one row on the same items, one per seed.
+        folders: output folders of the evaluations of one row on the same items, one per seed and view.
 
     Returns:
         Figures by column; what the system cannot do is missing.
