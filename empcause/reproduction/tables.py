@@ -226,7 +226,8 @@ class Row:
         selected_on_test: whether its model was selected on the test split, so that it is no baseline.
         views: the config.json of folders made by hand, which name the system's folder under the system's name and say what is
             otherwise; the row's figures are means over them. Empty: the system as it was trained.
-        without: columns in which it has no figure of its own, because another system beside it finds the emotions.
+        without: columns in which it has no figure of its own, because another system beside it finds the emotions, or because
+            they are those of another row.
     """
 
     title: str
@@ -333,6 +334,12 @@ TABLES = {
         rows={
             "empdg": Row("EmpDG", "EmpDG (paper)", "empdg"),
             "recec": Row("RecEC", "RecEC (paper)", "recec"),
+            "recec-greedy": Row(
+                "RecEC, greedy replies",
+                system="recec",
+                views=({"model_type": "recec_greedy"},),
+                without=("perplexity", "bits_per_byte", "emotion_accuracy"),
+            ),
             "gpt2": Row("GPT2", "GPT2 (paper)", "gpt2", without=("emotion_accuracy",)),
             "ecg": Row("ECG (ours)", "ECG (paper)", "ecg", ours=True),
         },
