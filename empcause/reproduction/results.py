@@ -216,7 +216,7 @@ def _figure(table: Table, key: str, column: str, measured: Mapping[str, Any]) ->
     if _is_bound(table, key, column):
         return f"at least {text}"
     if column == "perplexity" and (vocabulary := measured["vocabulary"]):
-        return f"{text} ({vocabulary['size']:,} words, {vocabulary['unknown_share']:.1%} unknown)"
+        return f"{text} (vocabulary of {vocabulary['size']:,}, {vocabulary['unknown_share']:.1%} unknown words)"
     return text
 
 

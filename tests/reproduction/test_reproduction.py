@@ -441,7 +441,7 @@ def test_the_vocabulary_stands_beside_the_perplexity(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table.count("% unknown") == 1
     (line,) = (line for line in table.splitlines() if line.startswith("| RecEC, here"))
-    assert line.split(" | ")[1].endswith("(11,193 words, 12.5% unknown)")
+    assert line.split(" | ")[1].endswith("(vocabulary of 11,193, 12.5% unknown words)")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows["recec"]["vocabulary"] == {"size": 11193, "unknown_share": 0.125}
     assert rows["gpt2"]["vocabulary"] is None
