@@ -1,7 +1,7 @@
 """Training GEE: a language model learns the situations of each emotion, without any label of a cause."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -218,7 +218,7 @@ def _check_causal(model: GEE, tokenizer: PreTrainedTokenizerBase) -> None:
     config = model.config
     prompt = encode_prompt(config, tokenizer, config.emotions[0])
     situation = encode_situation(config, tokenizer, "It was the last day of the year.")
-    other = situation._replace(ids=np.append(situation.ids[:-1], situation.ids[0]))
+    other = replace(situation, ids=np.append(situation.ids[:-1], situation.ids[0]))
     first, second = label_nll(model, tokenizer, [make_item(config, prompt, each) for each in (situation, other)], 2)
     if not np.allclose(first[:-1], second[:-1], rtol=1e-6, atol=1e-6):  # of a new model, the change is small too
         raise UserError(
