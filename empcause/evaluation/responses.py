@@ -35,7 +35,7 @@ from empcause.metrics import (
     perplexity,
 )
 from empcause.ranges import COUNT, SEED, check_values
-from empcause.systems import Answers, Encoded, Reading, Reads, Scores, System, load_system
+from empcause.systems import Answers, Encoded, Reading, Reads, Scores, ScoresWords, System, load_system
 from empcause.text import code, markdown
 
 logger = logging.get_logger(__name__)
@@ -97,8 +97,9 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
         options: the options.
 
     Returns:
-        Every figure by name (`nll_per_word` in nats, accuracy and Distinct in [0, 1]), and `intervals`: (low, high) by name. The
-        emotion accuracy is missing if the system finds no emotions or knows others than the data.
+        Every figure by name (`nll_per_word` in nats, accuracy, Distinct and `unknown_share` in [0, 1]), and `intervals`: (low,
+        high) by name. The emotion accuracy is missing if the system finds no emotions or knows others than the data, and
+        `vocab_size` and `unknown_share` if it scores no words of a vocabulary (`ScoresWords`).
 
     Raises:
         UserError: data, model or a library are missing, the model neither scores nor answers, or `output_dir` is the model's
@@ -134,7 +135,8 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
         raise UserError(f"{options.model} scores no responses, and scores are what --compare compares.")
     if options.bertscore_model and not isinstance(system, Answers):
         raise UserError(f"{options.model} answers no dialogues, and answers are what --bertscore_model compares.")
-    scored = digest(identities, system.targets(pairs) if isinstance(system, Scores) else [])
+    targets = system.targets(pairs) if isinstance(system, Scores) else []
+    scored = digest(identities, targets)
     earlier = read_items(options.compare, scored, ["nll"])
     number = len(pairs) if options.max_generated is None else min(options.max_generated, len(pairs))
     folder = Path(options.output_dir)
@@ -146,6 +148,9 @@ def evaluate_responses(options: EvaluateResponsesOptions) -> dict[str, Any]:
     }
     with evaluating_in(folder, "empcause evaluate generator", subject, options.overwrite_output_dir) as saved:
         predictions = _predict(system, pairs, number, options, bertscore, saved)
+        if isinstance(system, ScoresWords):
+            unknown = np.array([target.count(system.unknown_id) for target in targets])
+            predictions = replace(predictions, unknown=unknown, vocab_size=system.vocab_size)
         results = _Results(data, len(everything), scored, system, predictions, emotion_ids, no_accuracy, bertscore)
         return _judge(options, results, earlier)
 
@@ -170,6 +175,8 @@ class _Predictions:
     encoded: Sequence[Encoded] = ()
     nll: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    unknown: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # unknown words of each response
+    vocab_size: int | None = None
     responses: Sequence[str] = ()
     bertscores: dict[str, NDArray] = field(default_factory=dict)
 
@@ -266,8 +273,10 @@ def _judge(
 
     folder = Path(options.output_dir)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    items = {"nll": predictions.nll, "tokens": predictions.tokens, "emotion_accuracy": correct} | predictions.bertscores
+    items = {"nll": predictions.nll, "tokens": predictions.tokens, "unknown": predictions.unknown}
+    items |= {"emotion_accuracy": correct} | predictions.bertscores
     values: dict[str, Any] = {"scored": results.scored} | {name: array.tolist() for name, array in items.items()}
+    values["vocab_size"] = predictions.vocab_size
     values["ids"] = [f"{pair.conv_id}:{len(pair.turns)}" for pair in predictions.pairs]
     values["bytes"] = [] if metrics.get("bits_per_byte") is None else [len(ref.encode()) for ref in references]
     write_text(folder / "items.json", json.dumps(values))
@@ -304,6 +313,9 @@ def _score(
             "nll_per_word": None if in_part else nll_per_word(nll, references),
             "bits_per_byte": None if in_part else bits_per_byte(nll, references),
         }
+    if predictions.vocab_size is not None:
+        metrics["vocab_size"] = predictions.vocab_size
+        metrics["unknown_share"] = float(predictions.unknown.sum() / tokens.sum())
     emotion_probs = [each.emotion_probs for each in predictions.found if each.emotion_probs is not None]
     correct = np.zeros(0)
     if emotion_probs and emotion_ids:
@@ -356,6 +368,11 @@ def _report(
             ["figure", "value"], [[name.replace("_", " "), format_figure(figures.get(name))] for name in others]
         ),
     ]
+    if "vocab_size" in figures:
+        parts.append(
+            f"The vocabulary has {figures['vocab_size']:,} tokens, and {figures['unknown_share']:.1%} of the scored tokens are "
+            "unknown words, all of which are predicted as one token: that flatters perplexity and bits per byte."
+        )
     if results.no_accuracy:
         parts.append(markdown(results.no_accuracy))
     if shortened:

@@ -116,12 +116,12 @@ def variety(responses: Sequence[str], n: int) -> Variety:
 def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
     """Read the figures that the evaluations of a row saved.
 
-    Of several seeds, each item counts with the mean of its values over the seeds (its mean NLL, for a perplexity), and Distinct
-    is the mean of the seeds' values.
+    Of several evaluations, each item counts with the mean of its values over them (its mean NLL, for a perplexity), and Distinct
+    is the mean of their values.
 
     Args:
         task: "extractor" or "generator", what was evaluated.
-        folders: output folders of the evaluations of one row on the same items, one per seed.
+        folders: output folders of the evaluations of one row on the same items, one per seed and view.
 
     Returns:
         Figures by column; what the system cannot do is missing.
@@ -132,7 +132,7 @@ def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
     if task == "extractor":
         return {name: mean_of(values) for name, values in means.items()}
     figures: dict[str, Figure] = {
-        name: mean_of(values) for name, values in means.items() if name not in ("nll", "tokens", "bytes")
+        name: mean_of(values) for name, values in means.items() if name not in ("nll", "tokens", "bytes", "unknown")
     }
     if "nll" in means:
         figures["perplexity"] = Ratio(means["nll"], means["tokens"], np.exp, saved[0]["scored"])
@@ -149,3 +149,18 @@ def read_figures(task: str, folders: Sequence[Path]) -> dict[str, Figure]:
                 float(np.mean([one.value for one in each])), np.mean([one.without for one in each], axis=0)
             )
     return figures
+
+
+def read_vocabulary(folder: Path) -> dict[str, Any] | None:
+    """Read which vocabulary of words a system scored responses with.
+
+    Args:
+        folder: output folder of an evaluation.
+
+    Returns:
+        `size` in tokens, and `unknown_share`, the share of unknown words among the scored tokens; None for a system without one.
+    """
+    saved = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+    if saved.get("vocab_size") is None:
+        return None
+    return {"size": saved["vocab_size"], "unknown_share": sum(saved["unknown"]) / sum(saved["tokens"])}

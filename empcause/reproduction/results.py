@@ -15,7 +15,7 @@ from empcause.evaluation.significance import Interval, holm
 from empcause.evaluation.tables import markdown_table
 from empcause.files import write_text
 from empcause.metrics import RECALL_CUTS, score_causes
-from empcause.reproduction.figures import Figure, Ratio, Variety, mean_of, read_figures
+from empcause.reproduction.figures import Figure, Ratio, Variety, mean_of, read_figures, read_vocabulary
 from empcause.reproduction.folder import versions
 from empcause.reproduction.tables import (
     CEILING,
@@ -36,7 +36,7 @@ def write_results(
     folder: Path,
     name: str,
     about: Mapping[str, Any],
-    made: Mapping[str, Mapping[int, Path]],
+    made: Mapping[str, Mapping[int, Sequence[Path]]],
     annotations: Sequence[CauseAnnotation],
 ) -> None:
     """Compute a table of what was evaluated, and write `results.json`, `table.md` and `table.tex`.
@@ -45,31 +45,33 @@ def write_results(
         folder: where they are written.
         name: name of the table.
         about: what else stands in the results: which data, systems and options they are of.
-        made: folders of evaluations, by row and seed.
+        made: folders of evaluations, by row and seed; several are of several views of the same trained system.
         annotations: the annotated situations that were tested; none for a table of responses.
     """
     table = TABLES[name]
     figures: dict[str, dict[str, Figure]] = {}
     for key, row in table.rows.items():
         if row.system and key in made:
-            found = read_figures(table.task, [made[key][seed] for seed in sorted(made[key])])
+            found = read_figures(table.task, [folder for seed in sorted(made[key]) for folder in made[key][seed]])
             figures[key] = {column: found[column] for column in found.keys() - row.without}
         elif not row.system:
             figures[key] = rank_without_system(key, annotations)
     ids = [each.conv_id for each in annotations]
     if not ids and made:
-        first = next(iter(next(iter(made.values())).values()))
+        first = next(iter(next(iter(made.values())).values()))[0]
         ids = json.loads((first / "items.json").read_text(encoding="utf-8"))["ids"]
     compared = _compare(table, figures)
     rows = {}
     for key, columns in figures.items():
         shown = {column: columns[column] for column in table.columns if column in columns}
         replies = columns.get("distinct_1")
-        by_seed = {seed: read_figures(table.task, [path]) for seed, path in sorted(made.get(key, {}).items())}
+        by_seed = {seed: read_figures(table.task, paths) for seed, paths in sorted(made.get(key, {}).items())}
         rows[key] = {
             "title": table.rows[key].title,
             "seeds": list(by_seed),
+            "views": len(table.rows[key].views) or 1,
             "replies": len(replies.without) if isinstance(replies, Variety) else 0,
+            "vocabulary": read_vocabulary(next(iter(made[key].values()))[0]) if key in made else None,
             "figures": {column: list(figure.interval()) for column, figure in shown.items()},
             "by_seed": {
                 column: [each[column].value for each in by_seed.values()] if len(by_seed) > 1 else []
@@ -186,13 +188,10 @@ def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
             continue
         seeds = len(measured["seeds"])
         figures = measured["figures"]
-        here = f"{row.title}, here{f' (mean of {seeds} seeds)' if seeds > 1 else ''}" if row.system else row.title
-        shown = [
-            f"{'at least ' if _is_bound(table, key, column) else ''}{Interval(*figures[column])}"
-            if column in figures
-            else "–"
-            for column in table.columns
-        ]
+        over = [f"{number} {what}" for number, what in ((len(row.views), "orders"), (seeds, "seeds")) if number > 1]
+        mean = f" (mean of {' and '.join(over)})" if over else ""
+        here = f"{row.title}, here{mean}" if row.system else row.title
+        shown = [_figure(table, key, column, measured) if column in figures else "–" for column in table.columns]
         lines.append([here, *shown, _ended(results["systems"].get(key))])
         if seeds > 1:
             spread = [measured["by_seed"].get(column, []) for column in table.columns]
@@ -209,6 +208,16 @@ def _cells(table: Table, results: Mapping[str, Any]) -> list[list[str]]:
             ]
             lines.append(["minus the best baseline", *shown, ""])
     return lines
+
+
+def _figure(table: Table, key: str, column: str, measured: Mapping[str, Any]) -> str:
+    """A measured figure with its interval, and beside it what bounds or flatters it."""
+    text = str(Interval(*measured["figures"][column]))
+    if _is_bound(table, key, column):
+        return f"at least {text}"
+    if column == "perplexity" and (vocabulary := measured["vocabulary"]):
+        return f"{text} (vocabulary of {vocabulary['size']:,}, {vocabulary['unknown_share']:.1%} unknown words)"
+    return text
 
 
 def _ended(system: Mapping[str, Any] | None) -> str:
@@ -239,13 +248,18 @@ def _markdown(table: Table, name: str, results: Mapping[str, Any]) -> str:
         "over the table, and the best baseline of the column stands in parentheses.",
         markdown_table(_header(table), cells),
     ]
+    if any(len(row.views) > 1 for row in table.rows.values()):
+        parts.append(
+            "The orders of a row are random orders of words by the same trained model; they are no seeds of a training."
+        )
     if table.task == "generator":
         replies = results["evaluation"].get("max_generated")
         parts.append(
             f"At most {replies} replies per row, to the same contexts. Perplexities and bits per byte are of all responses. "
             "Perplexities are compared between rows with the same tokens only; Distinct between rows with as many replies. A "
-            "system with a vocabulary of words predicts an unknown word as such, which flatters its perplexity and bounds its "
-            "bits per byte."
+            "system with a vocabulary of words predicts all unknown words as one token, which flatters its perplexity and bounds "
+            "its bits per byte; the size of the vocabulary and the share of unknown words among the scored tokens stand beside "
+            "the perplexity."
         )
     parts.append(f"Made by {code(results['command'])}.")
     return "\n\n".join(parts) + "\n"

@@ -26,6 +26,7 @@ from empcause.reproduction.tables import (
     TABLES,
     TINY_DECODER,
     TINY_ENCODER,
+    Options,
     Table,
     effective_options,
     recipe_path,
@@ -114,42 +115,48 @@ def train(run: Run, system: str, seed: int) -> Path:
     return folder
 
 
-def _evaluation(table: Table, key: str, seed: int) -> str:
-    """Name of the unit that evaluates a row."""
-    return f"evaluation/{table.task}/{key}/seed-{seed}"
+def _evaluations(table: Table, key: str, seed: int) -> dict[str, Options]:
+    """The units that evaluate a row, by their names, each with the view that it is of; an empty one is the system itself."""
+    views = table.rows[key].views or ({},)
+    unit = f"evaluation/{table.task}/{key}/seed-{seed}"
+    return {unit if len(views) == 1 else f"{unit}-view-{number}": view for number, view in enumerate(views, start=1)}
 
 
-def evaluate(run: Run, table: Table, key: str, seed: int) -> Path:
+def evaluate(run: Run, table: Table, key: str, seed: int) -> list[Path]:
     """Evaluate the system of a row unless that is done; an interrupted evaluation is continued.
 
     Returns:
-        Folder of the evaluation.
+        Folders of the evaluations, one for each view of the system.
 
     Raises:
         UserError: the folder holds an evaluation of something else, or the evaluation fails.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    row = table.rows[key]
-    unit = _evaluation(table, key, seed)
-    folder = run.path / unit
+    trained = train(run, table.rows[key].system, seed)
+    return [_evaluate(run, table, key, seed, trained, *each) for each in _evaluations(table, key, seed).items()]
+
+
+def _evaluate(run: Run, table: Table, key: str, seed: int, trained: Path, unit: str, view: Options) -> Path:
+    """Evaluate one view of a trained system; gives the folder of the evaluation."""
+    system, folder = table.rows[key].system, run.path / unit
     chosen: dict[str, Any] = {}
     if table.task == "generator":
         chosen = {"max_samples": responses_of(run)} | dict(SIZES[run.size].responses)
-    model = train(run, row.system, seed)
-    if row.view:
-        trained, model = model, run.path / f"views/{key}/seed-{seed}"
+    model = trained
+    if view:
+        model = run.path / "views" / key / folder.name
         model.mkdir(parents=True, exist_ok=True)
-        view = dict(row.view) | {row.system: os.path.relpath(trained, model)}
-        write_text(model / "config.json", json.dumps(view, indent=1) + "\n")
-    needed = {row.system: run.folder.made(f"models/{row.system}/seed-{seed}")["files"]}
+        values = dict(view) | {system: os.path.relpath(trained, model)}
+        write_text(model / "config.json", json.dumps(values, indent=1) + "\n")
+    needed = {system: run.folder.made(f"models/{system}/seed-{seed}")["files"]}
     options = chosen | {"model": str(model), "data": run.data, "output_dir": str(folder)}
-    if table.task == "generator" and (extractor := SYSTEMS[row.system].extractor):
+    if table.task == "generator" and (extractor := SYSTEMS[system].extractor):
         options["extractor"] = str(run.path / f"models/{extractor}/seed-{seed}")
         needed[extractor] = run.folder.made(f"models/{extractor}/seed-{seed}")["files"]
     module, work = run.prepare("evaluate", table.task, run.words(options))
-    if run.folder.begin(unit, _subject(run, row.system, dict(row.view) | chosen, needed, module), redo=row.system):
+    if run.folder.begin(unit, _subject(run, system, dict(view) | chosen, needed, module), redo=system):
         return folder
-    run.say(f"evaluates {key}, seed {seed}")
+    run.say(f"evaluates {key}, {folder.name.replace('-', ' ')}")
     with _interrupted(f"while {key} was evaluated"):
         work()
     run.folder.finish(unit, _EVALUATED[table.task])
@@ -231,10 +238,12 @@ def reproduce(
             run.folder.remove(system)
         if size == "smoke" and not all((path / "pretrained" / each / "config.json").exists() for each in TINY_MODELS):
             make_tiny_models(path / "pretrained")
-        made: dict[str, dict[int, Path]] = {key: {} for key, row in table.rows.items() if row.system}
+        made: dict[str, dict[int, list[Path]]] = {key: {} for key, row in table.rows.items() if row.system}
         wanted = [(seed, key) for seed in range(FIRST_SEED, FIRST_SEED + seeds) for key in made]
         # What is finished comes first, so that no table has fewer rows than the one before it.
-        finished = [each for each in wanted if run.folder.is_finished(_evaluation(table, each[1], each[0]))]
+        finished = [
+            (seed, key) for seed, key in wanted if all(map(run.folder.is_finished, _evaluations(table, key, seed)))
+        ]
         for seed, key in finished:
             made[key][seed] = evaluate(run, table, key, seed)
         for seed, key in wanted:
@@ -244,7 +253,7 @@ def reproduce(
         return _write(run, name, made, command)
 
 
-def _write(run: Run, name: str, made: Mapping[str, Mapping[int, Path]], command: str) -> Path:
+def _write(run: Run, name: str, made: Mapping[str, Mapping[int, Sequence[Path]]], command: str) -> Path:
     """Write the table of what is there."""
     made = {key: by_seed for key, by_seed in made.items() if by_seed}
     table, folder = TABLES[name], run.path / name
@@ -287,13 +296,17 @@ def length_of_training(model: Path) -> dict[str, Any]:
     return {"steps": steps, "planned_steps": planned, "epochs": round(state["epoch"] or 0, 3), "ended": ended}
 
 
-def _write_items(path: Path, table: Table, made: Mapping[str, Mapping[int, Path]], annotations: Sequence[Any]) -> None:
+def _write_items(
+    path: Path, table: Table, made: Mapping[str, Mapping[int, Sequence[Path]]], annotations: Sequence[Any]
+) -> None:
     """Write every tested text with what each system made of it, one JSON object per line. These are texts of the data set."""
     with path.open("w", encoding="utf-8") as file:
         for key, by_seed in made.items():
-            for seed, folder in by_seed.items():
-                for item in _items(table, folder, annotations):
-                    file.write(json.dumps({"row": key, "seed": seed} | item, ensure_ascii=False) + "\n")
+            for seed, folders in by_seed.items():
+                for view, folder in enumerate(folders, start=1):
+                    for item in _items(table, folder, annotations):
+                        about = {"row": key, "seed": seed, "view": view}
+                        file.write(json.dumps(about | item, ensure_ascii=False) + "\n")
 
 
 def _items(table: Table, folder: Path, annotations: Sequence[Any]) -> Iterator[dict[str, Any]]:

@@ -224,9 +224,10 @@ class Row:
         system: the trained system; empty for a ranking without one.
         ours: whether it is the method's own row, and not one to compare it with.
         selected_on_test: whether its model was selected on the test split, so that it is no baseline.
-        view: the config.json of a folder made by hand, which names the system's folder under the system's name and says what is
-            otherwise; empty: the system as it was trained.
-        without: columns in which it has no figure of its own, because another system beside it finds the emotions.
+        views: the config.json of folders made by hand, which name the system's folder under the system's name and say what is
+            otherwise; the row's figures are means over them. Empty: the system as it was trained.
+        without: columns in which it has no figure of its own, because another system beside it finds the emotions, or because
+            they are those of another row.
     """
 
     title: str
@@ -234,7 +235,7 @@ class Row:
     system: str = ""
     ours: bool = False
     selected_on_test: bool = False
-    view: Options = field(default_factory=dict)
+    views: tuple[Options, ...] = ()
     without: tuple[str, ...] = ()
 
 
@@ -273,23 +274,33 @@ RANDOM_WORDS, FIRST_WORDS, CEILING = "random-words", "first-words", "ceiling"
 # Mean number of words that a system ranks in a situation, which says nothing about how good they are.
 PREDICTED_WORDS = "predicted_words"
 
+# Random orders of the words that a trained system ranks; one order alone would move the recalls by chance.
+ORDERS = range(5)
+
+
+def _orders(**ranking: Any) -> tuple[Options, ...]:
+    """Views of EmpDG that rank words at random, one for each order."""
+    ranking = {"model_type": "empdg_ranking", "ranking": "random"} | ranking
+    return tuple(ranking | {"ranking_seed": seed} for seed in ORDERS)
+
+
 TABLES = {
     "table5": Table(
         title="emotions and causes of situations, of all systems",
         task="extractor",
         rows={
-            "empdg": Row("EmpDG, emotion words at random", "EmpDG (paper)", "empdg"),
+            "empdg": Row("EmpDG, emotion words at random", "EmpDG (paper)", "empdg", views=_orders()),
             "empdg-filled": Row(
                 "EmpDG, then other content words at random",
                 "EmpDG (paper)",
                 "empdg",
-                view={"model_type": "empdg_ranking", "fill": True},
+                views=_orders(fill=True),
             ),
             "empdg-attention": Row(
                 "EmpDG, content words by attention",
                 "EmpDG (paper)",
                 "empdg",
-                view={"model_type": "empdg_ranking", "ranking": "context"},
+                views=({"model_type": "empdg_ranking", "ranking": "context"},),
             ),
             "attention": Row("RoBERTa_Att", "RoBERTa_Att (paper)", "attention"),
             "gee": Row("GEE", "GEE (paper)", "gee"),
@@ -323,6 +334,12 @@ TABLES = {
         rows={
             "empdg": Row("EmpDG", "EmpDG (paper)", "empdg"),
             "recec": Row("RecEC", "RecEC (paper)", "recec"),
+            "recec-greedy": Row(
+                "RecEC, greedy replies",
+                system="recec",
+                views=({"model_type": "recec_greedy"},),
+                without=("perplexity", "bits_per_byte", "emotion_accuracy"),
+            ),
             "gpt2": Row("GPT2", "GPT2 (paper)", "gpt2", without=("emotion_accuracy",)),
             "ecg": Row("ECG (ours)", "ECG (paper)", "ecg", ours=True),
         },

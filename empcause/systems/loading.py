@@ -11,7 +11,7 @@ from empcause.systems.empdg import EmpDGConfig, EmpDGRanking, EmpDGSystem
 from empcause.systems.gee import GEEConfig, GEESystem
 from empcause.systems.own import ExtractorSystem, GeneratorSystem
 from empcause.systems.protocol import System
-from empcause.systems.recec import RecECConfig, RecECSystem
+from empcause.systems.recec import RecECConfig, RecECGreedy, RecECSystem
 
 Folder = str | os.PathLike[str]
 
@@ -21,8 +21,8 @@ SYSTEMS: dict[str, Callable[[Folder, Folder], System]] = {
     EmpDGConfig.model_type: lambda folder, _: EmpDGSystem(folder),
     EmpDGRanking.model_type: lambda folder, _: EmpDGRanking(folder),
     **{config.model_type: GeneratorSystem for config, _ in GENERATORS.values()},
-    GEEConfig.model_type: lambda folder, _: GEESystem(folder),
     RecECConfig.model_type: RecECSystem,
+    RecECGreedy.model_type: RecECGreedy,
     GEEConfig.model_type: lambda folder, _: GEESystem(folder),
 }
 

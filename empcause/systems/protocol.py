@@ -1,6 +1,7 @@
 """What an evaluation may ask of a system.
 
 Every system is a `System`, and any of `Reads`, `Scores` and `Answers`; `isinstance` tells which by the methods that it has.
+`ReadsDialogues` and `ScoresWords` say more of systems that read or score.
 An evaluation measures what the system can do, and leaves out the rest.
 """
 
@@ -120,6 +121,21 @@ class Scores(System, Protocol):
 
     def score(self, encoded: Sequence[Any], batch_size: int) -> list[tuple[float, int]]:
         """Summed negative log-likelihood of each response, in nats, and its number of tokens."""
+        ...
+
+
+@runtime_checkable
+class ScoresWords(Scores, Protocol):
+    """Scores words of a vocabulary in which all other words are one unknown word, so that these are easily predicted."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the vocabulary."""
+        ...
+
+    @property
+    def unknown_id(self) -> int:
+        """Id that `targets` has in the place of an unknown word."""
         ...
 
 

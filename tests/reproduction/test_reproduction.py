@@ -26,7 +26,7 @@ from empcause.reproduction import SIZES, TABLES, reproduce, running, write_score
 from empcause.reproduction.cases import Answer, Case, answer_cases, choose_cases, marked_parts, to_html, to_markdown
 from empcause.reproduction.figures import Ratio, read_figures, variety
 from empcause.reproduction.folder import code_digests
-from empcause.reproduction.results import rank_without_system, read_results
+from empcause.reproduction.results import rank_without_system, read_results, write_results
 from empcause.reproduction.scorecard import Reason, judge, score
 from empcause.reproduction.tables import (
     CEILING,
@@ -186,6 +186,7 @@ class Commands:
     def __init__(self):
         self.ran = []
         self.stop = None
+        self.stop_after = None  # number of evaluations
 
     def __call__(self, command, stage, words):
         options = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
@@ -207,7 +208,9 @@ class Commands:
             write_record(folder, Record(f"empcause evaluate {stage}", {"items.json": None, "metrics.json": None}))
             if self.stop == (command, stage):
                 raise KeyboardInterrupt
-            random = np.random.default_rng(len(self.ran))
+            if [each[0] for each in self.ran].count("evaluate") == self.stop_after:
+                raise KeyboardInterrupt
+            random = np.random.default_rng(list(map(ord, str(folder))))
             recalls = {f"top{cut}_recall": random.random(len(ANNOTATIONS)).tolist() for cut in (1, 3, 5)}
             (folder / "items.json").write_text(json.dumps({"scored": "x"} | recalls))
             (folder / "metrics.json").write_text("{}")
@@ -229,7 +232,7 @@ def commands(monkeypatch):
 
 @pytest.fixture
 def run(commands, tmp_path):
-    def reproduce_table6(**options):
+    def reproduce_table(name="table6", **options):
         commands.ran.clear()
         options = {
             "prepare": commands,
@@ -237,9 +240,9 @@ def run(commands, tmp_path):
             "say": lambda text: None,
             "command": "a command",
         } | options
-        return reproduce("table6", "smoke", **options)
+        return reproduce(name, "smoke", **options)
 
-    return reproduce_table6
+    return reproduce_table
 
 
 class TestRuns:
@@ -286,6 +289,36 @@ class TestRuns:
         table = (run(rows=["ece"]) / "table.md").read_text()
         assert table.count("not made yet") == 3, "the row that was there already is shown too"
         assert table.count("minus the best baseline") == 1
+
+    def test_views_of_one_trained_system_are_averaged(self, run, commands, tmp_path, monkeypatch):
+        """Five random orders are one training and five evaluations; a run that stops between them goes on with the next."""
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "stop_after", 3)
+            with pytest.raises(Interrupted):
+                run("table5", rows=["empdg"])
+        assert commands.ran == [("train", "empdg", None), *[("evaluate", "empdg", None)] * 3]
+        table = run("table5", rows=["empdg"])
+        assert commands.ran == [("evaluate", "empdg", None)] * 3
+        views = [
+            json.loads(path.read_text()) for path in sorted((tmp_path / "smoke/views/empdg").glob("*/config.json"))
+        ]
+        assert [view["ranking_seed"] for view in views] == [0, 1, 2, 3, 4]
+        assert {view["empdg"] for view in views} == {"../../../models/empdg/seed-42"}
+        folders = sorted((tmp_path / "smoke/evaluation/extractor/empdg").iterdir())
+        assert [folder.name for folder in folders] == [f"seed-42-view-{number}" for number in range(1, 6)]
+        found = [json.loads((folder / "items.json").read_text())["top1_recall"] for folder in folders]
+        assert len(set(map(tuple, found))) == 5
+        row = read_results(table / "results.json")["rows"]["empdg"]
+        np.testing.assert_allclose(row["items"]["top1_recall"], np.mean(found, axis=0), atol=1e-5)
+        assert (row["seeds"], row["views"], row["by_seed"]["top1_recall"]) == ([42], 5, [])
+        text = (table / "table.md").read_text()
+        assert "| EmpDG, emotion words at random, here (mean of 5 orders) |" in text
+        assert "least and greatest of the seeds" not in text
+        items = [json.loads(line) for line in (table / "items.jsonl").read_text().splitlines()]
+        assert {(item["seed"], item["view"]) for item in items} == {(42, view) for view in range(1, 6)}
+        text = (run("table5", rows=["empdg"], seeds=2) / "table.md").read_text()
+        assert len(commands.ran) == 6
+        assert "here (mean of 5 orders and 2 seeds) |" in text
 
     def test_differences_and_how_trainings_ended(self, run, commands):
         folder = run()
@@ -388,6 +421,30 @@ class TestRuns:
         assert {"empcause/training/extractor.py", "empcause/training/common.py", "empcause/data/words.py"} <= set(code)
         assert "empcause/cli/main.py" not in code
         assert "empcause/reproduction/running.py" not in code
+
+
+def test_the_vocabulary_stands_beside_the_perplexity(tmp_path):
+    """A system that knows few words predicts the unknown word often, and that is easy."""
+    made = {}
+    for key, words in (
+        ("recec", {"vocab_size": 11193, "unknown": [1, 2]}),
+        ("gpt2", {"vocab_size": None, "unknown": []}),
+    ):
+        folder = tmp_path / key
+        folder.mkdir()
+        items = {"scored": key, "ids": ["a", "b"], "nll": [20.0, 30.0], "tokens": [10, 14], "bytes": [40, 50]} | words
+        (folder / "items.json").write_text(json.dumps(items))
+        (folder / "responses.json").write_text("[]")
+        made[key] = {42: [folder]}
+    about = {"size": "smoke", "command": "c", "data": {"name": "n"}, "evaluation": {}, "systems": {}}
+    write_results(tmp_path, "table7", about, made, [])
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("% unknown") == 1
+    (line,) = (line for line in table.splitlines() if line.startswith("| RecEC, here"))
+    assert line.split(" | ")[1].endswith("(vocabulary of 11,193, 12.5% unknown words)")
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows["recec"]["vocabulary"] == {"size": 11193, "unknown_share": 0.125}
+    assert rows["gpt2"]["vocabulary"] is None
 
 
 class TestScorecard:

@@ -11,7 +11,7 @@ from empcause.errors import UserError
 from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
 from empcause.metrics import rank_words
-from empcause.systems import Answers, ReadsDialogues, Scores, load_system
+from empcause.systems import Answers, ReadsDialogues, ScoresWords, load_system
 from empcause.systems.empdg import (
     SPECIAL_TOKENS,
     EmpDG,
@@ -195,9 +195,13 @@ class TestModel:
 
 class TestSystem:
     def test_what_it_can_do(self, system, folder):
-        assert all(isinstance(system, kind) for kind in (ReadsDialogues, Scores, Answers))
+        assert all(isinstance(system, kind) for kind in (ReadsDialogues, ScoresWords, Answers))
         assert system.folders == {"model": folder}
         assert "emotion words in random order (seed 0)" in system.note
+        (target,) = system.targets([Dialogue(("A xylophone.",), (SPEAKER,), response="The xylophone or quux?")])
+        assert target.count(system.unknown_id) == target[:-1].count(system.tokenizer.unk_token_id)
+        assert target[1] >= system.vocab_size, "an unknown word of the context is copied, and so it is none"
+        assert target[3] == system.unknown_id
         assert len(system.emotions) == 32
         system.check_room(10_000)
 

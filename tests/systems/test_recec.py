@@ -13,10 +13,11 @@ from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
-from empcause.systems import Answers, Reads, ReadsDialogues, Scores, load_system
+from empcause.systems import Answers, Reads, ReadsDialogues, Scores, ScoresWords, load_system
 from empcause.systems.recec import (
     RecEC,
     RecECConfig,
+    RecECGreedy,
     RecECReasoner,
     RecECSystem,
     answer_pairs,
@@ -402,6 +403,13 @@ class TestSystem:
         assert [tokens for _, tokens in scores] == [len(target) for target in system.targets(pairs[:3])]
         assert all(nll > 0 for nll, _ in scores)
 
+    def test_unknown_words_are_told(self, folder):
+        system = load_system(folder())
+        assert isinstance(system, ScoresWords)
+        assert system.vocab_size == len(system.tokenizer)
+        (target,) = system.targets([Dialogue(("A xylophone.",), (SPEAKER,), response="xylophone quux")])
+        assert target == [system.unknown_id, system.unknown_id, system.tokenizer.eos_token_id]
+
     def test_turns_matter(self, folder, pairs):
         """Of a dialogue the reasoner reads what it was trained on, with the separators of its turns."""
         system = load_system(folder())
@@ -428,6 +436,26 @@ class TestSystem:
         assert all(len(answer.split()) <= 9 for answer in answers)
         assert sampling.decoding == "by sampling (top-k 3, temperature 0.6, seed 1024)"
         assert greedy.decoding == "greedily"
+
+    def test_a_folder_that_answers_greedily(self, folder, pairs, tmp_path):
+        """The same model as its own folder's in all but the replies."""
+        path, view = folder(), tmp_path / "view"
+        view.mkdir()
+        (view / "config.json").write_text(json.dumps({"model_type": "recec_greedy", "recec": "../recec"}))
+        system = load_system(view)
+        assert isinstance(system, RecECGreedy)
+        assert system.folders == {"model": view, "recec": view / "../recec"}
+        assert system.decoding == "greedily"
+        assert system.answer(pairs, 8, 9) == RecECSystem(path, greedy=True).answer(pairs, 8, 9)
+        own = load_system(path)
+        assert system.answer(pairs, 8, 9) != own.answer(pairs, 8, 9)
+        assert system.score(system.encode(pairs), 8) == own.score(own.encode(pairs), 8)
+        (view / "config.json").write_text(json.dumps({"model_type": "recec_greedy", "recec": "../recec", "beams": 2}))
+        with pytest.raises(UserError, match="has the entries model_type, recec, beams; expected model_type and recec"):
+            load_system(view)
+        (view / "config.json").write_text(json.dumps({"model_type": "recec_greedy", "recec": "nowhere"}))
+        with pytest.raises(UserError, match="There is no RecEC at"):
+            load_system(view)
 
     def test_greedy_is_kept_in_the_folder(self, tokenizer, tmp_path, pairs):
         model = make(tokenizer)

@@ -11,7 +11,8 @@ from empcause.data import EMPATHETIC_DIALOGUES, load_dialogues, response_pairs, 
 from empcause.errors import UserError
 from empcause.evaluation.causes import EvaluateCausesOptions, evaluate_causes
 from empcause.evaluation.responses import EvaluateResponsesOptions, evaluate_responses
-from empcause.systems import Answers, Reading, Reads, Scores, System, load_system
+from empcause.reproduction.figures import read_figures, read_vocabulary
+from empcause.systems import Answers, Reading, Reads, Scores, ScoresWords, System, load_system
 from empcause.systems.loading import SYSTEMS
 
 
@@ -125,6 +126,15 @@ class ScoresAlone(Stranger):
         return [(each.size * np.log(2), each.size) for each in encoded]
 
 
+class ScoresVowels(ScoresAlone):
+    """Knows vowels alone; every other byte is the unknown word 0."""
+
+    vocab_size, unknown_id = 6, 0
+
+    def targets(self, dialogues):
+        return [[byte if byte in b"aeiou" else 0 for byte in target] for target in super().targets(dialogues)]
+
+
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
     """Evaluates a kind of system on the sample; gives its figures, its report and its folder."""
@@ -191,6 +201,24 @@ def test_a_system_that_scores_alone(evaluate):
     options = {"max_samples": 5, "compare": str(folder)}
     again, report, _ = evaluate(ScoresAlone, EvaluateResponsesOptions, evaluate_responses, **options)
     assert again["perplexity_difference"] == [0, 0, 0]
+
+
+def test_a_system_with_a_vocabulary_of_words(evaluate):
+    assert not isinstance(ScoresAlone(Path()), ScoresWords)
+    figures, report, folder = evaluate(ScoresVowels, EvaluateResponsesOptions, evaluate_responses)
+    responses = [pair.response for pair in response_pairs(load_dialogues("test", "sample"))]
+    unknown = [sum(byte not in b"aeiou" for byte in response.encode()) for response in responses]
+    share = sum(unknown) / sum(len(response.encode()) for response in responses)
+    assert (figures["vocab_size"], figures["unknown_share"]) == (6, pytest.approx(share))
+    assert f"The vocabulary has 6 tokens, and {share:.1%} of the scored tokens are unknown words" in report
+    items = json.loads((folder / "items.json").read_text())
+    assert (items["vocab_size"], items["unknown"]) == (6, unknown)
+    assert read_vocabulary(folder) == {"size": 6, "unknown_share": pytest.approx(share)}
+    assert read_figures("generator", [folder]).keys() == {"perplexity", "bits_per_byte"}
+    figures, report, folder = evaluate(ScoresAlone, EvaluateResponsesOptions, evaluate_responses)
+    assert not {"vocab_size", "unknown_share"} & set(figures)
+    assert "The vocabulary" not in report
+    assert read_vocabulary(folder) is None
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,16 @@ class EmpDGSystem:
         first = content if config.ranking == "context" else found > 0
         return np.where(first, found, rest).astype(np.float32)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of its vocabulary (see `ScoresWords`)."""
+        return self.model.config.vocab_size
+
+    @property
+    def unknown_id(self) -> int:
+        """Id of the unknown word (see `ScoresWords`)."""
+        return self.tokenizer.unk_token_id  # type: ignore[no-any-return]
+
     def targets(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
         """Ids of the tokens of each response that are scored (see `Scores`)."""
         return [each.labels.tolist() for each in self.encode(dialogues)]

@@ -4,6 +4,7 @@ from empcause.systems.recec.configuration import CAUSES, RecECConfig, RecECReaso
 from empcause.systems.recec.encoding import EncodedPair, collate, encode_pair, turn_causes
 from empcause.systems.recec.modeling import RecEC, RecECReasoner
 from empcause.systems.recec.system import (
+    RecECGreedy,
     RecECSystem,
     answer_pairs,
     load_reasoner,
@@ -18,6 +19,7 @@ __all__ = [
     "EncodedPair",
     "RecEC",
     "RecECConfig",
+    "RecECGreedy",
     "RecECReasoner",
     "RecECReasonerConfig",
     "RecECSystem",

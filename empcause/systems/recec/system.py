@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from empcause.checkpoints import load_own_tokenizer, load_pretrained
+from empcause.checkpoints import load_own_tokenizer, load_pretrained, read_config
 from empcause.data import SPEAKER, Dialogue, Word, align_max
 from empcause.data.batching import length_batches
 from empcause.data.sequences import IGNORED
@@ -250,6 +250,16 @@ class RecECSystem:
             for each, (emotion_probs, cause_probs), of_text in zip(encoded, found, words, strict=True)
         ]
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of its vocabulary (see `ScoresWords`)."""
+        return self.model.config.vocab_size
+
+    @property
+    def unknown_id(self) -> int:
+        """Id of the unknown word (see `ScoresWords`)."""
+        return self.tokenizer.unk_token_id  # type: ignore[no-any-return]
+
     def targets(self, dialogues: Sequence[Dialogue]) -> list[list[int]]:
         """Ids of the tokens of each response that are scored (see `Scores`)."""
         return [each.labels.tolist() for each in self.encode(dialogues)]
@@ -268,3 +278,27 @@ class RecECSystem:
     def answer(self, dialogues: Sequence[Dialogue], batch_size: int, max_new_tokens: int) -> list[str]:
         """Answers as the generation configuration in the folder says (see `answer_pairs`)."""
         return answer_pairs(self.model, self.tokenizer, self.encode(dialogues), batch_size, max_new_tokens)
+
+
+class RecECGreedy(RecECSystem):
+    """RecEC that answers greedily, whatever the generation configuration in its own folder says.
+
+    Args:
+        folder: a folder made by hand, whose `config.json` has the `model_type` "recec_greedy" and the path `recec` of RecEC's own
+            folder (relative to this one).
+        extractor: the folder of an extractor, for a system whose causes come from one.
+
+    Raises:
+        UserError: there is no RecEC at that path, `config.json` has other entries, or an extractor is needed and not given.
+    """
+
+    model_type = "recec_greedy"
+
+    def __init__(self, folder: str | os.PathLike[str], extractor: str | os.PathLike[str] = "") -> None:
+        values = read_config(folder, "model", "empcause train recec")
+        if values.keys() != {"model_type", "recec"}:
+            raise UserError(
+                f"{Path(folder) / 'config.json'} has the entries {', '.join(values)}; expected model_type and recec."
+            )
+        super().__init__(Path(folder) / str(values["recec"]), extractor, greedy=True)
+        self.folders = {"model": Path(folder), "recec": self.folders.pop("model")} | self.folders
