@@ -148,7 +148,10 @@ def test_published_choices(tmp_path):
     dialogues = load_dialogues("train", "sample")
     chosen, everything = _pairs(dialogues, "empdg"), response_pairs(dialogues)
     turns = {dialogue.conv_id: dialogue.turns for dialogue in dialogues}
-    assert chosen == [pair for pair in everything if len(pair.turns) + 2 < len(turns[pair.conv_id])]
+    assert [pair for pair, _ in chosen] == [
+        pair for pair in everything if len(pair.turns) + 2 < len(turns[pair.conv_id])
+    ]
+    assert all(after == turns[pair.conv_id][len(pair.turns) + 1] for pair, after in chosen), "the speaker's next turn"
     train_empdg(arguments(tmp_path / "train", max_steps=1))
     train_empdg(arguments(tmp_path / "all", max_steps=1, vocabulary="everything"))
     few, many = (load_system(tmp_path / name).tokenizer for name in ("train", "all"))
