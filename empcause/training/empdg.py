@@ -653,7 +653,7 @@ class DiscriminatorTrainer(EmpDGTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make an optimiser of all weights, in which generator and discriminators have options of their own."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             adam = {name: value for name, value in (("betas", _BETAS), ("eps", _EPSILON)) if name in options}
             adam["lr"] = self.args.discriminator_learning_rate
@@ -760,7 +760,7 @@ class JointTrainer(DiscriminatorTrainer):
 
     def keep_generator(self) -> None:
         """Let the generator be the model that is finished."""
-        self.model = self.accelerator.unwrap_model(self.model).generator
+        self.model: Any = self.accelerator.unwrap_model(self.model).generator
 
 
 class _Rounds(LengthBatchSampler):

@@ -171,29 +171,32 @@ class AdversarialEmpDG(PreTrainedModel):
             The loss, 0-d: of the discriminators the mean over items, of the generator the sum of `EmpDG.forward`, minus the mean
             score of its answers.
         """
-        padding, first = self.config.pad_token_id, batch["input_ids"].shape[1]
         with torch.set_grad_enabled(generator_learns):
             context = self.generator.encode(**{name: batch[name] for name in CONTEXT})
-        states: Any = context.last_hidden_state
-        output = EmpDGOutput(loss=torch.zeros((), device=states.device, requires_grad=True))
         if generator_learns:
             output = self.generator(encoder_outputs=context, smoothing=smoothing, **batch)
+        else:
+            output = EmpDGOutput(loss=torch.zeros((), device=answered.device, requires_grad=True))
         if not len(answered):
-            return output  # without a weight in the loss, no discriminator gets a gradient
+            return output  # the loss depends on no discriminator, so that none gets a gradient
         probs = None
         if generator_learns and straight_through:
             probs = self._probs(context, answered, negatives, batch["extra_words"])
+        padding, states = self.config.pad_token_id, context.last_hidden_state[answered].detach()  # type: ignore[index]
         positives = batch["labels"][answered]
-        texts = (negatives, positives.masked_fill(positives == IGNORED, padding), feedback)
-        for name, place in (("semantic", 0), ("emotional", first)):
-            discriminator, chosen = self.discriminators[name], probs
-            if name == "emotional":
-                all_places = (negative_places, positive_places, feedback_places)
-                texts = tuple(_pick(*each, padding) for each in zip(texts, all_places, strict=True))
-                chosen = None if probs is None else _pick_probs(probs, negative_places)
-            generated, real, following = texts
+        texts = [negatives, positives.masked_fill(positives == IGNORED, padding), feedback]
+        places = [negative_places, positive_places, feedback_places]
+        emotional = [_pick(*each, padding) for each in zip(texts, places, strict=True)]
+        emotional_probs = None if probs is None else _pick_probs(probs, negative_places)
+        # The states of the emotion words are behind those of the context's words.
+        parts = {
+            "semantic": (states[:, 0], texts, probs),
+            "emotional": (states[:, batch["input_ids"].shape[1]], emotional, emotional_probs),
+        }
+        for name, (state, (generated, real, following), chosen) in parts.items():
+            discriminator: Any = self.discriminators[name]
+            about = state + discriminator.remember(following)
             length = max(2, generated.shape[1], real.shape[1])
-            about = states[answered, place].detach() + discriminator.remember(following)
             generated, real = (pad(each, (0, length - each.shape[1]), value=padding) for each in (generated, real))
             if chosen is not None:
                 chosen = pad(chosen, (0, 0, 0, length - chosen.shape[1]))
@@ -201,12 +204,11 @@ class AdversarialEmpDG(PreTrainedModel):
             if generator_learns:
                 output.loss = output.loss - adversarial_weight * discriminator.score(made, about).mean()
             else:
-                taken = discriminator.read(discriminator.embed(real))
-                scores = discriminator.score(torch.cat((made, taken)), about.repeat(2, 1), learning=True)
-                penalty = gradient_penalty(partial(discriminator.score, context=about), made, taken)
-                output.loss = (
-                    output.loss + (scores[: len(made)] - scores[len(made) :]).mean() + penalty_weight * penalty
-                )
+                given = discriminator.read(discriminator.embed(real))
+                scores = discriminator.score(torch.cat((made, given)), about.repeat(2, 1), learning=True)
+                gap = (scores[: len(made)] - scores[len(made) :]).mean()
+                penalty = gradient_penalty(partial(discriminator.score, context=about), made, given)
+                output.loss = output.loss + gap + penalty_weight * penalty
         return output
 
     def _probs(self, context: EmpDGContext, answered: Tensor, answers: Tensor, extra_words: int) -> Tensor:
