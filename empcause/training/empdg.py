@@ -243,6 +243,8 @@ class EmpDGTrainingArguments(StageTrainingArguments):
             raise UserError("EmpDG with discriminators is trained in one process; start the command without torchrun.")
         if self.gradient_accumulation_steps > 1:
             raise UserError("With discriminators, each step takes one batch; leave out gradient_accumulation_steps.")
+        if self.bf16 or self.fp16:
+            raise UserError("EmpDG with discriminators is trained in float32; leave out bf16 and fp16.")
         if self.torch_compile:
             raise UserError("EmpDG with discriminators cannot be compiled; leave out torch_compile.")
         if self.resume_from_checkpoint and str(self.resume_from_checkpoint).lower() not in ("true", "false"):

@@ -178,10 +178,12 @@ def test_it_is_trained_against_discriminators(trained):
     assert "The terms of the lexicon apply" in card
 
 
-@pytest.mark.parametrize(("stage", "step"), [("EmpDGTrainer", 4), ("DiscriminatorTrainer", 3), ("JointTrainer", 9)])
-@pytest.mark.parametrize("how", ["crash", "signal"])
+@pytest.mark.parametrize(
+    ("stage", "step", "how"),
+    [("EmpDGTrainer", 4, "crash"), ("DiscriminatorTrainer", 3, "crash"), ("JointTrainer", 9, "signal")],
+)
 def test_any_phase_resumes_to_the_same_result(stage, step, how, trained, tmp_path, monkeypatch):
-    """The fourth step of the generator, the third of the discriminators, or the third of the second round does not end well."""
+    """It ends at the generator's fourth step, the discriminators' third one, or in the middle of the second round."""
     whole, metrics = trained
     right, done = empdg.EmpDGTrainer.training_step, []
 
@@ -305,6 +307,7 @@ def test_command(tmp_path, lexicon, capsys):
             {"discriminators": True, "lr_scheduler_type": "linear"},
             "give lr_scheduler_type inverse_sqrt and warmup_steps",
         ),
+        ({"discriminators": True, "bf16": True}, "leave out bf16 and fp16"),
         ({"discriminators": True, "gradient_accumulation_steps": 2}, "leave out gradient_accumulation_steps"),
         ({"discriminators": True, "resume_from_checkpoint": "checkpoint-2"}, "give resume_from_checkpoint true"),
     ],
