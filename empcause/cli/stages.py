@@ -90,7 +90,7 @@ STAGES = {
             module="empcause.training.empdg",
             options="EmpDGTrainingArguments",
             function="train_empdg",
-            description="Train EmpDG's generator (Li et al., 2020), without its discriminators.",
+            description="Train EmpDG (Li et al., 2020): its generator, alone or against its discriminators.",
             result="EmpDG",
         ),
     ),

@@ -14,12 +14,16 @@ from empcause.metrics import rank_words
 from empcause.systems import Answers, ReadsDialogues, ScoresWords, load_system
 from empcause.systems.empdg import (
     SPECIAL_TOKENS,
+    AdversarialEmpDG,
+    AdversarialEmpDGConfig,
+    Discriminator,
     EmpDG,
     EmpDGConfig,
     EmpDGSystem,
     Encoder,
     collate,
     copy_weights,
+    gradient_penalty,
     mix_copies,
 )
 from empcause.systems.empdg.modeling import FeedForward, UnbiasedLayerNorm
@@ -87,6 +91,24 @@ class TestFigures:
             model = EmpDG(EmpDGConfig(vocab_size=vocab_size))
         assert model.num_parameters() == 601 * vocab_size + 768_451
 
+    @pytest.mark.parametrize("vocab_size", [8, 11191])
+    def test_number_of_parameters_of_a_discriminator(self, vocab_size):
+        with torch.device("meta"):
+            model = Discriminator(EmpDGConfig(vocab_size=vocab_size))
+        assert sum(weights.numel() for weights in model.parameters()) == 300 * vocab_size + 949_201
+
+    def test_gradient_penalty(self):
+        """A linear score with the slope (0.6, 0.8) at each of two steps; the published norm over time alone gives 0.002010."""
+        slope = torch.tensor([0.6, 0.8], requires_grad=True)
+        found = 0.1 * gradient_penalty(
+            lambda states: (states @ slope).sum(1), torch.randn(5, 2, 2), torch.randn(5, 2, 2)
+        )
+        assert found.item() == pytest.approx(0.017157, abs=5e-7)
+        norms = (slope * 2**0.5).detach()
+        assert 0.1 * (norms - 1).square().mean().item() == pytest.approx(0.002010, abs=5e-7)
+        found.backward()
+        assert slope.grad.abs().min() > 0, "the penalty trains what the score depends on"
+
     @pytest.mark.parametrize(("std", "expected"), [(None, 300**-0.5), (0.01, 0.01)])
     def test_initial_words(self, std, expected):
         model = EmpDG(EmpDGConfig(vocab_size=2000, initial_std=std))
@@ -136,6 +158,155 @@ def test_what_is_read():
     assert batch["labels"][1].tolist() == [i, EOS, -100, -100, -100, -100]
     assert batch["emotion_labels"].tolist() == [3, 4]
     assert batch["extra_words"] == 2
+
+
+class TestDiscriminators:
+    """Two items whose response the speaker answers, one whose response ends the dialogue."""
+
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        return AdversarialEmpDG(AdversarialEmpDGConfig(vocab_size=20, **SIZES)).train()
+
+    @pytest.fixture
+    def batch(self):
+        """Of the answers, the first has one emotion word, the second none; the word 20 is one outside of the vocabulary."""
+        ids = [[CLS, 9, 20, 11], [CLS, 8, 9], [CLS, 10]]
+        items = [
+            {"input_ids": np.array(row), "token_type_ids": np.array(row[:1] + [USR] * (len(row) - 1)), "extra_words": 1}
+            | {"emotion_ids": np.array([LAB, row[-1]]), "labels": np.array([8, 9, 10, EOS]), "emotion_labels": place}
+            for place, row in enumerate(ids)
+        ]
+        return collate(items, PAD) | {
+            "answered": torch.tensor([0, 1]),
+            "positive_places": torch.tensor([[1, 3], [0, 3]]),
+            "feedback": torch.tensor([[12, 13, EOS], [14, EOS, PAD]]),
+            "feedback_places": torch.tensor([[0, 2], [1, -1]]),
+            "negatives": torch.tensor([[15, 20, EOS], [16, EOS, PAD]]),
+            "negative_places": torch.tensor([[1, 2], [1, -1]]),
+        }
+
+    @staticmethod
+    def gradients(model, batch, **options):
+        """Of the loss, for the generator and for the discriminators, as one vector each."""
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(**batch, **options).loss.backward()
+        return [
+            torch.cat([torch.zeros(1) if each.grad is None else each.grad.flatten() for each in part.parameters()])
+            for part in (model.generator, model.discriminators)
+        ]
+
+    def test_the_generator_learns_from_the_scores_unless_they_are_a_constant(self, model, batch):
+        """The gradient of the scores is what a weight of 1 adds to that of a weight of 0."""
+        found = {
+            (weight, straight): self.gradients(
+                model, batch, generator_learns=True, adversarial_weight=weight, straight_through=straight
+            )[0]
+            for weight in (0.0, 1.0)
+            for straight in (True, False)
+        }
+        assert torch.equal(found[1, False], found[0, False]), "exactly 0, as published"
+        assert not torch.allclose(found[1, True], found[0, True], rtol=1e-3)
+
+    def test_straight_through_changes_no_score(self, model, batch):
+        one, other = (
+            model(**batch, generator_learns=True, straight_through=straight).loss for straight in (True, False)
+        )
+        torch.testing.assert_close(one, other)
+        assert one != model(**batch, generator_learns=True, adversarial_weight=0.0).loss
+
+    def test_a_better_score_is_a_lower_loss_of_the_generator(self, model, batch):
+        before = model(**batch, generator_learns=True).loss
+        with torch.no_grad():
+            for each in model.discriminators.values():
+                each.head.bias += 1
+        assert model(**batch, generator_learns=True).loss.item() == pytest.approx(before.item() - 2, abs=1e-3)
+
+    def test_the_discriminators_learn(self, model, batch):
+        """They learn to tell answers from responses, and the generator gets no gradient."""
+        generator, _ = self.gradients(model, batch, generator_learns=False)
+        assert (generator == 0).all()
+        rate = torch.optim.Adam(model.discriminators.parameters(), 1e-2)
+        losses = []
+        for _ in range(20):
+            model.zero_grad()
+            loss = model(**batch, generator_learns=False).loss
+            loss.backward()
+            rate.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 1
+
+    def test_both_discriminators_read_what_is_theirs(self, model, batch):
+        """The emotional one sees the emotion words alone, of the answers, the responses and the next turns."""
+        read = {"semantic": [], "emotional": []}
+        for name, each in model.discriminators.items():
+            each.embed = lambda ids, probs=None, name=name, right=each.embed: (
+                read[name].append(ids.tolist()),
+                right(ids, probs),
+            )[1]
+        model(**batch, generator_learns=False)
+        assert read["semantic"] == [
+            [[12, 13, EOS], [14, EOS, PAD]],
+            [[15, 20, EOS, PAD], [16, EOS, PAD, PAD]],
+            [[8, 9, 10, EOS], [8, 9, 10, EOS]],
+        ]
+        assert read["emotional"] == [
+            [[12, EOS], [EOS, PAD]],
+            [[20, EOS], [EOS, PAD]],
+            [[9, EOS], [8, EOS]],
+        ]
+
+    def test_nobody_learns_from_items_without_a_next_turn(self, model, batch):
+        names = ("positive_places", "feedback", "feedback_places", "negatives", "negative_places")
+        empty = batch | {"answered": torch.tensor([], dtype=torch.int64)}
+        empty |= {name: torch.zeros(0, 0, dtype=torch.int64) for name in names}
+        assert all((each == 0).all() for each in self.gradients(model, empty, generator_learns=False))
+        assert all(each.grad is None for each in model.discriminators.parameters()), "Adam leaves them alone"
+        one, other = (
+            self.gradients(model, empty, generator_learns=True, adversarial_weight=weight)[0] for weight in (0.0, 1.0)
+        )
+        assert torch.equal(one, other)
+
+    def test_scores(self, model):
+        """Scores outside of learning depend on their own text alone; a batch normalised by itself has one mean score."""
+        one: Discriminator = model.discriminators["semantic"]
+        states, about = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 16)
+        means = [one.score(*each, learning=True).mean() for each in zip(states, about, strict=True)]
+        torch.testing.assert_close(*means)
+        whole, part = one.score(states[0], about[0]), one.score(states[0, :1], about[0, :1])
+        torch.testing.assert_close(whole[:1], part)
+        assert whole.mean() != one.score(states[1], about[1]).mean()
+
+    def test_the_last_state_is_that_of_the_last_real_word(self, model):
+        one = model.discriminators["semantic"]
+        ids = torch.tensor([[9, 10, EOS, PAD, PAD], [9, 10, 11, 12, EOS]])
+        torch.testing.assert_close(one.remember(ids)[:1], one.remember(ids[:1, :3]))
+
+    def test_answers_of_a_batch(self, model):
+        """Three items are answered as three single ones; as published, all go on from the first one's words."""
+        model.eval()
+        generator = model.generator
+        with torch.no_grad():  # so that each word depends on what was read
+            for weights in generator.parameters():
+                weights.normal_()
+        ids = torch.tensor([[CLS, 9, 12], [CLS, 10, 13], [CLS, 11, 14]])
+        mask = torch.ones_like(ids)
+        context = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids.clamp(4, 6)}
+        context |= {"emotion_ids": torch.tensor([[LAB, 8], [LAB, 15], [LAB, 16]]), "emotion_mask": mask[:, :2]}
+        whole = generator.encode(**context)
+        own = generator.answer_greedily(whole, 0, 6)
+        first = generator.answer_greedily(whole, 0, 6, feed_first=True)
+        single = [
+            generator.answer_greedily(
+                generator.encode(**{name: each[row : row + 1] for name, each in context.items()}), 0, 6
+            )
+            for row in range(3)
+        ]
+        for row, alone in enumerate(single):
+            assert own[row, : alone.shape[1]].tolist() == alone[0].tolist()
+        assert own[0].tolist() == first[0].tolist()
+        assert own[1:].tolist() != first[1:].tolist()
 
 
 class TestModel:

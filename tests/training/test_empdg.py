@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 
 from empcause.cli import main
 from empcause.data import load_dialogues, response_pairs
-from empcause.errors import UserError
+from empcause.errors import Interrupted, UserError
 from empcause.systems import load_system
 from empcause.systems.empdg import measure_pairs
+from empcause.training import empdg
 from empcause.training.common import draw_samples
 from empcause.training.empdg import EmpDGTrainingArguments, _pairs, noam, train_empdg
 
@@ -126,6 +128,108 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(two[name], weights, atol=1e-6, rtol=1e-5)
 
 
+def adversarial(folder, **options):
+    """Options of a training of 4 steps of the generator, 4 of the discriminators and 2 rounds of both."""
+    sizes = {"max_steps": 4, "discriminator_steps": 4, "joint_rounds": 2, "joint_eval_rounds": 1, "eval_steps": 2}
+    sizes |= {"save_steps": 2, "max_train_samples": 12, "max_eval_samples": 4, "per_device_train_batch_size": 4}
+    return arguments(folder, discriminators=True, **(sizes | options))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a whole training with discriminators, and its figures."""
+    folder = tmp_path_factory.mktemp("adversarial")
+    (folder / "words.txt").write_text("happy\nsad\nlost\nafraid\nproud\nangry\ndog\nfriend\n")
+    return folder / "empdg", train_empdg(adversarial(folder / "empdg"))
+
+
+def weights_of(folder, part=""):
+    found = load_file(Path(folder) / "model.safetensors")
+    return {name.removeprefix(part): each for name, each in found.items() if name.startswith(part)}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(each, other[name]) for name, each in one.items())
+
+
+def test_it_is_trained_against_discriminators(trained):
+    folder, metrics = trained
+    assert set(metrics) == {"perplexity", "nll_per_token", "accuracy"}
+    system, first = load_system(folder), load_system(folder / "generator")
+    assert system.note.startswith("with discriminators")
+    assert first.note.startswith("without discriminators")
+    alone, learned = weights_of(folder / "generator"), weights_of(folder)
+    assert equal(alone, weights_of(folder / "discriminators", "generator.")), "it stays as it is in the second phase"
+    assert not equal(alone, learned)
+    part = "discriminators."
+    before, after = (weights_of(folder / name, part) for name in ("discriminators", "checkpoint-12"))
+    assert before.keys() == after.keys()
+    assert not equal(before, after)
+    history = json.loads((folder / "trainer_state.json").read_text())
+    evaluated = [entry["eval_accuracy"] for entry in history["log_history"] if "eval_accuracy" in entry]
+    assert len(evaluated) == 2
+    assert metrics["accuracy"] == max(evaluated)
+    # After 4 steps alone, the steps 5 to 9 and 10 to 14 of a schedule that is highest at step 4.
+    highest = EmpDGTrainingArguments.learning_rate
+    steps = [5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 13, 14]
+    assert rates(folder) == pytest.approx([highest * (4 / step) ** 0.5 for step in steps])
+    card = (folder / "README.md").read_text()
+    assert "trained together with its discriminators" in card
+    assert "The terms of the lexicon apply" in card
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "how"),
+    [("EmpDGTrainer", 4, "crash"), ("DiscriminatorTrainer", 3, "crash"), ("JointTrainer", 9, "signal")],
+)
+def test_any_phase_resumes_to_the_same_result(stage, step, how, trained, tmp_path, monkeypatch):
+    """It ends at the generator's fourth step, the discriminators' third one, or in the middle of the second round."""
+    whole, metrics = trained
+    right, done = empdg.EmpDGTrainer.training_step, []
+
+    def end(self, *args, **options):
+        done.extend([1] * (type(self).__name__ == stage))
+        if len(done) == step and type(self).__name__ == stage:
+            if how == "crash":
+                raise MemoryError
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(self, *args, **options)
+
+    monkeypatch.setattr(empdg.EmpDGTrainer, "training_step", end)
+    with pytest.raises(MemoryError if how == "crash" else Interrupted):
+        train_empdg(adversarial(tmp_path / "empdg"))
+    monkeypatch.setattr(empdg.EmpDGTrainer, "training_step", right)
+    assert not (tmp_path / "empdg" / "model.safetensors").exists()
+    assert (tmp_path / "empdg" / "generator" / "model.safetensors").exists() == (stage != "EmpDGTrainer")
+    assert train_empdg(adversarial(tmp_path / "empdg", resume_from_checkpoint="true")) == metrics
+    for name in ("generator", "discriminators", "checkpoint-12", "."):
+        assert equal(weights_of(tmp_path / "empdg" / name), weights_of(whole / name))
+
+
+def test_published_scores_teach_nothing(tmp_path):
+    """With scores that are a constant, as published, the generator learns what it does where they have no weight."""
+    last = {}
+    choices = {"constant": {"adversarial": "constant"}, "none": {"adversarial_weight": 0.0}, "corrected": {}}
+    for name, options in choices.items():
+        train_empdg(adversarial(tmp_path / name, joint_rounds=1, dropout=0.0, **options))
+        last[name] = weights_of(tmp_path / name / "checkpoint-6", "generator.")
+    assert equal(last["constant"], last["none"])
+    assert not equal(last["constant"], last["corrected"])
+
+
+def test_published_answers_of_a_batch(trained, tmp_path):
+    """As published, the discriminators see answers that go on from another item's words."""
+    train_empdg(adversarial(tmp_path / "first", batched_decoding="first", joint_rounds=1))
+    assert equal(weights_of(tmp_path / "first" / "generator"), weights_of(trained[0] / "generator"))
+    assert not equal(weights_of(tmp_path / "first" / "discriminators"), weights_of(trained[0] / "discriminators"))
+
+
+def test_numbers_of_responses_that_the_speaker_answers(real_data):
+    pairs = {split: _pairs(load_dialogues(split, real_data), "all") for split in ("train", "valid", "test")}
+    assert [len(each) for each in pairs.values()] == [40254, 5738, 5259]
+    assert [sum(after != "" for _, after in each) for each in pairs.values()] == [24382, 3570, 3167]
+
+
 @pytest.mark.slow
 def test_it_overfits_32_responses(tmp_path):
     options = {"hidden_size": 128, "learning_rate": 2e-3, "warmup_steps": 100, "max_steps": 300, "dropout": 0}
@@ -148,7 +252,10 @@ def test_published_choices(tmp_path):
     dialogues = load_dialogues("train", "sample")
     chosen, everything = _pairs(dialogues, "empdg"), response_pairs(dialogues)
     turns = {dialogue.conv_id: dialogue.turns for dialogue in dialogues}
-    assert chosen == [pair for pair in everything if len(pair.turns) + 2 < len(turns[pair.conv_id])]
+    assert [pair for pair, _ in chosen] == [
+        pair for pair in everything if len(pair.turns) + 2 < len(turns[pair.conv_id])
+    ]
+    assert all(after == turns[pair.conv_id][len(pair.turns) + 1] for pair, after in chosen), "the speaker's next turn"
     train_empdg(arguments(tmp_path / "train", max_steps=1))
     train_empdg(arguments(tmp_path / "all", max_steps=1, vocabulary="everything"))
     few, many = (load_system(tmp_path / name).tokenizer for name in ("train", "all"))
@@ -189,6 +296,20 @@ def test_command(tmp_path, lexicon, capsys):
         ({"lr_scheduler_kwargs": {"timescale": 3}}, "takes no lr_scheduler_kwargs here"),
         ({"pairs": "some"}, "pairs is 'some'; expected one of all, empdg"),
         ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"joint_rounds": 7}, "joint_rounds has no effect without discriminators"),
+        ({"adversarial": "constant"}, "adversarial has no effect without discriminators"),
+        (
+            {"discriminators": True, "adversarial": "no"},
+            "adversarial is 'no'; expected one of straight_through, constant",
+        ),
+        ({"discriminators": True, "warmup_steps": 0}, "give lr_scheduler_type inverse_sqrt and warmup_steps"),
+        (
+            {"discriminators": True, "lr_scheduler_type": "linear"},
+            "give lr_scheduler_type inverse_sqrt and warmup_steps",
+        ),
+        ({"discriminators": True, "bf16": True}, "leave out bf16 and fp16"),
+        ({"discriminators": True, "gradient_accumulation_steps": 2}, "leave out gradient_accumulation_steps"),
+        ({"discriminators": True, "resume_from_checkpoint": "checkpoint-2"}, "give resume_from_checkpoint true"),
     ],
 )
 def test_options_that_are_refused(tmp_path, options, message):

@@ -33,6 +33,7 @@ class EmpDGConfig(PreTrainedConfig):
             encoder's first token.
         fill: rank the text's other content words behind the emotion words, in random order; otherwise they are not predicted.
         ranking_seed: seed of random orders.
+        discriminators: whether discriminators took part in the training; it changes nothing that the model computes.
         id2label: names of the emotions by their ids; default is those of EmpatheticDialogues.
 
     Raises:
@@ -55,6 +56,7 @@ class EmpDGConfig(PreTrainedConfig):
     ranking: Literal["random", "order", "attention", "context"] = "random"
     fill: bool = False
     ranking_seed: int = 0
+    discriminators: bool = False
     is_encoder_decoder: bool = True
     unk_token_id: int = 0
     pad_token_id: int = 1
@@ -74,8 +76,9 @@ class EmpDGConfig(PreTrainedConfig):
                 f"attention_size is {self.attention_size}; expected a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}."
             )
-        if not isinstance(self.fill, bool):
-            raise UserError(f"fill is {self.fill!r}; expected true or false.")
+        for name in ("fill", "discriminators"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} is {value!r}; expected true or false.")
         if self.fill and self.ranking == "context":
             raise UserError('ranking "context" ranks all content words already; leave out fill.')
         if self.id2label is None:  # type: ignore[has-type]

@@ -144,18 +144,19 @@ def collate(items: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, 
     batch: dict[str, Any] = {}
     fills = {"input_ids": pad_token_id, "token_type_ids": pad_token_id, "emotion_ids": pad_token_id, "labels": IGNORED}
     for name, fill in fills.items():
-        batch[name] = _stack([item[name] for item in items], fill)
+        batch[name] = stack([item[name] for item in items], fill)
     masks = {"attention_mask": "input_ids", "emotion_mask": "emotion_ids"}
     for name, of in masks.items():
-        batch[name] = _stack([np.ones_like(item[of]) for item in items], 0)
+        batch[name] = stack([np.ones_like(item[of]) for item in items], 0)
     if "emotion_labels" in items[0]:
         batch["emotion_labels"] = torch.tensor([int(item["emotion_labels"]) for item in items])
     batch["extra_words"] = max(item["extra_words"] for item in items)
     return batch
 
 
-def _stack(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
-    stacked = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+def stack(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
+    """Stack rows of different lengths to `[B, L]` int64, filled up on the right; `[0, 0]` where there are none."""
+    stacked = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int64)
     for place, row in zip(stacked, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(stacked)

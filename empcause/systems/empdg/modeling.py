@@ -13,6 +13,9 @@ from empcause.data.sequences import IGNORED
 from empcause.systems.empdg.configuration import EmpDGConfig
 from empcause.systems.layers import Attention, sinusoids, smoothed_cross_entropy, smoothing_entropy
 
+# What `EmpDG.encode` takes of a batch.
+CONTEXT = ("input_ids", "attention_mask", "token_type_ids", "emotion_ids", "emotion_mask")
+
 # Added to probabilities before their logarithm is taken.
 _TINY = 1e-18
 
@@ -349,10 +352,44 @@ class EmpDG(PreTrainedModel, GenerationMixin):
                 output.loss = output.loss + cross_entropy(emotion_logits, emotion_labels, reduction="sum")
         return output
 
+    def answer_greedily(
+        self, context: EmpDGContext, extra_words: int, max_new_tokens: int, feed_first: bool = False
+    ) -> Tensor:
+        """Answer contexts by the most probable word each time.
+
+        Args:
+            context: what `encode` gives.
+            extra_words: number of ids from V on in the batch.
+            max_new_tokens: greatest length of an answer.
+            feed_first: each item goes on from the first item's words in place of its own, as published.
+
+        Returns:
+            `[B, L]` int64 with `L <= max_new_tokens`: the words with the end token, then padding.
+        """
+        assert context.last_hidden_state is not None
+        size = (len(context.last_hidden_state), 1)
+        output = self.generate(
+            encoder_outputs=context,
+            extra_words=extra_words,
+            feed_first=feed_first,
+            decoder_input_ids=torch.full(size, self.config.decoder_start_token_id, device=self.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=False,
+        )
+        return output[:, 1:]
+
     def prepare_inputs_for_generation(
-        self, decoder_input_ids: Tensor, encoder_outputs: EmpDGContext, extra_words: int, **kwargs: Any
+        self,
+        decoder_input_ids: Tensor,
+        encoder_outputs: EmpDGContext,
+        extra_words: int,
+        feed_first: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of `forward` for the next word; everything before it is computed again, because one layer is cheap."""
+        if feed_first:
+            decoder_input_ids = decoder_input_ids[:1].expand_as(decoder_input_ids)
         return {
             "decoder_input_ids": decoder_input_ids,
             "encoder_outputs": encoder_outputs,

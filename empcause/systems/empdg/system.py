@@ -19,7 +19,7 @@ from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.systems.empdg.configuration import EmpDGConfig
 from empcause.systems.empdg.encoding import EncodedPair, Encoder, collate
-from empcause.systems.empdg.modeling import EmpDG, EmpDGContext
+from empcause.systems.empdg.modeling import CONTEXT, EmpDG, EmpDGContext
 from empcause.systems.lexicon import load_tagger
 from empcause.systems.protocol import Reading
 
@@ -58,7 +58,8 @@ class EmpDGSystem:
             "context": "content words by the attention to them",
         }[config.ranking]
         rest = ", then other content words in random order" if config.fill else ""
-        self.note = f"without discriminators, with {config.vocab_size:,} words; its causes are {causes}{rest}"
+        used = "with" if config.discriminators else "without"
+        self.note = f"{used} discriminators, with {config.vocab_size:,} words; its causes are {causes}{rest}"
 
     @property
     def emotions(self) -> tuple[str, ...]:
@@ -143,18 +144,9 @@ class EmpDGSystem:
         encoded = self.encode([replace(dialogue, response="") for dialogue in dialogues])
         answers: dict[int, str] = {}
         for indices, batch in _batches(self.model, encoded, batch_size):
-            output = self.model.generate(
-                encoder_outputs=self._contexts(batch),
-                extra_words=batch["extra_words"],
-                decoder_input_ids=torch.full(
-                    (len(indices), 1), self.model.config.decoder_start_token_id, device=self.model.device
-                ),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=False,
-            )
+            output = self.model.answer_greedily(self._contexts(batch), batch["extra_words"], max_new_tokens)
             for row, index in enumerate(indices):
-                answers[index] = self.words(output[row, 1:].tolist(), encoded[index].unknown)
+                answers[index] = self.words(output[row].tolist(), encoded[index].unknown)
         return [answers[index] for index in range(len(dialogues))]
 
     def words(self, ids: Sequence[int], unknown: Sequence[str]) -> str:
@@ -175,8 +167,7 @@ class EmpDGSystem:
         )
 
     def _contexts(self, batch: Mapping[str, Any]) -> EmpDGContext:
-        names = ("input_ids", "attention_mask", "token_type_ids", "emotion_ids", "emotion_mask")
-        return self.model.encode(**{name: batch[name] for name in names})
+        return self.model.encode(**{name: batch[name] for name in CONTEXT})
 
 
 class EmpDGRanking(EmpDGSystem):
