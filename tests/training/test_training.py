@@ -469,7 +469,14 @@ class TestMistakes:
         shutil.copytree(tiny_encoder_dir, tmp_path / "cut")
         weights = tmp_path / "cut" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-50])
-        options = ["--data", "sample", "--model_name_or_path", str(tmp_path / "cut"), "--output_dir", str(tmp_path / "run")]
+        options = [
+            "--data",
+            "sample",
+            "--model_name_or_path",
+            str(tmp_path / "cut"),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
         error = self.say(capsys, "extractor", *options)
         assert "damaged or cut short" in error
 
