@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 10_000
+# Standard errors from the middle of a normal 95% interval to its ends.
+_Z95 = 1.959964
 CONFIDENCE = 0.95
 
 
@@ -111,7 +113,7 @@ def jackknife_interval(value: float, without: ArrayLike) -> Interval:
     number = len(values)
     if number < 2:
         return Interval(value, None, None)
-    error = 1.959964 * math.sqrt((number - 1) * float(values.var()))
+    error = _Z95 * math.sqrt((number - 1) * float(values.var()))
     return Interval(value, value - error, value + error)
 
 
@@ -119,7 +121,7 @@ def normal_p(interval: Interval) -> float:
     """Two-sided p-value of a figure being 0, from its normal 95% interval; 1 where there is no interval."""
     if interval.low is None or interval.high is None:
         return 1.0
-    error = (interval.high - interval.low) / (2 * 1.959964)
+    error = (interval.high - interval.low) / (2 * _Z95)
     if error == 0:
         return 1.0 if interval.value == 0 else 0.0
     return math.erfc(abs(interval.value) / error / math.sqrt(2))

@@ -34,6 +34,7 @@ from empcause.systems.empdg import (
     Encoder,
     collate,
     measure_pairs,
+    spell,
     stack,
 )
 from empcause.systems.empdg.modeling import CONTEXT
@@ -706,12 +707,9 @@ class DiscriminatorTrainer(EmpDGTrainer):
             found = generator.answer_greedily(context, inputs["extra_words"], _LONGEST_ANSWER, first)
             generator.train(was_training)
             for ids, extra in zip(found.tolist(), unknown, strict=True):
-                ids = ids[: ids.index(config.eos_token_id)] if config.eos_token_id in ids else ids
-                known = tokenizer.convert_ids_to_tokens([min(each, config.vocab_size - 1) for each in ids])
-                size = config.vocab_size
-                words = [extra[each - size] if each >= size else word for each, word in zip(ids, known, strict=True)]
-                rows.append(np.array([*ids, config.eos_token_id], np.int64))
-                places.append(_places(self.encode, words))
+                said = spell(tokenizer, ids, extra)
+                rows.append(np.array([*(each for each, _ in said), config.eos_token_id], np.int64))
+                places.append(_places(self.encode, [word for _, word in said]))
         device = inputs["input_ids"].device
         return {
             "negatives": stack(rows, config.pad_token_id).to(device),

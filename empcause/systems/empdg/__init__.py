@@ -7,7 +7,7 @@ from empcause.systems.empdg.discriminators import (
     Discriminator,
     gradient_penalty,
 )
-from empcause.systems.empdg.encoding import SPECIAL_TOKENS, EncodedPair, Encoder, collate, stack
+from empcause.systems.empdg.encoding import SPECIAL_TOKENS, EncodedPair, Encoder, collate, spell, stack
 from empcause.systems.empdg.modeling import EmpDG, EmpDGContext, EmpDGOutput, copy_weights, mix_copies
 from empcause.systems.empdg.system import EmpDGRanking, EmpDGSystem, measure_pairs
 
@@ -29,5 +29,6 @@ __all__ = [
     "gradient_penalty",
     "measure_pairs",
     "mix_copies",
+    "spell",
     "stack",
 ]

@@ -160,3 +160,17 @@ def stack(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
     for place, row in zip(stacked, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(stacked)
+
+
+def spell(tokenizer: Any, ids: Sequence[int], unknown: Sequence[str]) -> list[tuple[int, str]]:
+    """The tokens of an answer up to its end token, each with the word that it stands for.
+
+    Args:
+        tokenizer: the word-level tokenizer.
+        ids: the answer's tokens; V, V+1, ... are the dialogue's words outside of the vocabulary.
+        unknown: these words (`EncodedPair.unknown`).
+    """
+    end, size = tokenizer.eos_token_id, len(tokenizer)
+    ids = ids[: ids.index(end)] if end in ids else ids
+    known = tokenizer.convert_ids_to_tokens([min(each, size - 1) for each in ids])
+    return [(each, unknown[each - size] if each >= size else word) for each, word in zip(ids, known, strict=True)]

@@ -18,7 +18,7 @@ from empcause.data.dialogue import SPEAKER
 from empcause.data.sequences import IGNORED
 from empcause.errors import UserError
 from empcause.systems.empdg.configuration import EmpDGConfig
-from empcause.systems.empdg.encoding import EncodedPair, Encoder, collate
+from empcause.systems.empdg.encoding import EncodedPair, Encoder, collate, spell
 from empcause.systems.empdg.modeling import CONTEXT, EmpDG, EmpDGContext
 from empcause.systems.lexicon import load_tagger
 from empcause.systems.protocol import Reading
@@ -156,15 +156,8 @@ class EmpDGSystem:
             ids: the answer's tokens; V, V+1, ... are the dialogue's words outside of the vocabulary.
             unknown: these words (`EncodedPair.unknown`).
         """
-        end, size = self.tokenizer.eos_token_id, len(self.tokenizer)
-        ids = ids[: ids.index(end)] if end in ids else ids
         special = set(self.tokenizer.all_special_ids)
-        known = self.tokenizer.convert_ids_to_tokens([min(each, size - 1) for each in ids])
-        return " ".join(
-            unknown[each - size] if each >= size else word
-            for each, word in zip(ids, known, strict=True)
-            if each not in special
-        )
+        return " ".join(word for each, word in spell(self.tokenizer, ids, unknown) if each not in special)
 
     def _contexts(self, batch: Mapping[str, Any]) -> EmpDGContext:
         return self.model.encode(**{name: batch[name] for name in CONTEXT})
